@@ -1,0 +1,45 @@
+# make train, make test: everything they need is installed into .venv first. PYTHON=python3 uses an
+# interpreter that already has torch instead.
+
+ifdef PYTHON
+PY := $(PYTHON)
+SETUP :=
+else
+PY := .venv/bin/python
+SETUP := .venv/installed
+endif
+
+OUT := out-python-char
+
+.PHONY: help train test lint gpu clean
+help:
+	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
+	@echo "make test    run the tests; those that need a GPU skip where there is none"
+	@echo "make lint    check the style"
+	@echo "make gpu     run only the tests that need a GPU"
+	@echo "make clean   remove what the others made"
+
+train: data/python_char/meta.pkl
+	$(PY) train.py config/train_python_char.py --out_dir=$(OUT)
+	$(PY) sample.py --out_dir=$(OUT) --num_samples=1 --max_new_tokens=400 --start="def "
+
+test: $(SETUP)
+	$(PY) -m pytest -q
+
+lint: $(SETUP)
+	$(PY) -m ruff check .
+
+gpu: $(SETUP)
+	$(PY) -m pytest -q -m gpu
+
+clean:
+	rm -rf .venv $(OUT) data/python_char/*.bin data/python_char/meta.pkl .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+data/python_char/meta.pkl: data/python_char/prepare.py data/corpus.py $(SETUP)
+	$(PY) data/python_char/prepare.py
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

@@ -1,0 +1,108 @@
+"""Time training steps of a GPT: the very step that train.py runs, without evaluation and files.
+
+    python bench.py --batch_size=8 --compile=False
+"""
+
+import os
+import time
+
+import torch
+
+import runtime
+from batches import Batches
+from configurator import at_least, configure, one_of, usage_errors
+from model import GPT, GPTConfig
+from step import dry_step, train_step, try_compile
+
+# ---- keys: a config file or --key=value overrides them -----------------------------------------------------
+batch_size = 12
+block_size = 1024
+bias = False
+real_data = True  # data/openwebtext; False: random tokens, drawn once
+seed = 1337
+device = runtime.best_device()
+dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
+compile = True
+profile = False  # write a trace for TensorBoard or Perfetto to bench_log/
+# the model, GPT-2's 124M unless told otherwise
+n_layer = 12
+n_head = 12
+n_embd = 768
+config, given = configure(globals())
+
+at_least(1, config, "batch_size", "block_size")
+if "dtype" not in given:
+    dtype = config["dtype"] = runtime.best_dtype(device)
+one_of(tuple(runtime.DTYPES), config, "dtype")
+device = runtime.open_device(device)
+torch.manual_seed(seed)
+VOCAB_SIZE = 50304
+
+
+class FixedBatch:
+    """The same random tokens each step, so that reading data costs nothing."""
+
+    def __init__(self):
+        tokens = torch.randint(50257, (2, batch_size, block_size), device=device)
+        self.current = (tokens[0], tokens[1])
+
+    def advance(self):
+        """There is no other batch."""
+
+
+if real_data:
+    batches = Batches(os.path.join("data", "openwebtext"), batch_size=batch_size, block_size=block_size, device=device)
+    batches.start(VOCAB_SIZE)
+else:
+    batches = FixedBatch()
+
+with usage_errors(ValueError):
+    shape = GPTConfig(
+        block_size=block_size, vocab_size=VOCAB_SIZE, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=0.0, bias=bias
+    )
+model = raw_model = GPT(shape).to(device)
+optimizer = model.configure_optimizers(weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type)
+scaler = runtime.grad_scaler(device, dtype)
+autocast = runtime.autocast(device, dtype)
+if compile:
+    print("compiling the model... (takes a minute or so)")
+    model, failure = try_compile(model, lambda compiled: dry_step(compiled, batches.current, autocast), device)
+    if failure:
+        print(f"compile failed, the benchmark goes on without it ({failure})")
+
+
+def run(steps, after_step=lambda: None):
+    """Seconds a step, the device's work included."""
+    runtime.synchronize(device)
+    start = time.perf_counter()
+    for k in range(steps):
+        loss = train_step(model, optimizer, scaler, batches, autocast=autocast, micro_steps=1, grad_clip=0.0)
+        after_step()
+        print(f"{k}/{steps} loss: {loss.item():.4f}")
+    runtime.synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+if profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    tracing = torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=5, warmup=5, active=5),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler("bench_log"),
+        record_shapes=True,
+        profile_memory=True,
+        with_flops=True,
+    )
+    with tracing:
+        seconds = run(15, tracing.step)
+else:
+    run(10)  # warm up
+    seconds = run(20)
+
+peak_flops, note = runtime.peak_flops(runtime.device_name(device))
+if note:
+    print(note)
+mfu = raw_model.estimate_mfu(batch_size, seconds, peak_flops)
+print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu * 100:.2f}%")

@@ -1,0 +1,280 @@
+"""GPT-2's architecture, as nanoGPT spells it, in one file that needs torch alone.
+
+It can be copied by itself into a nanoGPT checkout. Names of modules are those of GPT-2's weights
+(Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), so that checkpoints travel.
+
+Shapes: B sequences, T tokens of each, C = n_embd, nh = n_head, hs = C // nh, V = vocab_size.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
+
+PRETRAINED = {  # name on the Hugging Face hub: the sizes that OpenAI released
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of a GPT. Raises ValueError where they can't make a model."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: faster matrix products
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has; False is a little faster and no worse
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            # The whole numbers of heads around the one asked for.
+            fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            nearest = sorted(sorted(fits, key=lambda n: abs(n - self.n_head))[:2])
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal "
+                f"share; set n_head to {' or '.join(map(str, nearest))}, or n_embd to a multiple of {self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with an optional bias."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer whose output head shares the token embedding's weight."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # The order in which modules are made and initialised is the order in which random numbers are
+        # drawn: changing it changes the weights that a seed stands for.
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2017, arXiv:1608.05859
+
+        self.apply(self._init_weights)
+        # GPT-2 scales what enters the residual stream, so that its variance doesn't grow with depth.
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; non_embedding leaves out the position embedding.
+
+        The token embedding always counts: it is the head's weight as well.
+        """
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def forward(self, idx, targets=None):
+        """Predict the token after each of idx.
+
+        idx: int64 (B, T), T at most block_size. targets: int64 (B, T), -1 where no loss is wanted, or None.
+        Returns (logits, loss): with targets, logits (B, T, V) and the mean cross-entropy in nats;
+        without, logits (B, 1, V) of the last position alone, and None.
+        """
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's block_size {self.config.block_size}")
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None  # (B, 1, V)
+        logits = self.lm_head(x)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def crop_block_size(self, block_size):
+        """Shorten the longest sequence that the model takes, dropping the positions behind it."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size can be cropped to at most {self.config.block_size}, not {block_size}")
+        self.config.block_size = block_size
+        # A copy: a slice would keep the whole table alive, and in every checkpoint.
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """GPT-2 with OpenAI's weights, through transformers (imported here alone).
+
+        model_type: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder that holds a Hugging Face
+        GPT-2 (config.json and its weights). override_args: {'dropout': p} or nothing.
+        Raises ValueError for anything else, ImportError without transformers, OSError where the weights
+        can't be had.
+        """
+        override_args = override_args or {}
+        if set(override_args) - {"dropout"}:
+            raise ValueError(f"only dropout can be overridden in a pretrained model, not {sorted(override_args)}")
+        if model_type not in PRETRAINED and not os.path.isdir(model_type):
+            raise ValueError(
+                f"no pretrained model '{model_type}': expected one of {', '.join(PRETRAINED)}, or the path of "
+                "a folder that holds a Hugging Face GPT-2"
+            )
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError as e:
+            raise ImportError("pretrained GPT-2 weights are read by transformers: pip install transformers") from e
+        print(f"loading weights from pretrained gpt: {model_type}")
+        try:
+            theirs = GPT2LMHeadModel.from_pretrained(model_type)
+        except OSError as e:
+            raise OSError(
+                f"the weights of '{model_type}' can't be had ({str(e).splitlines()[0]}): they come from the Hugging "
+                "Face hub once; without a network, name a folder that holds them"
+            ) from e
+
+        c = theirs.config
+        if c.model_type != "gpt2" or c.n_inner not in (None, 4 * c.n_embd):
+            raise ValueError(f"'{model_type}' is not a GPT-2 with an MLP of 4 x n_embd")
+        config = GPTConfig(
+            block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, bias=True, **override_args,
+        )  # fmt: skip
+        model = cls(config)
+        # GPT-2 was released with Conv1D layers, which keep their weights transposed.
+        conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        mask = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some versions list as weights
+        weights = {
+            name: w.t() if name.endswith(conv1d) else w
+            for name, w in theirs.state_dict().items()
+            if not name.endswith(mask)
+        }
+        model.load_state_dict(weights)
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW in two groups: tensors of two or more dimensions decay, biases and norms don't.
+
+        device_type: 'cuda', 'cpu' or 'mps'.
+        """
+        params = [p for p in self.parameters() if p.requires_grad]
+        decay = [p for p in params if p.dim() >= 2]
+        rest = [p for p in params if p.dim() < 2]
+        print(f"num decayed parameter tensors: {len(decay)}, with {sum(p.numel() for p in decay):,} parameters")
+        print(f"num non-decayed parameter tensors: {len(rest)}, with {sum(p.numel() for p in rest):,} parameters")
+        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+        fused = device_type in ("cuda", "cpu")  # one pass over weights and state instead of a dozen
+        print(f"using fused AdamW: {fused}")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=A100_FLOPS):
+        """Model FLOP/s utilisation: the model's arithmetic as a share of peak_flops (FLOP/s).
+
+        fwdbwd_per_iter: sequences of block_size tokens in dt seconds. Counted as in PaLM's appendix B
+        (Chowdhery et al. 2022, arXiv:2204.02311): 6 FLOP a parameter and token, and attention.
+        """
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx, int64 (B, T), by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
+
+        temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. Call model.eval()
+        first. Only the last block_size tokens are seen.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1, :] / temperature  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            probs = F.softmax(logits, dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
+        return idx

@@ -1,0 +1,201 @@
+"""Facts about the machine: device, precision, memory, speed of the hardware, ranks.
+
+The one file that calls torch.cuda, torch.mps or torch.distributed's start-up. Nothing here decides
+anything about the run; differences between torch releases live here too, one place each.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configurator import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+A100_FLOPS = 312e12
+
+# Dense bfloat16/float16 matrix products with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and
+# architecture white papers (the larger figures quoted there are for sparse matrices, or for float16
+# accumulation on GeForce cards). The first name that the device's name contains wins, so longer ones precede.
+PEAK_TFLOPS = (
+    ("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835),
+    ("H100", 989), ("H800", 989), ("A100", 312), ("A800", 312), ("A30", 165), ("A40", 149.7), ("A10G", 70),
+    ("A10", 125), ("A2", 18), ("L40S", 362), ("L40", 181), ("L4", 121), ("T4", 65),
+    ("V100-PCIE", 112), ("V100", 125), ("TITAN V", 110), ("TITAN RTX", 130.5),
+    ("RTX 6000 Ada", 364.2), ("RTX A6000", 154.8), ("RTX A5000", 111.1), ("RTX A4000", 76.7),
+    ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 5070 Ti", 87.9), ("RTX 5070", 61.7),
+    ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 4070 Ti", 80.2), ("RTX 4070", 58.3),
+    ("RTX 4060 Ti", 44.1), ("RTX 4060", 30.2),
+    ("RTX 3090 Ti", 80), ("RTX 3090", 71), ("RTX 3080 Ti", 68.2), ("RTX 3080", 59.5), ("RTX 3070 Ti", 43.5),
+    ("RTX 3070", 40.6), ("RTX 3060 Ti", 32.4), ("RTX 3060", 25.6),
+    ("RTX 2080 Ti", 53.8), ("RTX 2080 SUPER", 44.6), ("RTX 2080", 40.3), ("RTX 2070", 29.9), ("RTX 2060", 25.8),
+)  # fmt: skip
+
+
+# ---- device and precision ----------------------------------------------------------------------------
+
+
+def best_device():
+    """'cuda' where there is a GPU, else 'mps', else 'cpu'."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device):
+    """The precision to train in when none is asked for.
+
+    bfloat16 only where the hardware computes in it (compute capability 8.0 and up; older GPUs emulate it
+    slowly), float16 on other GPUs, float32 elsewhere.
+    """
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+
+
+def open_device(name):
+    """torch.device for a name such as 'cuda', 'cuda:1', 'mps' or 'cpu', after a look whether it is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise UsageError(f"device must be 'cuda', 'cuda:N', 'mps' or 'cpu', not {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+            raise UsageError(
+                f"device={name!r}, but torch sees no CUDA GPU (torch {torch.__version__} {build}): check nvidia-smi "
+                f"and the torch installation, or leave --device out to use {best_device()!r}"
+            )
+        if (device.index or 0) >= count:
+            raise UsageError(f"device={name!r}, but there are {count} GPUs, numbered from 0")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device='mps', but this machine has no Metal GPU; leave --device out to use {best_device()!r}")
+    return device
+
+
+def autocast(device, dtype):
+    """A reusable context in which products run in dtype ('float32', 'bfloat16' or 'float16')."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.amp.autocast(device_type=device.type, dtype=DTYPES[dtype])
+
+
+def grad_scaler(device, dtype):
+    """Loss scaling against float16's underflow: at work on CUDA with float16 alone, else it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and dtype == "float16")
+
+
+def device_name(device):
+    """The GPU's name as its driver gives it, else 'CPU' or 'MPS'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def peak_flops(name):
+    """(FLOP/s, note) of the device of this name: dense 16-bit products; note says where it is a guess."""
+    for known, tflops in PEAK_TFLOPS:
+        if known.lower() in name.lower():
+            return tflops * 1e12, ""
+    return A100_FLOPS, f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's 312 TFLOPS"
+
+
+# ---- time and memory ---------------------------------------------------------------------------------
+
+
+def synchronize(device):
+    """Wait until the device has done all that was asked of it, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device):
+    """Most bytes that tensors have held on a GPU so far; None where torch doesn't count them."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+# ---- random numbers ----------------------------------------------------------------------------------
+
+
+def rng_state(device):
+    """States of the generators that dropout draws from, as a dict of uint8 tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state, device):
+    """Put back what rng_state gave; a generator of a device that isn't used now is left alone."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+# ---- ranks -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of torchrun's processes this one is. Alone: rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def mean(self, value):
+        """The mean of a scalar tensor over all ranks, on each of them. All must call it."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def gather(self, value):
+        """A list of every rank's value (plain Python and tensors on the CPU), on each. All must call it."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def leave(self):
+        if self.size > 1 or dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_world(backend, device_name):
+    """(World, device name) for this process: torchrun tells it by RANK, LOCAL_RANK and WORLD_SIZE.
+
+    Each rank on a machine takes the GPU of its local rank. backend: 'nccl' (GPUs) or 'gloo' (anything).
+    """
+    if "RANK" not in os.environ:
+        return World(), device_name
+    world = World(*(int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    options = {}
+    if torch.device(device_name).type == "cuda":
+        device_name = f"cuda:{world.local_rank}"
+        options["device_id"] = open_device(device_name)
+    elif backend == "nccl":
+        backend = "gloo"
+        if world.is_main:
+            print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
+    if not dist.is_backend_available(backend):
+        raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
+    dist.init_process_group(backend, **options)
+    return world, device_name

@@ -1,0 +1,73 @@
+"""Sample from a trained model.
+
+    python sample.py --out_dir=out-shakespeare-char --start="O Romeo"
+    python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
+"""
+
+import os
+
+import torch
+
+import checkpoint as checkpoints
+import runtime
+from codec import codec_of
+from configurator import UsageError, at_least, configure, one_of, usage_errors
+from model import GPT, GPTConfig
+from step import try_compile
+
+# ---- keys: a config file or --key=value overrides them -----------------------------------------------------
+init_from = "resume"  # the checkpoint in out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+out_dir = "out"
+start = "\n"  # the prompt; "FILE:prompt.txt" reads it from a file
+num_samples = 10
+max_new_tokens = 500  # of each sample
+temperature = 0.8  # below 1 is less random, above 1 more
+top_k = 200  # only the likeliest tokens are drawn; 0 for all
+seed = 1337
+device = runtime.best_device()
+dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
+compile = False
+config, given = configure(globals())
+
+at_least(1, config, "num_samples", "max_new_tokens")
+at_least(0, config, "top_k")
+if not temperature > 0:
+    raise UsageError(f"temperature must be above 0, not {temperature}; for the likeliest token each time, use --top_k=1")
+if "dtype" not in given:
+    dtype = runtime.best_dtype(device)
+one_of(tuple(runtime.DTYPES), {"dtype": dtype}, "dtype")
+device = runtime.open_device(device)
+if start.startswith("FILE:"):
+    with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "), open(start[5:], encoding="utf-8") as f:
+        start = f.read()
+if not start:
+    raise UsageError("start is empty: a sample goes on from at least one token, for example --start='\\n'")
+
+# ---- the model and its alphabet ----------------------------------------------------------------------------
+torch.manual_seed(seed)
+data_dir = None
+with usage_errors(ValueError, OSError, ImportError):
+    if init_from == "resume":
+        saved = checkpoints.load(out_dir, required=("model", "model_args"))
+        model = GPT(GPTConfig(**saved["model_args"]))
+        model.load_state_dict(saved["model"])
+        if "dataset" in saved.get("config", {}):
+            data_dir = os.path.join("data", saved["config"]["dataset"])
+    else:
+        model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+model.eval().to(device)
+encode, decode, symbols = codec_of(data_dir)
+print(f"symbols: {symbols}")
+prompt = torch.tensor([encode(start)], device=device)  # (1, T)
+
+# ---- draw --------------------------------------------------------------------------------------------------
+with torch.no_grad(), runtime.autocast(device, dtype):
+    if compile:
+        model, failure = try_compile(model, lambda compiled: compiled(prompt[:, -model.config.block_size :]), device, dynamic=True)
+        if failure:
+            print(f"compile failed, sampling goes on without it ({failure})")
+    for _ in range(num_samples):
+        # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
+        tokens = GPT.generate(model, prompt, max_new_tokens, temperature=temperature, top_k=top_k or None)
+        print(decode(tokens[0].tolist()))
+        print("---------------")

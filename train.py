@@ -1,0 +1,247 @@
+"""Train a GPT. On one device:
+
+    python train.py config/train_shakespeare_char.py --compile=False
+
+On 4 GPUs of one machine (torchrun --help tells how to join several machines):
+
+    torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
+"""
+
+import math
+import os
+import sys
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import checkpoint as checkpoints
+import runtime
+from batches import Batches
+from codec import load_meta
+from configurator import UsageError, at_least, configure, one_of, usage_errors
+from model import GPT, PRETRAINED, GPTConfig
+from step import dry_step, evaluate, train_step, try_compile
+
+# ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
+# files and evaluation
+out_dir = "out"
+eval_interval = 2000  # iterations between evaluations; a checkpoint is written after one
+log_interval = 1  # iterations between lines
+eval_iters = 200  # batches of each split in an evaluation
+eval_only = False  # evaluate once and stop
+always_save_checkpoint = True  # False: only when the validation loss is the best so far
+init_from = "scratch"  # or 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+# Weights & Biases
+wandb_log = False
+wandb_project = "owt"
+wandb_run_name = "gpt2"
+# data
+dataset = "openwebtext"  # a folder in data/
+gradient_accumulation_steps = 5 * 8  # micro-steps of an iteration, over all GPUs together
+batch_size = 12  # sequences in a micro-step
+block_size = 1024  # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; finetuning may want 0.1 or more
+bias = False  # in LayerNorm and Linear
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient, 0 for any
+# learning rate schedule
+decay_lr = True
+warmup_iters = 2000
+lr_decay_iters = 600000  # about max_iters, after Chinchilla
+min_lr = 6e-5  # about learning_rate / 10, after Chinchilla
+# machine
+backend = "nccl"  # or 'gloo': how the ranks of a multi-GPU run talk
+device = runtime.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
+dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
+compile = True
+config, given = configure(globals())
+
+# ---- check what was asked for, before anything is written --------------------------------------------------
+at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval")
+at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
+if "dtype" not in given:
+    dtype = config["dtype"] = runtime.best_dtype(device)
+one_of(tuple(runtime.DTYPES), config, "dtype")
+if init_from not in ("scratch", "resume", *PRETRAINED) and not os.path.isdir(init_from):
+    raise UsageError(
+        f"init_from must be 'scratch', 'resume', one of {', '.join(PRETRAINED)}, or a folder that holds a Hugging "
+        f"Face GPT-2, not {init_from!r}"
+    )
+
+world, device = runtime.join_world(backend, device)
+device = runtime.open_device(device)
+if gradient_accumulation_steps % world.size:
+    below = gradient_accumulation_steps // world.size * world.size
+    nearest = [str(n) for n in (below, below + world.size) if n]
+    raise UsageError(
+        f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared equally by {world.size} ranks: "
+        f"set it to {' or '.join(nearest)}"
+    )
+micro_steps = gradient_accumulation_steps // world.size  # of this rank
+tokens_per_iter = world.size * micro_steps * batch_size * block_size
+
+wandb = None
+if wandb_log and world.is_main:
+    with usage_errors(ImportError, prefix="wandb_log=True needs Weights & Biases: pip install wandb, or --wandb_log=False. "):
+        import wandb
+
+saved = checkpoints.load(out_dir) if init_from == "resume" else None
+if saved and "block_size" not in given:
+    block_size = saved["model_args"]["block_size"]
+data_dir = os.path.join("data", dataset)
+batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device)
+meta = load_meta(data_dir)
+
+if not world.is_main:
+    sys.stdout = open(os.devnull, "w")  # one voice: the ranks would print the same lines
+print(f"tokens per iteration will be: {tokens_per_iter:,}")
+
+# ---- model, optimizer, and where they come from ------------------------------------------------------------
+torch.manual_seed(1337 + world.rank)
+model_args = dict(
+    n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=None, dropout=dropout
+)
+iter_num, best_val_loss = 0, 1e9
+with usage_errors(ValueError, OSError, ImportError):
+    if init_from == "scratch":
+        model_args["vocab_size"] = meta["vocab_size"] if meta else 50304  # GPT-2's 50257, padded for speed
+        model = GPT(GPTConfig(**model_args))
+    elif init_from == "resume":
+        model_args |= {key: saved["model_args"][key] for key in checkpoints.MODEL_KEYS}
+        model = GPT(GPTConfig(**model_args))
+        model.load_state_dict(saved["model"])
+        iter_num, best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
+        print(f"resuming from {out_dir} at iteration {iter_num}")
+    else:
+        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        model_args |= {key: getattr(model.config, key) for key in checkpoints.MODEL_KEYS}
+    if block_size > model.config.block_size:
+        raise UsageError(
+            f"block_size={block_size} is more than the {model.config.block_size} positions that the model of "
+            f"init_from={init_from!r} was trained with: set --block_size={model.config.block_size} or less"
+        )
+if block_size < model.config.block_size:
+    model.crop_block_size(block_size)
+    model_args["block_size"] = block_size
+model.to(device)
+
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+scaler = runtime.grad_scaler(device, dtype)
+autocast = runtime.autocast(device, dtype)
+rng = None  # this rank's generators, as saved
+if saved:
+    checkpoints.load_optimizer(optimizer, saved["optimizer"])
+    if scaler.is_enabled() and saved.get("scaler"):
+        scaler.load_state_dict(saved["scaler"])
+    if len(saved.get("rng", ())) == world.size:
+        rng = saved["rng"][world.rank]
+        runtime.set_rng_state(rng["generators"], device)
+    saved = None  # its tensors are a whole second model
+
+raw_model = model  # what is saved: without the wrappers of torch.compile and DDP
+batches.start(model_args["vocab_size"], rng and rng["data"])
+if compile:
+    print("compiling the model... (takes a minute or so)")
+    model, failure = try_compile(model, lambda compiled: dry_step(compiled, batches.current, autocast), device)
+    if failure:
+        print(f"compile failed, training goes on without it ({failure})")
+if world.size > 1:
+    model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+def get_lr(it):
+    """Learning rate of iteration it: linear warm-up, cosine decay to min_lr, then min_lr."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+if world.is_main:
+    os.makedirs(out_dir, exist_ok=True)
+if wandb:
+    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+peak_flops, note = runtime.peak_flops(runtime.device_name(device))
+if note:
+    print(note)
+running_mfu = -1.0
+first_iter = last_logged = iter_num - 1
+clock = time.perf_counter()
+
+while True:
+    lr = get_lr(iter_num) if decay_lr else learning_rate
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    if iter_num % eval_interval == 0:
+        runtime.synchronize(device)
+        paused = time.perf_counter()
+        rng = world.gather({"data": batches.state(), "generators": runtime.rng_state(device)})
+        if world.is_main:
+            losses = evaluate(model.module if world.size > 1 else model, batches, eval_iters, autocast)
+            print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            if wandb:
+                wandb.log(
+                    {
+                        "iter": iter_num, "train/loss": losses["train"], "val/loss": losses["val"],
+                        "lr": lr, "mfu": running_mfu * 100,
+                    }
+                )  # fmt: skip
+            if losses["val"] < best_val_loss or always_save_checkpoint:
+                best_val_loss = losses["val"]
+                if iter_num > 0:
+                    print(f"saving checkpoint to {out_dir}")
+                    checkpoints.save(
+                        {
+                            "model": raw_model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "model_args": model_args,
+                            "iter_num": iter_num,
+                            "best_val_loss": best_val_loss,
+                            "config": config,
+                            "scaler": scaler.state_dict(),
+                            "rng": rng,  # of each rank, as before the evaluation: resuming repeats it
+                        },
+                        out_dir,
+                    )
+        clock += time.perf_counter() - paused
+    if iter_num == 0 and eval_only:
+        break
+
+    loss = train_step(
+        model, optimizer, scaler, batches, autocast=autocast, micro_steps=micro_steps, grad_clip=grad_clip
+    )
+
+    if iter_num % log_interval == 0:
+        mean_loss = world.mean(loss).item()  # waits for the GPU, so that the clock tells the truth
+        now = time.perf_counter()
+        seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
+        clock, last_logged = now, iter_num
+        if iter_num - first_iter > 5:  # the first ones warm up
+            mfu = raw_model.estimate_mfu(batch_size * micro_steps, seconds, peak_flops)
+            running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+        line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
+        line += f", {tokens_per_iter / seconds:,.0f} tok/s"
+        if peak := runtime.peak_memory_bytes(device):
+            line += f", peak {peak / 2**30:.2f} GiB"
+        print(line)
+
+    iter_num += 1
+    if iter_num > max_iters:
+        break
+
+world.leave()
