@@ -28,6 +28,7 @@ test: $(SETUP)
 
 lint: $(SETUP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 gpu: $(SETUP)
 	$(PY) -m pytest -q -m gpu

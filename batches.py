@@ -1,7 +1,8 @@
 """Token files to batches.
 
-A data set is a folder with train.bin and val.bin: token ids, headerless little-endian uint16. The stream of batches owns its generator, so that nothing else that
-draws random numbers can move it, and its place in the stream can be kept in a checkpoint.
+A data set is a folder with train.bin and val.bin: token ids, headerless little-endian uint16. The stream of
+batches owns its generator, so that nothing else that draws random numbers can move it, and its place in the
+stream can be kept in a checkpoint.
 
 Shapes: B = batch_size sequences of T = block_size tokens.
 """
@@ -23,7 +24,7 @@ def _missing(folder):
     if os.path.exists(prepare):
         return f"run: python {prepare}"
     parent, name = os.path.split(folder)
-    there = sorted(d for d in os.listdir(parent) if os.path.isdir(os.path.join(parent, d))) if os.path.isdir(parent) else []
+    there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
     near = difflib.get_close_matches(name, there, n=1)
     return f"did you mean --dataset={near[0]}?" if near else f"there is no {prepare} that could make it"
 
@@ -35,7 +36,7 @@ def _open_tokens(path, block_size):
     size = os.path.getsize(path)
     if size == 0 or size % TOKEN_BYTES:
         raise UsageError(
-            f"{path} has {size:,} bytes: expected a file of uint16 tokens, two bytes each, and not empty; prepare it again"
+            f"{path} has {size:,} bytes: expected uint16 tokens, two bytes each, and not none; prepare it again"
         )
     if size // TOKEN_BYTES <= block_size:
         raise UsageError(

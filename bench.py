@@ -1,6 +1,6 @@
 """Time training steps of a GPT: the very step that train.py runs, without evaluation and files.
 
-    python bench.py --batch_size=8 --compile=False
+python bench.py --batch_size=8 --compile=False
 """
 
 import os
@@ -58,10 +58,18 @@ else:
 
 with usage_errors(ValueError):
     shape = GPTConfig(
-        block_size=block_size, vocab_size=VOCAB_SIZE, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=0.0, bias=bias
+        block_size=block_size,
+        vocab_size=VOCAB_SIZE,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        dropout=0.0,
+        bias=bias,
     )
 model = raw_model = GPT(shape).to(device)
-optimizer = model.configure_optimizers(weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type)
+optimizer = model.configure_optimizers(
+    weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type
+)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
 if compile:

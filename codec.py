@@ -24,10 +24,10 @@ def load_meta(folder):
         with open(path, "rb") as f:
             meta = _PlainUnpickler(f).load()
     except Exception as e:  # a damaged pickle can raise almost anything
-        raise UsageError(f"{path} can't be read ({e}): it must hold a dict of plain values; prepare the data again") from e
+        raise UsageError(f"{path} can't be read ({e}): expected a dict of plain values; prepare the data again") from e
     fits = isinstance(meta, dict) and type(meta.get("vocab_size")) is int and meta["vocab_size"] > 0
     if not fits or not isinstance(meta.get("stoi"), dict) or not isinstance(meta.get("itos"), (dict, list)):
-        raise UsageError(f"{path} must hold a dict with vocab_size (a whole number), stoi and itos: prepare the data again")
+        raise UsageError(f"{path} must hold a dict with vocab_size (a number), stoi and itos: prepare the data again")
     return meta
 
 
@@ -39,8 +39,8 @@ def gpt2_bpe():
         return tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' errors, which tiktoken passes on
         raise UsageError(
-            f"GPT-2's BPE can't be fetched ({type(e).__name__}): connect to the network once, or set TIKTOKEN_CACHE_DIR "
-            "to a folder in which tiktoken has kept it"
+            f"GPT-2's BPE can't be fetched ({type(e).__name__}): connect to the network once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept it"
         ) from e
 
 

@@ -156,7 +156,9 @@ def configure(namespace, argv=None):
                 # A helper of the file's own is kept, as in nanoGPT, but may not replace a name of the script.
                 namespace.setdefault(key, value)
                 if isinstance(value, (bool, int, float, str)) and not _scripts_that_know(key):
-                    print(f"warning: {arg}: no script knows the key '{key}': {_nearest(key, defaults)}", file=sys.stderr)
+                    print(
+                        f"warning: {arg}: no script knows the key '{key}': {_nearest(key, defaults)}", file=sys.stderr
+                    )
             continue
 
         key, text = arg.split("=", 1)

@@ -41,9 +41,9 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            # The whole numbers of heads around the one asked for.
+            # The two numbers of heads that come nearest and fit.
             fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            nearest = sorted(sorted(fits, key=lambda n: abs(n - self.n_head))[:2])
+            nearest = sorted(sorted(fits, key=lambda n: (abs(n - self.n_head), -n))[:2])
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal "
                 f"share; set n_head to {' or '.join(map(str, nearest))}, or n_embd to a multiple of {self.n_head}"
@@ -166,7 +166,7 @@ class GPT(nn.Module):
         without, logits (B, 1, V) of the last position alone, and None.
         """
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's block_size {self.config.block_size}")
         pos = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)

@@ -5,6 +5,7 @@ anything about the run; differences between torch releases live here too, one pl
 """
 
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from configurator import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 A100_FLOPS = 312e12
+WORLD_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 # Dense bfloat16/float16 matrix products with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and
 # architecture white papers (the larger figures quoted there are for sparse matrices, or for float16
@@ -50,7 +52,7 @@ def best_dtype(device):
     bfloat16 only where the hardware computes in it (compute capability 8.0 and up; older GPUs emulate it
     slowly), float16 on other GPUs, float32 elsewhere.
     """
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
 
@@ -76,7 +78,9 @@ def open_device(name):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"device='mps', but this machine has no Metal GPU; leave --device out to use {best_device()!r}")
+        raise UsageError(
+            f"device='mps', but this machine has no Metal GPU; leave --device out to use {best_device()!r}"
+        )
     return device
 
 
@@ -174,28 +178,36 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def join(self, backend, device_name):
+        """Meet the other ranks; returns the name of this rank's device, the GPU of its local rank.
+
+        backend: 'nccl' (GPUs) or 'gloo' (anything). Alone, nothing happens.
+        """
+        if self.size == 1 and "RANK" not in os.environ:
+            return device_name
+        options = {}
+        if torch.device(device_name).type == "cuda":
+            device_name = f"cuda:{self.local_rank}"
+            options["device_id"] = open_device(device_name)
+        elif backend == "nccl":
+            backend = "gloo"
+            if self.is_main:
+                print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
+        if not dist.is_backend_available(backend):
+            raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
+        dist.init_process_group(backend, **options)
+        return device_name
+
     def leave(self):
-        if self.size > 1 or dist.is_initialized():
+        """Part from the other ranks, at the end of a run."""
+        if dist.is_available() and dist.is_initialized():
+            if dist.get_backend() == "gloo":
+                # gloo's threads give back their last tensors a moment after the call that waited for them, and
+                # need Python's lock to do so: where Python is shutting down already, the process aborts.
+                time.sleep(0.1)
             dist.destroy_process_group()
 
 
-def join_world(backend, device_name):
-    """(World, device name) for this process: torchrun tells it by RANK, LOCAL_RANK and WORLD_SIZE.
-
-    Each rank on a machine takes the GPU of its local rank. backend: 'nccl' (GPUs) or 'gloo' (anything).
-    """
-    if "RANK" not in os.environ:
-        return World(), device_name
-    world = World(*(int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    options = {}
-    if torch.device(device_name).type == "cuda":
-        device_name = f"cuda:{world.local_rank}"
-        options["device_id"] = open_device(device_name)
-    elif backend == "nccl":
-        backend = "gloo"
-        if world.is_main:
-            print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
-    if not dist.is_backend_available(backend):
-        raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
-    dist.init_process_group(backend, **options)
-    return world, device_name
+def world_of_torchrun():
+    """Which rank this process is, from what torchrun puts into the environment."""
+    return World(*(int(os.environ.get(name, default)) for name, default in WORLD_VARIABLES))

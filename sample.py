@@ -1,10 +1,11 @@
 """Sample from a trained model.
 
-    python sample.py --out_dir=out-shakespeare-char --start="O Romeo"
-    python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
+python sample.py --out_dir=out-shakespeare-char --start="O Romeo"
+python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
 """
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -32,14 +33,16 @@ config, given = configure(globals())
 at_least(1, config, "num_samples", "max_new_tokens")
 at_least(0, config, "top_k")
 if not temperature > 0:
-    raise UsageError(f"temperature must be above 0, not {temperature}; for the likeliest token each time, use --top_k=1")
+    raise UsageError(
+        f"temperature must be above 0, not {temperature}; for the likeliest token each time, use --top_k=1"
+    )
 if "dtype" not in given:
     dtype = runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), {"dtype": dtype}, "dtype")
 device = runtime.open_device(device)
 if start.startswith("FILE:"):
-    with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "), open(start[5:], encoding="utf-8") as f:
-        start = f.read()
+    with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "):
+        start = Path(start[5:]).read_text(encoding="utf-8")
 if not start:
     raise UsageError("start is empty: a sample goes on from at least one token, for example --start='\\n'")
 
@@ -63,7 +66,9 @@ prompt = torch.tensor([encode(start)], device=device)  # (1, T)
 # ---- draw --------------------------------------------------------------------------------------------------
 with torch.no_grad(), runtime.autocast(device, dtype):
     if compile:
-        model, failure = try_compile(model, lambda compiled: compiled(prompt[:, -model.config.block_size :]), device, dynamic=True)
+        model, failure = try_compile(
+            model, lambda compiled: compiled(prompt[:, -model.config.block_size :]), device, dynamic=True
+        )
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
     for _ in range(num_samples):

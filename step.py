@@ -24,8 +24,7 @@ def train_step(model, optimizer, scaler, batches, *, autocast, micro_steps, grad
         exchange = micro_step == micro_steps - 1 or not hasattr(model, "no_sync")
         with nullcontext() if exchange else model.no_sync():
             with autocast:
-                _, loss = model(x, y)
-                loss = loss / micro_steps
+                loss = model(x, y)[1] / micro_steps  # a name for the logits would keep them through the backward pass
             batches.advance()  # the GPU is still busy with the forward pass
             scaler.scale(loss).backward()
         total += loss.detach()
@@ -47,8 +46,7 @@ def evaluate(model, batches, eval_iters, autocast):
         total = pieces = 0
         for x, y in batches.evaluation(split, eval_iters):
             with autocast:
-                _, loss = model(x, y)
-            total += loss
+                total += model(x, y)[1]
             pieces += 1
         means[split] = (total / pieces).item()
     model.train()
@@ -58,7 +56,7 @@ def evaluate(model, batches, eval_iters, autocast):
 def dry_step(model, batch, autocast):
     """Everything that training asks of a model, once, without an update: forward, backward, evaluation."""
     with autocast:
-        _, loss = model(*batch)
+        loss = model(*batch)[1]
     loss.backward()
     model.zero_grad(set_to_none=True)
     model.eval()

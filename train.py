@@ -67,7 +67,8 @@ compile = True
 config, given = configure(globals())
 
 # ---- check what was asked for, before anything is written --------------------------------------------------
-at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval")
+at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps")
+at_least(1, config, "eval_interval", "eval_iters", "log_interval")
 at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
 if "dtype" not in given:
     dtype = config["dtype"] = runtime.best_dtype(device)
@@ -78,8 +79,7 @@ if init_from not in ("scratch", "resume", *PRETRAINED) and not os.path.isdir(ini
         f"Face GPT-2, not {init_from!r}"
     )
 
-world, device = runtime.join_world(backend, device)
-device = runtime.open_device(device)
+world = runtime.world_of_torchrun()
 if gradient_accumulation_steps % world.size:
     below = gradient_accumulation_steps // world.size * world.size
     nearest = [str(n) for n in (below, below + world.size) if n]
@@ -87,12 +87,13 @@ if gradient_accumulation_steps % world.size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared equally by {world.size} ranks: "
         f"set it to {' or '.join(nearest)}"
     )
+device = runtime.open_device(world.join(backend, device))
 micro_steps = gradient_accumulation_steps // world.size  # of this rank
 tokens_per_iter = world.size * micro_steps * batch_size * block_size
 
 wandb = None
 if wandb_log and world.is_main:
-    with usage_errors(ImportError, prefix="wandb_log=True needs Weights & Biases: pip install wandb, or --wandb_log=False. "):
+    with usage_errors(ImportError, prefix="wandb_log=True: pip install wandb, or --wandb_log=False. "):
         import wandb
 
 saved = checkpoints.load(out_dir) if init_from == "resume" else None
@@ -103,7 +104,7 @@ batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device
 meta = load_meta(data_dir)
 
 if not world.is_main:
-    sys.stdout = open(os.devnull, "w")  # one voice: the ranks would print the same lines
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the run). One voice: the ranks would print the same lines
 print(f"tokens per iteration will be: {tokens_per_iter:,}")
 
 # ---- model, optimizer, and where they come from ------------------------------------------------------------

@@ -1,4 +1,4 @@
-# The loss of OpenAI's GPT-2 350M on OpenWebText: 500 batches x 8 sequences x 1,024 tokens = 4.1 million tokens a split.
+# The loss of GPT-2 350M on OpenWebText: 500 batches x 8 sequences x 1,024 tokens = 4.1 million tokens a split.
 batch_size = 8
 eval_iters = 500
 eval_only = True

@@ -3,13 +3,14 @@
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for codec.py
 
-import codec  # noqa: E402
-from configurator import UsageError, show_usage_errors_as_sentences, usage_errors  # noqa: E402
+import codec
+from configurator import UsageError, show_usage_errors_as_sentences, usage_errors
 
 show_usage_errors_as_sentences()
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -29,8 +30,8 @@ def read_or_fetch(path, folder, url):
                 raise UsageError(
                     f"{url} can't be fetched ({e}): connect to the network, or give the text with --input FILE"
                 ) from e
-    with usage_errors(OSError, UnicodeDecodeError, prefix=f"{path} can't be read as UTF-8 text: "), open(path, encoding="utf-8") as f:
-        return f.read()
+    with usage_errors(OSError, UnicodeDecodeError, prefix=f"{path} can't be read as UTF-8 text: "):
+        return Path(path).read_text(encoding="utf-8")
 
 
 def halves(text):

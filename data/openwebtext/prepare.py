@@ -17,7 +17,6 @@ import numpy as np
 folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(folder))
 
-import corpus  # noqa: E402
 from corpus import UsageError, codec, usage_errors  # noqa: E402
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}

@@ -1,6 +1,6 @@
 """Tiny Shakespeare in GPT-2's BPE: 301,966 tokens to train on and 36,059 to validate.
 
-    python data/shakespeare/prepare.py [--input FILE]
+python data/shakespeare/prepare.py [--input FILE]
 """
 
 import argparse

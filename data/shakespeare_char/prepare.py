@@ -1,6 +1,6 @@
 """Tiny Shakespeare by characters: 65 symbols, 1,003,854 tokens to train on and 111,540 to validate.
 
-    python data/shakespeare_char/prepare.py [--input FILE]
+python data/shakespeare_char/prepare.py [--input FILE]
 """
 
 import argparse

@@ -1,0 +1,119 @@
+"""Helpers that every test may use: the reference figures, a toy data set, and train.py run in this process."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "tests" / "reference"
+sys.path.insert(0, str(ROOT))
+
+TOY = {  # the reference runs' model, on the reference runs' data
+    "dataset": "markov", "device": "cpu", "compile": False, "n_layer": 2, "n_head": 2, "n_embd": 64,
+    "block_size": 32, "batch_size": 8, "gradient_accumulation_steps": 1, "eval_iters": 4, "eval_interval": 10,
+    "log_interval": 1, "warmup_iters": 5, "learning_rate": 0.003, "min_lr": 0.0003, "max_iters": 20,
+    "lr_decay_iters": 40,
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@dataclass
+class Run:
+    """What a script printed, and its globals when it ended."""
+
+    text: str
+    names: dict
+
+    @property
+    def iter_loss(self):
+        """{iteration: loss as printed}"""
+        return {int(i): float(v) for i, v in re.findall(r"^iter (\d+): loss (\S+), time ", self.text, re.MULTILINE)}
+
+    @property
+    def eval_loss(self):
+        """{iteration: (train, val) as printed}"""
+        found = re.findall(r"^step (\d+): train loss (\S+), val loss (\S+)$", self.text, re.MULTILINE)
+        return {int(i): (float(a), float(b)) for i, a, b in found}
+
+
+def flags(**keys):
+    return [f"--{k}={v}" for k, v in keys.items()]
+
+
+def run_script(name, *argv):
+    """Run a script of the project as python would, in the current folder: much faster than a new process."""
+    out = io.StringIO()
+    before = sys.argv, sys.excepthook, sys.stdout
+    sys.argv = [name, *argv]
+    try:
+        with contextlib.redirect_stdout(out):
+            names = runpy.run_path(str(ROOT / name), run_name="__main__")
+    finally:
+        sys.argv, sys.excepthook, sys.stdout = before
+    return Run(out.getvalue(), names)
+
+
+def train(*argv, **keys):
+    return run_script("train.py", *argv, *flags(**{**TOY, **keys}))
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Every test runs in an empty folder of its own that has the toy data set, outside any torchrun."""
+    shutil.copytree(REFERENCE / "markov", tmp_path / "data" / "markov")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return json.loads((REFERENCE / "losses.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Material that lies beside the checkout on some machines: GPT-2's BPE tables and a text."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "tiktoken_cache").is_dir():
+        pytest.skip("no ../shared/tiktoken_cache with GPT-2's BPE tables")
+    return folder
+
+
+@pytest.fixture
+def bpe(shared, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
+
+
+@pytest.fixture(scope="session")
+def hugging_face_gpt2(tmp_path_factory):
+    """(folder, model): a GPT-2 with two layers and random weights, saved as Hugging Face does."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=64, vocab_size=257)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    folder = tmp_path_factory.mktemp("hf") / "gpt2-tiny"
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+    return str(folder), model
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}

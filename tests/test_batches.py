@@ -1,0 +1,171 @@
+"""The stream of batches: nanoGPT's order, micro-batches, going on, and bad files."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from batches import Batches
+from codec import codec_of, load_meta
+from configurator import UsageError
+
+CPU = torch.device("cpu")
+
+
+def stream(folder="data/markov", start=True, vocab_size=65, **sizes):
+    batches = Batches(folder, **{**dict(batch_size=8, block_size=32, device=CPU), **sizes})
+    if start:
+        torch.manual_seed(1337)
+        batches.start(vocab_size)
+    return batches
+
+
+def nanogpts_batch(split, batch_size, block_size):
+    """A batch as nanoGPT draws it, from torch's global generator."""
+    data = np.fromfile(f"data/markov/{split}.bin", dtype=np.uint16).astype(np.int64)
+    starts = torch.randint(len(data) - block_size, (batch_size,))
+    x = torch.stack([torch.from_numpy(data[i : i + block_size]) for i in starts])
+    y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size]) for i in starts])
+    return x, y
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_batches_come_in_nanogpts_order_with_evaluations_in_between():
+    ours = stream()
+    torch.manual_seed(1337)
+    pending = nanogpts_batch("train", 8, 32)
+    for step in range(6):
+        if step % 3 == 0:
+            for split in ("train", "val"):
+                for batch in ours.evaluation(split, 2):
+                    assert same(batch, nanogpts_batch(split, 8, 32))
+        assert same(ours.current, pending)
+        pending = nanogpts_batch("train", 8, 32)
+        ours.advance()
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_are_the_configured_batch_cut_up(micro):
+    whole, cut = stream(), stream(micro_batch_size=micro)
+    for _ in range(3):
+        pieces = []
+        for _ in range(8 // micro):
+            pieces.append(cut.current)
+            cut.advance()
+        assert same([torch.cat(p) for p in zip(*pieces, strict=True)], whole.current)
+        whole.advance()
+    parts = [torch.cat(p) for p in zip(*cut.evaluation("val", 2), strict=True)]
+    assert same(parts, [torch.cat(p) for p in zip(*whole.evaluation("val", 2), strict=True)])
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch():
+    with pytest.raises(ValueError, match="3 does not divide batch_size 8"):
+        stream(micro_batch_size=3)
+
+
+def test_nothing_else_that_draws_moves_the_stream():
+    a, b = stream(), stream()
+    for _ in range(3):
+        torch.rand(7)
+        a.advance()
+    for _ in range(3):
+        b.advance()
+    assert same(a.current, b.current)
+
+
+def test_a_stream_goes_on_from_its_state():
+    a = stream()
+    for _ in range(3):
+        a.advance()
+    state, expected = a.state(), [a.current]
+    expected += list(a.evaluation("val", 2))
+    a.advance()
+    expected.append(a.current)
+
+    b = stream(start=False)
+    torch.manual_seed(5)
+    b.start(65, state)
+    found = [b.current, *b.evaluation("val", 2)]
+    b.advance()
+    found.append(b.current)
+    assert all(same(p, q) for p, q in zip(found, expected, strict=True))
+
+
+def write(folder, train=None, val=None):
+    for name, tokens in (("train", train), ("val", val)):
+        data = np.zeros(100, "<u2") if tokens is None else tokens
+        (folder / f"{name}.bin").write_bytes(data if isinstance(data, bytes) else np.asarray(data, "<u2").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "train.bin has 0 bytes: expected uint16 tokens"),
+        (b"abc", "train.bin has 3 bytes: expected uint16 tokens"),
+        (np.zeros(32, "<u2"), "train.bin has 32 tokens: too few for block_size=32, which needs at least 33"),
+    ],
+)
+def test_files_that_cannot_be_tokens(tmp_path, content, sentence):
+    write(tmp_path, content)
+    with pytest.raises(UsageError, match=sentence):
+        stream(str(tmp_path), start=False)
+
+
+def test_the_shortest_file_that_will_do(tmp_path):
+    write(tmp_path, np.arange(33))
+    x, y = stream(str(tmp_path)).current
+    assert x[0].tolist() == list(range(32))
+    assert y[0].tolist() == list(range(1, 33))
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
+    tokens = np.zeros(33)
+    tokens[7] = 300
+    write(tmp_path, tokens)
+    with pytest.raises(UsageError, match="train.bin holds token 300 at position 7, but the vocabulary has 65"):
+        stream(str(tmp_path))
+
+
+def test_missing_data_names_what_to_run(tmp_path):
+    (tmp_path / "data" / "mine").mkdir()
+    (tmp_path / "data" / "mine" / "prepare.py").touch()
+    with pytest.raises(UsageError, match="data/mine/train.bin does not exist: run: python data/mine/prepare.py"):
+        stream("data/mine", start=False)
+    with pytest.raises(UsageError, match="did you mean --dataset=markov"):
+        stream("data/markow", start=False)
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+def test_a_meta_file_that_wants_to_run_code_is_refused(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Evil()}))
+    with pytest.raises(UsageError, match="meta.pkl can't be read .it wants to run"):
+        load_meta(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1]), pickle.dumps({"vocab_size": "65"})])
+def test_a_meta_file_that_is_none(tmp_path, content):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(UsageError, match="meta.pkl"):
+        load_meta(str(tmp_path))
+
+
+def test_symbols_there_and_back():
+    encode, decode, _ = codec_of("data/markov")
+    assert decode(encode("HELLO!")) == "HELLO!"
+    with pytest.raises(UsageError, match="'é', which is not among the 65 symbols of data/markov/meta.pkl"):
+        encode("Hé")
+
+
+def test_bpe_there_and_back(bpe):
+    encode, decode, _ = codec_of(None)
+    assert encode("Hello<|endoftext|>") == [15496, 50256]
+    assert decode([15496, 50300]) == "Hello", "the padding of the vocabulary stands for nothing"

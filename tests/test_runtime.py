@@ -1,0 +1,100 @@
+"""Facts about the machine, with torch's answers put in its place where there is no such machine."""
+
+import pytest
+import torch
+
+import runtime
+from configurator import UsageError
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    def put(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((8, 6), "bfloat16"), ((9, 0), "bfloat16")],
+)
+def test_bfloat16_only_where_the_hardware_has_it(fake_gpu, capability, dtype):
+    fake_gpu(capability)
+    assert runtime.best_device() == "cuda"
+    assert runtime.best_dtype("cuda") == dtype
+    assert runtime.best_dtype("cuda:1") == dtype
+    assert runtime.best_dtype("cpu") == "float32"
+
+
+def test_mps_comes_before_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there, device in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert runtime.best_device() == device
+        assert runtime.best_dtype(device) == "float32"
+
+
+def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
+    fake_gpu((8, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="device='cuda:2', but there are 2 GPUs, numbered from 0"):
+        runtime.open_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 3060", 25.6),
+        ("NVIDIA GeForce RTX 3060 Ti", 32.4),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 80.2),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+    ],
+)
+def test_peak_flops_by_name(name, tflops):
+    assert runtime.peak_flops(name) == (tflops * 1e12, "")
+
+
+def test_an_unknown_gpu_says_so_and_falls_back():
+    flops, note = runtime.peak_flops("Voodoo 2")
+    assert flops == 312e12
+    assert "no peak FLOP/s is known for Voodoo 2" in note
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "enabled"),
+    [("cuda", "float16", True), ("cuda", "bfloat16", False), ("cpu", "float16", False), ("mps", "float16", False)],
+)
+def test_losses_are_scaled_for_float16_on_cuda_alone(monkeypatch, device, dtype, enabled):
+    asked = []
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: asked.append((device, enabled)))
+    runtime.grad_scaler(torch.device(device), dtype)
+    assert asked == [(device, enabled)]
+
+
+def test_generators_are_put_back():
+    cpu = torch.device("cpu")
+    state = runtime.rng_state(cpu)
+    first = torch.rand(3)
+    runtime.set_rng_state(state, cpu)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_one_process_is_a_world_of_its_own():
+    world = runtime.world_of_torchrun()
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.join("nccl", "cpu") == "cpu"
+    assert world.gather({"a": 1}) == [{"a": 1}]
+    assert world.mean(torch.tensor(2.0)) == 2
+    world.leave()

@@ -1,0 +1,121 @@
+"""sample.py and bench.py as their users meet them."""
+
+import os
+import re
+
+import pytest
+import tiktoken
+import torch
+from conftest import flags, run_script, train
+
+import checkpoint as checkpoints
+from codec import codec_of
+from configurator import UsageError
+from model import GPT, GPTConfig
+
+
+def sample(**keys):
+    return run_script("sample.py", *flags(**{"device": "cpu", **keys})).text
+
+
+def test_samples_in_the_data_sets_own_symbols():
+    train(max_iters=10)
+    text = sample(num_samples=2, max_new_tokens=20, start="HELLO")
+    found = re.findall(r"^(HELLO.{20})\n-{15}$", text, re.M)
+    assert len(found) == 2
+    assert found[0] != found[1]
+
+
+def test_the_same_text_as_nanogpt_for_a_seed():
+    """nanoGPT seeds, builds the model, which draws, and then samples."""
+    train(max_iters=10)
+    saved = checkpoints.load("out")
+    torch.manual_seed(7)
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    encode, decode, _ = codec_of("data/markov")
+    expected = decode(model.eval().generate(torch.tensor([encode("A")]), 30, temperature=0.9, top_k=5)[0].tolist())
+    text = sample(seed=7, start="A", num_samples=1, max_new_tokens=30, temperature=0.9, top_k=5)
+    assert f"\n{expected}\n---------------\n" in text
+
+
+def test_a_prompt_from_a_file(workplace):
+    train(max_iters=10)
+    (workplace / "prompt.txt").write_text("ABCD")
+    assert "\nABCD" in sample(start="FILE:prompt.txt", num_samples=1, max_new_tokens=3)
+
+
+def test_pretrained_weights_and_bpe(bpe):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
+    text = sample(init_from="hf", start="Hello world", num_samples=1, max_new_tokens=5)
+    assert "\nHello world" in text
+
+
+@pytest.mark.slow
+def test_compiled_sampling_gives_the_same_text():
+    train(max_iters=10)
+    keys = dict(num_samples=1, max_new_tokens=40, start="A")
+    compiled = sample(compile=True, **keys)
+    assert "compile failed" not in compiled
+    assert compiled.splitlines()[-2:] == sample(**keys).splitlines()[-2:]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"start": "FILE:nowhere.txt"}, "the prompt can't be read: .*nowhere.txt"),
+        ({"start": "''"}, "start is empty"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"out_dir": "nowhere"}, "there is no checkpoint nowhere/ckpt.pt"),
+        ({"init_from": "gpt5"}, "no pretrained model 'gpt5'"),
+    ],
+    ids=str,
+)
+def test_mistakes(keys, sentence):
+    train(max_iters=10)
+    with pytest.raises(UsageError, match=sentence):
+        sample(**keys)
+
+
+def test_a_character_that_the_data_lacks_is_named():
+    train(max_iters=10)
+    with pytest.raises(
+        UsageError, match="the character 'ü', which is not among the 65 symbols of data/markov/meta.pkl"
+    ):
+        sample(start="Aü")
+
+
+def test_no_bpe_without_a_network(monkeypatch):
+    def unreachable(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    train(max_iters=10)
+    os.remove("data/markov/meta.pkl")
+    with pytest.raises(UsageError, match="GPT-2's BPE can't be fetched .ConnectionError.*TIKTOKEN_CACHE_DIR"):
+        sample(start="A")
+
+
+BENCH = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False, device="cpu")
+
+
+def test_bench_ends_with_nanogpts_line():
+    text = run_script("bench.py", *flags(**BENCH, real_data=False)).text
+    assert re.fullmatch(r"time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d\d%", text.splitlines()[-1])
+    assert len(re.findall(r"^\d+/20 loss: \d+\.\d{4}$", text, re.M)) == 20
+
+
+def test_bench_on_real_data(workplace):
+    with pytest.raises(UsageError, match="data/openwebtext/train.bin does not exist"):
+        run_script("bench.py", *flags(**BENCH))
+    (workplace / "data" / "markov").rename(workplace / "data" / "openwebtext")
+    losses = [float(v) for v in re.findall(r"/20 loss: (\S+)", run_script("bench.py", *flags(**BENCH)).text)]
+    assert losses[-1] < losses[0]
+
+
+def test_bench_writes_a_profile(workplace):
+    run_script("bench.py", *flags(**BENCH, real_data=False, profile=True))
+    assert list((workplace / "bench_log").glob("*.json"))

@@ -1,0 +1,119 @@
+"""One optimizer step, and the guard around torch.compile."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from step import evaluate, train_step, try_compile
+
+CPU = torch.device("cpu")
+
+
+class Listed:
+    """Batches from a list."""
+
+    def __init__(self, *batches):
+        self.batches = list(batches)
+
+    @property
+    def current(self):
+        return self.batches[0]
+
+    def advance(self):
+        self.batches.append(self.batches.pop(0))
+
+    def evaluation(self, split, count):
+        yield from self.batches[:count]
+
+
+def toy(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=16, bias=False))
+
+
+def batch(rows, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(65, (rows, 8), generator=g), torch.randint(65, (rows, 8), generator=g)
+
+
+def one_step(model, batches, micro_steps, grad_clip=1.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return train_step(
+        model, optimizer, scaler, batches, autocast=nullcontext(), micro_steps=micro_steps, grad_clip=grad_clip
+    )
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.01, 1e9])
+def test_micro_steps_are_one_step_over_the_whole_batch(grad_clip):
+    x, y = batch(6)
+    whole, cut = toy(), toy()
+    loss = one_step(whole, Listed((x, y)), 1, grad_clip)
+    pieces = zip(x.split(2), y.split(2), strict=True)
+    mean = one_step(cut, Listed(*pieces), 3, grad_clip)
+    torch.testing.assert_close(mean, loss)
+    for (name, a), b in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_the_loss_is_the_mean_of_the_micro_steps():
+    a, b = batch(2, seed=1), batch(2, seed=2)
+    model = toy()
+    expected = (model(*a)[1].item() + model(*b)[1].item()) / 2
+    assert one_step(model, Listed(a, b), 2).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_clipping_bounds_the_step():
+    before, model = toy(), toy()
+    one_step(model, Listed(batch(4)), 1, grad_clip=0.01)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_no_gradient_is_left_and_the_batches_have_moved_on():
+    model, batches = toy(), Listed(*(batch(2, seed=s) for s in range(3)))
+    expected = batches.batches[2]
+    one_step(model, batches, 2)
+    assert all(p.grad is None for p in model.parameters())
+    assert batches.current is expected
+
+
+def test_an_evaluation_is_a_mean_without_dropout_and_leaves_training_on():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()
+    batches = Listed(batch(2, seed=1), batch(2, seed=2))
+    first, second = (evaluate(model, batches, 2, nullcontext()) for _ in range(2))
+    assert first == second
+    assert model.training
+    with torch.no_grad():
+        model.eval()
+        assert first["val"] == pytest.approx(sum(model(*b)[1].item() for b in batches.batches) / 2, abs=1e-6)
+
+
+def test_a_failed_trial_gives_back_the_model_and_the_random_state():
+    model = toy()
+    state = torch.get_rng_state()
+
+    def trial(compiled):
+        torch.rand(5)
+        model.eval()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        raise ValueError("first line\nsecond line")
+
+    back, failure = try_compile(model, trial, CPU)
+    assert back is model
+    assert failure == "ValueError: first line"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_out_of_memory_is_no_failure_of_the_compiler():
+    def trial(compiled):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        try_compile(toy(), trial, CPU)
