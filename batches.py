@@ -46,6 +46,29 @@ def _open_tokens(path, block_size):
     return np.memmap(path, dtype="<u2", mode="r")
 
 
+class RandomBatch:
+    """Random tokens, the same each time, where training would read a data set: for measuring."""
+
+    def __init__(self, batch_size, block_size, vocab_size, device, on_current=lambda: None):
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocab_size, (2, batch_size, block_size), generator=generator)
+        self._batch = tuple(tokens.to(device))
+        self._on_current = on_current
+
+    @property
+    def current(self):
+        """(x, y), each int64 (B, T); on_current is called first."""
+        self._on_current()
+        return self._batch
+
+    def advance(self):
+        """There is no other batch."""
+
+    def evaluation(self, split, count):
+        """The batch, count times."""
+        yield from [self._batch] * count
+
+
 class Batches:
     """A random stream of training batches, cut into micro-batches, and of evaluation batches.
 
@@ -53,18 +76,21 @@ class Batches:
     fetched; an evaluation draws from the same stream in between.
     """
 
-    def __init__(self, folder, *, batch_size, block_size, device, micro_batch_size=None):
+    def __init__(self, folder, *, batch_size, block_size, device):
         self.folder, self.batch_size, self.block_size, self.device = folder, batch_size, block_size, device
-        self.micro_batch_size = micro_batch_size or batch_size
-        if batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {micro_batch_size} does not divide batch_size {batch_size}")
         self._generator = torch.Generator()
         for split in ("train", "val"):
             _open_tokens(self._path(split), block_size)
 
-    def start(self, vocab_size, state=None):
-        """Draw the first training batch, from state or else from where torch's global generator stands."""
+    def start(self, vocab_size, state=None, micro_batch_size=None):
+        """Draw the first training batch, from state or else from where torch's global generator stands.
+
+        micro_batch_size: sequences of a micro-batch, a divisor of batch_size (default: all of it).
+        """
         self.vocab_size = vocab_size
+        self.micro_batch_size = micro_batch_size or self.batch_size
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {micro_batch_size} does not divide batch_size {self.batch_size}")
         self._generator.set_state(torch.get_rng_state() if state is None else state)
         self._fetch()
 

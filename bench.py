@@ -5,14 +5,17 @@ python bench.py --batch_size=8 --compile=False
 
 import os
 import time
+from functools import partial
 
 import torch
 
 import runtime
-from batches import Batches
+from batches import Batches, RandomBatch
 from configurator import at_least, configure, one_of, usage_errors
 from model import GPT, GPTConfig
 from step import dry_step, train_step, try_compile
+
+runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 batch_size = 12
@@ -23,6 +26,7 @@ seed = 1337
 device = runtime.best_device()
 dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
+compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
 profile = False  # write a trace for TensorBoard or Perfetto to bench_log/
 # the model, GPT-2's 124M unless told otherwise
 n_layer = 12
@@ -35,26 +39,16 @@ if "dtype" not in given:
     dtype = config["dtype"] = runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), config, "dtype")
 device = runtime.open_device(device)
+runtime.take_device(device)
 torch.manual_seed(seed)
 VOCAB_SIZE = 50304
-
-
-class FixedBatch:
-    """The same random tokens each step, so that reading data costs nothing."""
-
-    def __init__(self):
-        tokens = torch.randint(50257, (2, batch_size, block_size), device=device)
-        self.current = (tokens[0], tokens[1])
-
-    def advance(self):
-        """There is no other batch."""
 
 
 if real_data:
     batches = Batches(os.path.join("data", "openwebtext"), batch_size=batch_size, block_size=block_size, device=device)
     batches.start(VOCAB_SIZE)
 else:
-    batches = FixedBatch()
+    batches = RandomBatch(batch_size, block_size, 50257, device)
 
 with usage_errors(ValueError):
     shape = GPTConfig(
@@ -74,7 +68,8 @@ scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
 if compile:
     print("compiling the model... (takes a minute or so)")
-    model, failure = try_compile(model, lambda compiled: dry_step(compiled, batches.current, autocast), device)
+    trial = partial(dry_step, batch=batches.current, autocast=autocast)
+    model, failure = try_compile(model, trial, device, mode=compile_mode)
     if failure:
         print(f"compile failed, the benchmark goes on without it ({failure})")
 

@@ -4,10 +4,16 @@ The one file that calls torch.cuda, torch.mps or torch.distributed's start-up. N
 anything about the run; differences between torch releases live here too, one place each.
 """
 
+import atexit
+import importlib.util
 import os
+import re
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -57,8 +63,20 @@ def best_dtype(device):
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
 
 
+def is_here(name):
+    """Whether this machine has the device of this name."""
+    try:
+        open_device(name)
+    except UsageError:
+        return False
+    return True
+
+
 def open_device(name):
-    """torch.device for a name such as 'cuda', 'cuda:1', 'mps' or 'cpu', after a look whether it is there."""
+    """torch.device for a name such as 'cuda', 'cuda:1', 'mps' or 'cpu', after a look whether it is there.
+
+    Looking takes no memory of a GPU; take_device does.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -75,13 +93,24 @@ def open_device(name):
             )
         if (device.index or 0) >= count:
             raise UsageError(f"device={name!r}, but there are {count} GPUs, numbered from 0")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError(
             f"device='mps', but this machine has no Metal GPU; leave --device out to use {best_device()!r}"
         )
     return device
+
+
+def take_device(device, limit_bytes=None):
+    """Make device the current one. On CUDA this takes memory, for its context.
+
+    limit_bytes: what tensors may take of a GPU; more raises torch.OutOfMemoryError, where otherwise some drivers
+    would go on slowly in the host's memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
+    if limit_bytes:
+        cap_memory(device, limit_bytes)
 
 
 def autocast(device, dtype):
@@ -101,6 +130,54 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
+def sm_count(device):
+    """Streaming multiprocessors of a GPU; 0 for anything else."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def capability(device):
+    """CUDA compute capability (major, minor); (0, 0) for anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def has_triton():
+    """Whether Triton, which torch.compile needs on CUDA, is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def versions(device):
+    """What an answer about memory and speed depends on: device, its memory, driver and torch."""
+    return {
+        "device": device_name(device),
+        "memory": total_memory_bytes(device),
+        "driver": next(iter(_nvidia_smi("--query-gpu=driver_version")), "") if device.type == "cuda" else "",
+        "torch": torch.__version__,
+    }
+
+
+def neighbours(device):
+    """Other processes that hold memory of this GPU, as far as nvidia-smi sees them: [(pid, name, MiB)]."""
+    if device.type != "cuda":
+        return []
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    found = []
+    for line in _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory"):
+        gpu, pid, *name, mib = (part.strip() for part in line.split(","))
+        if gpu.endswith(uuid) and int(pid) not in (os.getpid(), os.getppid()) and mib.isdigit():
+            found.append((int(pid), ",".join(name), int(mib)))
+    return found
+
+
+def _nvidia_smi(query):
+    """Lines of nvidia-smi's answer to a query; none where it isn't installed or fails."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
 def peak_flops(name):
     """(FLOP/s, note) of the device of this name: dense 16-bit products; note says where it is a guess."""
     for known, tflops in PEAK_TFLOPS:
@@ -118,6 +195,98 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def prefer_expandable_segments():
+    """Ask for CUDA memory that grows in place, which fragments less. Before CUDA starts; the user's word stands."""
+    release = tuple(int(n) for n in torch.__version__.split(".")[:2])
+    name = "PYTORCH_ALLOC_CONF" if release >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"  # renamed in 2.9
+    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
+    if sys.platform == "linux" and torch.version.cuda and not asked:
+        os.environ[name] = "expandable_segments:True"
+
+
+def total_memory_bytes(device):
+    """All memory of the device; on a CPU, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return _proc("meminfo", "MemTotal")
+
+
+def free_memory_bytes(device):
+    """Memory that nobody holds now; on a CPU, what the system or the container can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_proc("meminfo", "MemAvailable"), _container_free_bytes())
+
+
+def _proc(file, name):
+    """A figure of Linux's /proc, in bytes."""
+    try:
+        with open(f"/proc/{file}") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(f"{name}:"))
+    except (OSError, StopIteration) as e:
+        raise UsageError("auto_fit measures memory on a CPU by Linux's /proc, which isn't here: set batch_size") from e
+
+
+def _container_free_bytes():
+    """What the control group leaves of memory, where there is one that limits it."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
+        cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        return int(most) - int(used) + int(cached[1])
+    except (OSError, ValueError, TypeError):
+        return sys.maxsize  # no group, or one without a limit ('max')
+
+
+def cap_memory(device, limit_bytes):
+    """Let this process's allocations on a GPU fail beyond limit_bytes."""
+    if device.type == "cuda":
+        fraction = min(1.0, limit_bytes / total_memory_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
+def cap_host_memory(limit_bytes):
+    """Let this process's allocations in the machine's memory fail beyond about limit_bytes, where Linux can."""
+    if sys.platform == "linux":
+        import resource
+
+        # What is asked for counts here, used or not: threads' stacks and libraries get room beside the limit.
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes + 2**30, resource.RLIM_INFINITY))
+
+
+def empty_cache(device):
+    """Give back to the device what the allocator keeps without need."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def reset_peak_memory(device):
+    """Count peaks from here on. A CPU's process keeps the highest since it began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_reserved_bytes(device):
+    """Most bytes that the allocator has held of a GPU, what fragmentation wastes included.
+
+    On a CPU, the most that was resident of this process (VmHWM); on mps, what the driver has given by now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return torch.mps.driver_allocated_memory() if device.type == "mps" else _proc("self/status", "VmHWM")
+
+
+def allocator_retries(device):
+    """How often the allocator had to give up its cache to find memory: a sign that it is full."""
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
 def peak_memory_bytes(device):
@@ -188,7 +357,8 @@ class World:
         options = {}
         if torch.device(device_name).type == "cuda":
             device_name = f"cuda:{self.local_rank}"
-            options["device_id"] = open_device(device_name)
+            options["device_id"] = device = open_device(device_name)
+            take_device(device)
         elif backend == "nccl":
             backend = "gloo"
             if self.is_main:
@@ -196,15 +366,15 @@ class World:
         if not dist.is_backend_available(backend):
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
         dist.init_process_group(backend, **options)
+        if backend == "gloo":
+            # gloo's threads give back their last tensors a moment after the call that waited for them, and need
+            # Python's lock to do so: where Python is shutting down already, the process aborts.
+            atexit.register(time.sleep, 0.1)
         return device_name
 
     def leave(self):
         """Part from the other ranks, at the end of a run."""
         if dist.is_available() and dist.is_initialized():
-            if dist.get_backend() == "gloo":
-                # gloo's threads give back their last tensors a moment after the call that waited for them, and
-                # need Python's lock to do so: where Python is shutting down already, the process aborts.
-                time.sleep(0.1)
             dist.destroy_process_group()
 
 

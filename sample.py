@@ -40,6 +40,7 @@ if "dtype" not in given:
     dtype = runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), {"dtype": dtype}, "dtype")
 device = runtime.open_device(device)
+runtime.take_device(device)
 if start.startswith("FILE:"):
     with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "):
         start = Path(start[5:]).read_text(encoding="utf-8")

@@ -11,10 +11,12 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import autofit
 import checkpoint as checkpoints
 import runtime
 from batches import Batches
@@ -22,6 +24,8 @@ from codec import load_meta
 from configurator import UsageError, at_least, configure, one_of, usage_errors
 from model import GPT, PRETRAINED, GPTConfig
 from step import dry_step, evaluate, train_step, try_compile
+
+runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -64,14 +68,22 @@ backend = "nccl"  # or 'gloo': how the ranks of a multi-GPU run talk
 device = runtime.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
+compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
+# fitting the GPU
+auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
+memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
+compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
+dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 config, given = configure(globals())
 
 # ---- check what was asked for, before anything is written --------------------------------------------------
 at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps")
 at_least(1, config, "eval_interval", "eval_iters", "log_interval")
 at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
+at_least(0, config, "memory_limit_gb", "compile_min_sms")
+planned = dry_run and memory_limit_gb > 0 and not runtime.is_here(device)  # for a device that is elsewhere
 if "dtype" not in given:
-    dtype = config["dtype"] = runtime.best_dtype(device)
+    dtype = config["dtype"] = "bfloat16" if planned else runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), config, "dtype")
 if init_from not in ("scratch", "resume", *PRETRAINED) and not os.path.isdir(init_from):
     raise UsageError(
@@ -87,9 +99,13 @@ if gradient_accumulation_steps % world.size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared equally by {world.size} ranks: "
         f"set it to {' or '.join(nearest)}"
     )
-device = runtime.open_device(world.join(backend, device))
-micro_steps = gradient_accumulation_steps // world.size  # of this rank
-tokens_per_iter = world.size * micro_steps * batch_size * block_size
+if dry_run and not planned and not runtime.is_here(device):
+    raise UsageError(f"there is no {device} here: to plan for one, say how much memory it has: --memory_limit_gb=12")
+if not planned:
+    device = runtime.open_device(world.join(backend, device))
+    if compile and (refusal := autofit.refuse_mode(compile_mode, runtime.sm_count(device), compile_min_sms)):
+        raise UsageError(refusal)
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 
 wandb = None
 if wandb_log and world.is_main:
@@ -100,7 +116,8 @@ saved = checkpoints.load(out_dir) if init_from == "resume" else None
 if saved and "block_size" not in given:
     block_size = saved["model_args"]["block_size"]
 data_dir = os.path.join("data", dataset)
-batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device)
+if not dry_run:
+    batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device)
 meta = load_meta(data_dir)
 
 if not world.is_main:
@@ -134,8 +151,24 @@ with usage_errors(ValueError, OSError, ImportError):
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
     model_args["block_size"] = block_size
-model.to(device)
 
+# ---- fit the device ----------------------------------------------------------------------------------------
+micro_batch_size, accumulation = batch_size, gradient_accumulation_steps
+limit_bytes = int(memory_limit_gb * 2**30) or None
+if auto_fit or dry_run:
+    plan = autofit.fit(
+        world, out_dir, model_args, device, planned, config, model.get_num_params(False), max_iters + 1 - iter_num
+    )
+    print(f"auto-fit: {plan}")
+    if dry_run:
+        world.leave()
+        sys.exit(0)
+    micro_batch_size, accumulation = plan.micro_batch_size, plan.accumulation
+    compile, limit_bytes = plan.compile, plan.limit_bytes
+micro_steps = accumulation // world.size  # of this rank
+
+runtime.take_device(device, limit_bytes)
+model.to(device)
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
@@ -148,16 +181,20 @@ if saved:
         rng = saved["rng"][world.rank]
         runtime.set_rng_state(rng["generators"], device)
     saved = None  # its tensors are a whole second model
+runtime.empty_cache(device)
 
 raw_model = model  # what is saved: without the wrappers of torch.compile and DDP
-batches.start(model_args["vocab_size"], rng and rng["data"])
+batches.start(model_args["vocab_size"], rng and rng["data"], micro_batch_size)
 if compile:
     print("compiling the model... (takes a minute or so)")
-    model, failure = try_compile(model, lambda compiled: dry_step(compiled, batches.current, autocast), device)
+    trial = partial(dry_step, batch=batches.current, autocast=autocast)
+    model, failure = try_compile(model, trial, device, mode=compile_mode)
     if failure:
         print(f"compile failed, training goes on without it ({failure})")
 if world.size > 1:
-    model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+    # Gradients that are views of DDP's buckets take no memory of their own.
+    gpu = [device.index] if device.type == "cuda" else None
+    model = DDP(model, device_ids=gpu, gradient_as_bucket_view=True)
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -233,7 +270,7 @@ while True:
         seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
         clock, last_logged = now, iter_num
         if iter_num - first_iter > 5:  # the first ones warm up
-            mfu = raw_model.estimate_mfu(batch_size * micro_steps, seconds, peak_flops)
+            mfu = raw_model.estimate_mfu(micro_batch_size * micro_steps, seconds, peak_flops)
             running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
         line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
         line += f", {tokens_per_iter / seconds:,.0f} tok/s"

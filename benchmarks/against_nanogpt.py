@@ -7,18 +7,15 @@ position in memory, AdamW that is fused on CUDA alone. Both start from the same 
 batches; their losses are compared. Prints a table, and one line of JSON last.
 """
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 
 import numpy as np
 import torch
+from common import finish
 from torch.nn import functional as F
-
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import runtime
 from batches import Batches
@@ -36,11 +33,13 @@ rounds = 5  # turns that are counted
 steps = 4  # of each side in a turn
 device = runtime.best_device()
 dtype = runtime.best_dtype(device)
+save = ""  # a file for the result
 config, given = configure(globals())
 at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 if "dtype" not in given:
     dtype = config["dtype"] = runtime.best_dtype(device)
 device = runtime.open_device(device)
+runtime.take_device(device)
 autocast = runtime.autocast(device, dtype)
 VOCAB_SIZE = 50304
 
@@ -147,13 +146,9 @@ for name, took in seconds.items():
     print(f"{name:14} {median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s")
 print(f"ratio of tok/s {statistics.median(ratios):10.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {rounds} turns)")
 print(f"largest difference of a loss {difference:.1e}")
-result = {
-    "benchmark": "against_nanogpt",
-    "device": runtime.device_name(device),
-    "torch": torch.__version__,
-    "config": config,
+figures = {
     "seconds_per_step": {"nanogpt_way": statistics.median(theirs), "ours": statistics.median(ours)},
     "tokens_per_second_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
     "largest_loss_difference": difference,
 }
-print(json.dumps(result))
+finish("against_nanogpt", config, device, figures, save)

@@ -13,11 +13,11 @@ from configurator import UsageError
 CPU = torch.device("cpu")
 
 
-def stream(folder="data/markov", start=True, vocab_size=65, **sizes):
+def stream(folder="data/markov", start=True, vocab_size=65, micro_batch_size=None, **sizes):
     batches = Batches(folder, **{**dict(batch_size=8, block_size=32, device=CPU), **sizes})
     if start:
         torch.manual_seed(1337)
-        batches.start(vocab_size)
+        batches.start(vocab_size, micro_batch_size=micro_batch_size)
     return batches
 
 

@@ -1,0 +1,188 @@
+"""Try one micro-batch size, in a process of its own: autofit.py starts it and reads its lines of JSON.
+
+A job comes as JSON on standard input:
+    model_args, parameters, dtype, device, grad_clip   the run's
+    batch_size      sequences of a micro-batch
+    micro_steps     of an iteration, on this device
+    ranks           that share the iteration
+    compile, compile_mode
+    memory_limit_gb, or limit_bytes where an earlier trial found it
+    simulate        true: on fake tensors, which take no memory and tell no time
+    confirm_steps   optional: so many steps more, with evaluations, before memory is read
+
+Lines go out on standard output: facts about the device first, then a result.
+"""
+
+import json
+import os
+import sys
+import time
+from functools import partial
+
+REPORT = os.fdopen(os.dup(1), "w")  # a copy that children don't inherit: compiler workers may outlive this process
+os.dup2(2, 1)  # whatever prints goes to standard error
+
+import torch
+
+import autofit
+import runtime
+from batches import RandomBatch
+from configurator import show_usage_errors_as_sentences
+from model import GPT, GPTConfig
+from step import dry_step, evaluate, train_step, try_compile
+
+TIMED_SECONDS = 1.5  # of steps that are timed, at least
+
+
+def report(kind, **values):
+    REPORT.write(json.dumps({"kind": kind, **values}) + "\n")
+    REPORT.flush()
+
+
+def result(job, peak_bytes=0, tokens_per_second=0.0, failure="", **more):
+    report(
+        "result",
+        batch_size=job["batch_size"],
+        peak_bytes=int(peak_bytes),
+        tokens_per_second=float(tokens_per_second),
+        failure=failure,
+        **more,
+    )
+
+
+def accumulated(job):
+    """Micro-steps to measure: with the second, gradients and AdamW's state are there while activations grow.
+
+    Alone and without accumulation they never are; under DDP gradients always are.
+    """
+    return 2 if job["micro_steps"] > 1 or job["ranks"] > 1 else 1
+
+
+def measure(job):
+    """Full optimizer steps and an evaluation, on the code path that will train."""
+    device = runtime.open_device(job["device"])
+    runtime.take_device(device)
+    free = runtime.free_memory_bytes(device)
+    limit = job.get("limit_bytes") or autofit.memory_limit(free, job["memory_limit_gb"])
+    report(
+        "facts",
+        name=runtime.device_name(device),
+        device_type=device.type,
+        sm_count=runtime.sm_count(device),
+        capability=runtime.capability(device),
+        has_triton=runtime.has_triton(),
+        total_bytes=runtime.total_memory_bytes(device),
+        free_bytes=free,
+        limit_bytes=limit,
+        neighbours=runtime.neighbours(device),
+    )
+    runtime.cap_memory(device, limit)
+    if device.type == "cpu":
+        runtime.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
+    try:
+        figures = run(job, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        figures = {"failure": "out of memory"}
+    except RuntimeError as e:  # cuBLAS and the CPU's allocator run out of memory in this way
+        figures = {"failure": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:100]}"}
+    result(job, **figures)
+
+
+def run(job, device):
+    """The result's figures: peak in bytes, speed, allocator retries, seconds of compiling."""
+    model = GPT(GPTConfig(**job["model_args"])).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    scaler = runtime.grad_scaler(device, job["dtype"])
+    autocast = runtime.autocast(device, job["dtype"])
+    batches = RandomBatch(job["batch_size"], job["model_args"]["block_size"], job["model_args"]["vocab_size"], device)
+    compile_seconds = 0.0
+    if job["compile"]:
+        start = time.perf_counter()
+        trial = partial(dry_step, batch=batches.current, autocast=autocast)
+        model, failure = try_compile(model, trial, device, mode=job["compile_mode"])
+        if failure:
+            return {"failure": f"fails to compile ({failure})"}
+        compile_seconds = time.perf_counter() - start
+
+    def seconds(micro_steps):
+        runtime.synchronize(device)
+        start = time.perf_counter()
+        train_step(
+            model, optimizer, scaler, batches, autocast=autocast, micro_steps=micro_steps, grad_clip=job["grad_clip"]
+        )
+        runtime.synchronize(device)
+        return time.perf_counter() - start
+
+    accumulate = accumulated(job)
+    seconds(accumulate)
+    evaluate(model, batches, 1, autocast)
+    runtime.empty_cache(device)
+    runtime.reset_peak_memory(device)
+    one, two, began = [], [], time.perf_counter()
+    while not one or (time.perf_counter() - began < TIMED_SECONDS and len(one) < 10):
+        one.append(seconds(1))
+        if accumulate == 2:
+            two.append(seconds(2))
+    evaluate(model, batches, 1, autocast)
+    for step in range(job.get("confirm_steps", 0)):
+        seconds(accumulate)
+        if step % 10 == 9:
+            evaluate(model, batches, 1, autocast)
+    # An iteration is one micro-step with the update, and the others without.
+    first = min(one)
+    another = max(min(two) - first, 0.25 * first) if two else 0.0
+    tokens = job["micro_steps"] * job["batch_size"] * job["model_args"]["block_size"]
+    return {
+        "peak_bytes": runtime.peak_reserved_bytes(device),
+        "tokens_per_second": tokens / (first + (job["micro_steps"] - 1) * another),
+        "retries": runtime.allocator_retries(device),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def simulate(job):
+    """The same steps on fake tensors, in which only sizes are real: what tensors would hold at the peak."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    card = int(job["memory_limit_gb"] * autofit.GIB)
+    free = card - (autofit.CONTEXT_BYTES if job["device"].startswith("cuda") else 0)
+    report(
+        "facts",
+        name=f"a planned {job['device']} device",
+        device_type=torch.device(job["device"]).type,
+        sm_count=0,
+        capability=(0, 0),
+        has_triton=False,
+        total_bytes=card,
+        free_bytes=free,
+        limit_bytes=autofit.memory_limit(free, 0.0),
+    )
+    # Fake CUDA tensors abort a torch without CUDA; on the CPU, sizes are the same.
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        model = GPT(GPTConfig(**job["model_args"]))
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        size = job["batch_size"], job["model_args"]["block_size"], job["model_args"]["vocab_size"]
+        batches = RandomBatch(*size, cpu, on_current=tracker.reset_mod_stats)  # it tracks one pass over the modules
+        with tracker:
+            for micro_steps in (1, accumulated(job)):  # the second step finds AdamW's state
+                train_step(
+                    model,
+                    optimizer,
+                    runtime.grad_scaler(cpu, "float32"),
+                    batches,
+                    autocast=runtime.autocast(cpu, job["dtype"]),
+                    micro_steps=micro_steps,
+                    grad_clip=job["grad_clip"],
+                )
+        peak = tracker.get_tracker_snapshot("peak")[cpu]
+    result(job, peak_bytes=peak["Total"])
+
+
+if __name__ == "__main__":
+    show_usage_errors_as_sentences()
+    task = json.load(sys.stdin)
+    simulate(task) if task["simulate"] else measure(task)
