@@ -21,6 +21,7 @@ from configurator import UsageError
 GIB = 2**30
 MAX_PROBES = 5
 NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
+LEVEL = 0.95  # of the fastest: too close to tell which size is the best
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 PROBE_SECONDS = 600  # a trial that takes longer hangs
 CACHE = "auto_fit.json"
@@ -97,7 +98,8 @@ def next_size(sizes, trials, limit_bytes):
     """The micro-batch size to try next, or None where the trials so far suffice.
 
     First the two smallest, for the line that memory follows; then the largest that the line allows; then what
-    lies between what fits and what doesn't; last the neighbours of the fastest.
+    lies between what fits and what doesn't; then the neighbours of the fastest; last, where speed is level there,
+    the middle of the sizes below.
     """
     tried = {t.batch_size for t in trials}
     fitting = [t for t in trials if t.fits]
@@ -116,12 +118,15 @@ def next_size(sizes, trials, limit_bytes):
         # A line that has been wrong twice is no guide any more.
         return between[len(between) // 2] if len(too_large) > 1 else allowed[-1]
     fastest = max(fitting, key=lambda t: t.tokens_per_second)
-    if fastest.tokens_per_second:
-        at = sizes.index(fastest.batch_size)
-        for neighbour in sizes[max(0, at - 1) : at] + sizes[at + 1 : at + 2]:
-            if neighbour not in tried and neighbour < high and a + k * neighbour <= limit_bytes:
-                return neighbour
-    return None
+    if not fastest.tokens_per_second:
+        return None
+    at = sizes.index(fastest.batch_size)
+    for neighbour in sizes[max(0, at - 1) : at] + sizes[at + 1 : at + 2]:
+        if neighbour not in tried and neighbour < high and a + k * neighbour <= limit_bytes:
+            return neighbour
+    level = [t for t in fitting if t.tokens_per_second >= LEVEL * fastest.tokens_per_second]
+    below = [s for s in sizes if s < fastest.batch_size and s not in tried]
+    return below[len(below) // 2] if below and len(level) > 1 else None
 
 
 def choose(trials):

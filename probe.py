@@ -118,19 +118,21 @@ def run(job, device):
     evaluate(model, batches, 1, autocast)
     runtime.empty_cache(device)
     runtime.reset_peak_memory(device)
-    one, two, began = [], [], time.perf_counter()
-    while not one or (time.perf_counter() - began < TIMED_SECONDS and len(one) < 10):
-        one.append(seconds(1))
-        if accumulate == 2:
-            two.append(seconds(2))
+    # An iteration is one micro-step with the update, and the others without: times of short and of long steps
+    # tell both. Quick ones need a longer step, or noise would hide the difference.
+    several = min(8, job["micro_steps"]) if seconds(1) < 0.25 else accumulate
+    short, long, began = [], [], time.perf_counter()
+    while not short or (time.perf_counter() - began < TIMED_SECONDS and len(short) < 10):
+        short.append(seconds(1))
+        if several > 1:
+            long.append(seconds(several))
     evaluate(model, batches, 1, autocast)
     for step in range(job.get("confirm_steps", 0)):
         seconds(accumulate)
         if step % 10 == 9:
             evaluate(model, batches, 1, autocast)
-    # An iteration is one micro-step with the update, and the others without.
-    first = min(one)
-    another = max(min(two) - first, 0.25 * first) if two else 0.0
+    first = min(short)
+    another = max(min(long) - first, 0.0) / (several - 1) if long else 0.0
     tokens = job["micro_steps"] * job["batch_size"] * job["model_args"]["block_size"]
     return {
         "peak_bytes": runtime.peak_reserved_bytes(device),

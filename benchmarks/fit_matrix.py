@@ -12,7 +12,7 @@ from common import finish
 
 import autofit
 import runtime
-from autofit import GIB, Fitter, Trial, divisors, run_probe
+from autofit import Fitter, Trial, divisors, run_probe
 from configurator import UsageError, at_least, configure, usage_errors
 from model import PRETRAINED, GPTConfig
 
@@ -69,16 +69,9 @@ def exhaustive(shape):
 
 def cell(model, shape, every, limit):
     """One row of the table: what auto-fit chose under this limit, and what there was to choose."""
-    row = {
-        "model": model,
-        "limit_gb": limit,
-        "choice": None,
-        "best": None,
-        "ratio": None,
-        "probes": 0,
-        "confirmed": None,
-    }
-    fitting = [t for t in every.values() if t.peak_bytes <= limit * GIB]
+    row = {"model": model, "limit_gb": limit, "probes": 0}
+    row.update(dict.fromkeys(("choice", "best", "ratio", "confirmed")))
+    fitting = [t for t in every.values() if t.peak_bytes <= limit * autofit.GIB]
     if fitting:
         best = max(fitting, key=lambda t: t.tokens_per_second)
         row["best"], row["best_tokens_per_second"] = best.batch_size, best.tokens_per_second
