@@ -10,17 +10,18 @@ SETUP := .venv/installed
 endif
 
 OUT := out-python-char
+RESULTS := benchmarks/results
 
 .PHONY: help train test lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
 	@echo "make lint    check the style"
-	@echo "make gpu     run only the tests that need a GPU"
+	@echo "make gpu     on a GPU with 24 GB: the tests that need one, then the benchmarks; keeps what they measure"
 	@echo "make clean   remove what the others made"
 
 train: data/python_char/meta.pkl
-	$(PY) train.py config/train_python_char.py --out_dir=$(OUT)
+	$(PY) train.py config/train_python_char.py --out_dir=$(OUT) --auto_fit=True
 	$(PY) sample.py --out_dir=$(OUT) --num_samples=1 --max_new_tokens=400 --start="def "
 
 test: $(SETUP)
@@ -32,6 +33,9 @@ lint: $(SETUP)
 
 gpu: $(SETUP)
 	$(PY) -m pytest -q -m gpu
+	mkdir -p $(RESULTS)
+	$(PY) benchmarks/fit_matrix.py --save=$(RESULTS)/fit_matrix-cuda.json
+	$(PY) benchmarks/against_nanogpt.py --batch_size=12 --block_size=1024 --save=$(RESULTS)/against_nanogpt-cuda.json
 
 clean:
 	rm -rf .venv $(OUT) data/python_char/*.bin data/python_char/meta.pkl .pytest_cache .ruff_cache .hypothesis

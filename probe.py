@@ -137,6 +137,7 @@ def run(job, device):
     return {
         "peak_bytes": runtime.peak_reserved_bytes(device),
         "tokens_per_second": tokens / (first + (job["micro_steps"] - 1) * another),
+        "allocated_bytes": runtime.peak_memory_bytes(device) or 0,  # of the peak, what tensors held
         "retries": runtime.allocator_retries(device),
         "compile_seconds": compile_seconds,
     }

@@ -103,9 +103,12 @@ if dry_run and not planned and not runtime.is_here(device):
     raise UsageError(f"there is no {device} here: to plan for one, say how much memory it has: --memory_limit_gb=12")
 if not planned:
     device = runtime.open_device(world.join(backend, device))
-    if compile and (refusal := autofit.refuse_mode(compile_mode, runtime.sm_count(device), compile_min_sms)):
+    if (
+        compile
+        and device.type == "cuda"
+        and (refusal := autofit.refuse_mode(compile_mode, runtime.sm_count(device), compile_min_sms))
+    ):
         raise UsageError(refusal)
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 
 wandb = None
 if wandb_log and world.is_main:
@@ -121,7 +124,9 @@ if not dry_run:
 meta = load_meta(data_dir)
 
 if not world.is_main:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the run). One voice: the ranks would print the same lines
+    # One voice: the ranks would print the same lines.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 print(f"tokens per iteration will be: {tokens_per_iter:,}")
 
 # ---- model, optimizer, and where they come from ------------------------------------------------------------

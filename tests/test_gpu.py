@@ -1,5 +1,6 @@
 """What only a GPU can show. Toy sizes: at most 2 GB of its memory."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
+import autofit
 import runtime
 from model import GPT, GPTConfig
 from step import dry_step, try_compile
@@ -42,6 +44,77 @@ def test_generators_are_put_back():
     first = torch.rand(3, device=GPU)
     runtime.set_rng_state(state, GPU)
     assert torch.equal(torch.rand(3, device=GPU), first)
+
+
+def test_facts_about_memory():
+    assert runtime.sm_count(GPU) > 0
+    assert runtime.capability(GPU) >= (5, 0)
+    assert 0 < runtime.free_memory_bytes(GPU) <= runtime.total_memory_bytes(GPU)
+    assert runtime.versions(GPU)["device"] == torch.cuda.get_device_name()
+    assert all(pid > 0 and mib >= 0 for pid, _, mib in runtime.neighbours(GPU))
+
+
+def test_peaks_count_what_the_allocator_reserves():
+    runtime.empty_cache(GPU)
+    runtime.reset_peak_memory(GPU)
+    before = runtime.peak_reserved_bytes(GPU)
+    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=GPU)
+    assert runtime.peak_reserved_bytes(GPU) >= before + 256 * 2**20
+    del block
+    runtime.empty_cache(GPU)
+    runtime.reset_peak_memory(GPU)
+    assert runtime.peak_reserved_bytes(GPU) < before + 256 * 2**20
+    assert runtime.allocator_retries(GPU) >= 0
+
+
+def test_a_cap_makes_an_overrun_an_error():
+    runtime.empty_cache(GPU)
+    runtime.take_device(GPU, 512 * 2**20)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**30, dtype=torch.uint8, device=GPU)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+PROBE = dict(
+    model_args=dict(n_layer=3, n_head=4, n_embd=256, block_size=256, bias=False, vocab_size=8192, dropout=0.0),
+    parameters=1, dtype="bfloat16", device="cuda", grad_clip=1.0, batch_size=16, micro_steps=4, ranks=1,
+    compile=False, simulate=False, memory_limit_gb=2.0,
+)  # fmt: skip
+
+
+def test_the_simulation_agrees_with_the_gpu():
+    [measured], failure = autofit.run_probe(PROBE)
+    assert not failure
+    assert not measured["failure"]
+    assert measured["allocated_bytes"] <= measured["peak_bytes"] <= 2 * 2**30
+    [simulated], _ = autofit.run_probe({**PROBE, "simulate": True})
+    assert simulated["peak_bytes"] == pytest.approx(measured["allocated_bytes"], rel=0.1)
+
+
+def test_a_size_beyond_the_limit_ends_in_the_probe_alone():
+    [result], failure = autofit.run_probe({**PROBE, "batch_size": 4096, "memory_limit_gb": 1.0})
+    assert not failure
+    assert result["failure"] == "out of memory"
+
+
+def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkeypatch, workplace):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    keys = dict(device="cuda", auto_fit=True, memory_limit_gb=1.5, batch_size=16, max_iters=12, dropout=0.1)
+    try:
+        fitted = train(**keys)
+        micro = json.loads((workplace / "out" / "auto_fit.json").read_text())["choice"]["micro_batch_size"]
+        plan = autofit.Plan(16, 1, micro, False, int(1.5 * 2**30))
+        monkeypatch.setattr(autofit, "fit", lambda *_: plan)
+        by_hand = train(**keys)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert f"auto-fit: {plan}\n" in fitted.text
+    assert by_hand.iter_loss == fitted.iter_loss
+    assert by_hand.eval_loss == fitted.eval_loss
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

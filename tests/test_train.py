@@ -125,8 +125,10 @@ def test_resuming_with_a_shorter_block_crops_weights_and_moments():
 
 def test_resuming_takes_the_model_from_the_checkpoint():
     train(max_iters=10)
-    run = train("--init_from=resume", n_layer=7, max_iters=10, init_from="resume")
+    keys = {k: v for k, v in TOY.items() if k != "block_size"}
+    run = run_script("train.py", *flags(**{**keys, "n_layer": 7, "max_iters": 10, "init_from": "resume"}))
     assert run.names["raw_model"].config.n_layer == 2
+    assert "tokens per iteration will be: 256\n" in run.text, "its block_size too, where none is given"
 
 
 def test_a_failed_save_leaves_the_checkpoint_before(workplace, monkeypatch):
