@@ -21,7 +21,7 @@ from configurator import UsageError
 GIB = 2**30
 MAX_PROBES = 5
 NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
-LEVEL = 0.95  # of the fastest: too close to tell which size is the best
+LEVEL = 0.9  # of the fastest: too close to tell which size is the best
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 PROBE_SECONDS = 600  # a trial that takes longer hangs
 CACHE = "auto_fit.json"

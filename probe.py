@@ -132,7 +132,7 @@ def run(job, device):
         if step % 10 == 9:
             evaluate(model, batches, 1, autocast)
     first = min(short)
-    another = max(min(long) - first, 0.0) / (several - 1) if long else 0.0
+    another = max((min(long) - first) / (several - 1), 0.1 * first) if long else 0.0
     tokens = job["micro_steps"] * job["batch_size"] * job["model_args"]["block_size"]
     return {
         "peak_bytes": runtime.peak_reserved_bytes(device),
