@@ -5,7 +5,7 @@ eval_interval = 500
 eval_iters = 20
 log_interval = 100
 
-# 16 sequences x 128 tokens x 1 micro-step = 2,048 tokens an iteration; 2,000 iterations = 4.1 million tokens
+# 16 sequences x 128 tokens x 1 micro-step = 2,048 tokens an iteration; 1,500 iterations = 3.1 million tokens
 batch_size = 16
 block_size = 128
 gradient_accumulation_steps = 1
@@ -17,8 +17,8 @@ n_embd = 128
 
 learning_rate = 2e-3
 min_lr = 2e-4
-max_iters = 2000
-lr_decay_iters = 2000
+max_iters = 1500
+lr_decay_iters = 1500
 warmup_iters = 100
 beta2 = 0.99
 compile = False  # compiling would take as long as a third of the run
