@@ -93,6 +93,7 @@ def open_device(name):
             )
         if (device.index or 0) >= count:
             raise UsageError(f"device={name!r}, but there are {count} GPUs, numbered from 0")
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError(
             f"device='mps', but this machine has no Metal GPU; leave --device out to use {best_device()!r}"

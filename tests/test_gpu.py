@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from step import dry_step, try_compile
 
 pytestmark = pytest.mark.gpu
-GPU = torch.device("cuda")
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,9 @@ def gpu_only_while_it_lasts():
 
 def test_facts_about_the_gpu():
     assert runtime.best_device() == "cuda"
-    assert runtime.open_device("cuda").type == "cuda"
+    assert runtime.open_device("cuda") == GPU
+    runtime.take_device(GPU)
+    assert torch.cuda.current_device() == 0
     assert runtime.device_name(GPU) == torch.cuda.get_device_name()
     assert runtime.best_dtype("cuda") in ("bfloat16", "float16")
 

@@ -41,6 +41,8 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="device='cuda:2', but there are 2 GPUs, numbered from 0"):
         runtime.open_device("cuda:2")
+    assert runtime.open_device("cuda") == torch.device("cuda", 0), "set_device refuses a device without a number"
+    assert runtime.open_device("cuda:1") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(
