@@ -6,6 +6,7 @@ cut. Sizes are tried in child processes (probe.py), one a trial, which end befor
 leak or a failed compilation there costs nothing.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ LEVEL = 0.9  # of the fastest: too close to tell which size is the best
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 PROBE_SECONDS = 600  # a trial that takes longer hangs
 CACHE = "auto_fit.json"
+OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 PROBE_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
 
 
@@ -159,10 +161,10 @@ def search(batch_size, limit_bytes, measure):
     return choose(trials), trials
 
 
-def may_compile(*, asked, device_type, capability, sm_count, min_sms, has_triton, platform, mode):
+def may_compile(*, asked, device_type, capability, sm_count, min_sms, has_triton, platform):
     """(verdict, why): 'yes', 'no', or 'prove' where compiling must pay for itself in a probe.
 
-    capability: CUDA compute capability (major, minor). mode: torch.compile's.
+    capability: CUDA compute capability (major, minor).
     """
     if not asked:
         return "no", "compile=False"
@@ -184,7 +186,7 @@ def refuse_mode(mode, sm_count, min_sms):
     if mode.startswith("max-autotune") and sm_count < min_sms:
         return (
             f"compile_mode={mode!r} needs a GPU of compile_min_sms={min_sms} SMs, this one has {sm_count}: Inductor "
-            "would only warn and not use it; set compile_mode to 'default' or 'reduce-overhead'"
+            "would only warn and not tune matrix products; set compile_mode to 'default' or 'reduce-overhead'"
         )
     return ""
 
@@ -226,11 +228,9 @@ def run_probe(job, on_facts=lambda facts: None, seconds=PROBE_SECONDS):
         watch = threading.Timer(seconds, lambda: (late.set(), _kill(child)))
         watch.start()
         try:
-            try:
-                child.stdin.write(json.dumps(job))
-                child.stdin.close()
-            except BrokenPipeError:
-                late.is_set()  # it died at once; the exit code below says how
+            with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code below says how
+                child.stdin.write(json.dumps(job) + "\n")
+                child.stdin.flush()
             for line in child.stdout:
                 answer = _answer(line)
                 if answer.get("kind") == "facts":
@@ -242,6 +242,8 @@ def run_probe(job, on_facts=lambda facts: None, seconds=PROBE_SECONDS):
         finally:
             watch.cancel()
             _kill(child)
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
         errors.seek(0)
         said = [line for line in errors.read().splitlines() if line.strip()]
     if results and code == 0:
@@ -347,7 +349,7 @@ class Fitter:
 
         def measure(size):
             trials.append(self.measure(size))
-            if len(trials) == 2:
+            if len(trials) == 2 and all(t.peak_bytes for t in trials):
                 a, k = line_through(trials)
                 following = next_size(divisors(self.batch_size), trials, self._limit())
                 hope = f": {following} should fit" if following and following > size else ""
@@ -387,7 +389,6 @@ class Fitter:
             min_sms=self.compile_min_sms,
             has_triton=facts.get("has_triton", False),
             platform=sys.platform,
-            mode=self.compile_mode,
         )
         if verdict == "prove":
             # The time that compiling could save at the very best; where that is less than a minute, don't try.
@@ -397,7 +398,7 @@ class Fitter:
         if verdict != "no":
             compiled = self.measure(choice.batch_size, compile=True)
             if not compiled.fits:
-                verdict, why = "no", f"compiled, it {compiled.failure or 'does not fit'}"
+                verdict, why = "no", f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
             elif verdict == "prove":
                 worth, sums = pays_off(choice, compiled, self._tokens_left())
                 verdict, why = ("yes" if worth else "no"), f"{why}, and {sums}"
@@ -440,6 +441,12 @@ class Fitter:
         smallest = trials[0]
         if not self.facts:
             return f"auto-fit could not look at the device: {smallest.failure}"
+        if smallest.failure not in ("", OUT_OF_MEMORY):
+            return (
+                f"auto-fit: the trial of batch_size 1 failed: {smallest.failure}; if that is for want of memory (the "
+                f"limit is {self._limit() / GIB:.2f} GiB), set a smaller block_size or model; else start without "
+                "auto_fit to see the whole error"
+            )
         how = smallest.failure or ("simulated" if self.simulated else "measured")
         need = f"{smallest.peak_bytes / GIB:.2f} GiB" if smallest.peak_bytes else "more than there is"
         return (
@@ -521,7 +528,15 @@ def fit(world, out_dir, model_args, device, planned, config, parameters, iterati
         iterations_left=iterations_left,
         simulated=planned,
     )
-    asked = ("batch_size", "gradient_accumulation_steps", "dtype", "compile", "compile_mode", "compile_min_sms")
+    asked = (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "dtype",
+        "compile",
+        "compile_mode",
+        "compile_min_sms",
+        "max_iters",
+    )
     key = {
         **({} if planned else runtime.versions(device)),
         "model": model_args,

@@ -40,6 +40,9 @@ def load(out_dir, required=REQUIRED):
     missing = [k for k in required if k not in checkpoint] if isinstance(checkpoint, dict) else required
     if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
+    lacking = [k for k in (*MODEL_KEYS, "dropout") if k not in checkpoint["model_args"]]
+    if lacking:
+        raise UsageError(f"{path}: its model_args lack {', '.join(lacking)}: it is not a checkpoint of this model")
     checkpoint["model"] = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     return checkpoint
 

@@ -28,12 +28,17 @@ class UsageError(ValueError):
     """A mistake in what the user gave. Its message is a sentence, shown without a traceback."""
 
 
-def show_usage_errors_as_sentences():
-    """From here on an uncaught UsageError ends the program with its sentence and exit code 1."""
+def show_usage_errors_as_sentences(when_memory_ends="use less at a time"):
+    """From here on an uncaught UsageError ends the program with its sentence and exit code 1.
+
+    So does torch.OutOfMemoryError, with what to do then.
+    """
 
     def show(kind, error, trace):
         if issubclass(kind, UsageError):
             print(f"error: {error}", file=sys.stderr)
+        elif kind.__module__.split(".")[0] == "torch" and kind.__name__ == "OutOfMemoryError":
+            print(f"error: {str(error).splitlines()[0]}\n{when_memory_ends}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -118,8 +123,10 @@ def _run_config_file(path, namespace):
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UsageError(f"{where}: {type(e).__name__}: {e}") from e
-    names = [s.get_name() for s in symbols if s.is_assigned() or s.is_imported()]
-    return {name: after[name] for name in names if name in after and not name.startswith("_")}
+    names = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+    unset = object()
+    changed = {name for name, value in after.items() if namespace.get(name, unset) is not value}  # by an exec inside
+    return {name: value for name, value in after.items() if name in names | changed and not name.startswith("_")}
 
 
 def configure(namespace, argv=None):
@@ -129,7 +136,8 @@ def configure(namespace, argv=None):
     Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file; from
     here on the script shows a UsageError as one sentence.
     """
-    show_usage_errors_as_sentences()
+    fit = "auto_fit" in namespace and not namespace["auto_fit"]
+    show_usage_errors_as_sentences("--auto_fit=True finds a split that fits" if fit else "use a smaller batch_size")
     argv = sys.argv[1:] if argv is None else argv
     script = os.path.basename(namespace.get("__file__") or "this script")
     defaults = keys_of(namespace)

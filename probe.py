@@ -1,6 +1,6 @@
 """Try one micro-batch size, in a process of its own: autofit.py starts it and reads its lines of JSON.
 
-A job comes as JSON on standard input:
+A job comes as one line of JSON on standard input, which stays open as long as the answer is wanted:
     model_args, parameters, dtype, device, grad_clip   the run's
     batch_size      sequences of a micro-batch
     micro_steps     of an iteration, on this device
@@ -16,6 +16,7 @@ Lines go out on standard output: facts about the device first, then a result.
 import json
 import os
 import sys
+import threading
 import time
 from functools import partial
 
@@ -74,7 +75,7 @@ def measure(job):
         total_bytes=runtime.total_memory_bytes(device),
         free_bytes=free,
         limit_bytes=limit,
-        neighbours=runtime.neighbours(device),
+        neighbours=[] if job.get("limit_bytes") else runtime.neighbours(device),
     )
     runtime.cap_memory(device, limit)
     if device.type == "cpu":
@@ -82,7 +83,7 @@ def measure(job):
     try:
         figures = run(job, device)
     except (torch.OutOfMemoryError, MemoryError):
-        figures = {"failure": "out of memory"}
+        figures = {"failure": autofit.OUT_OF_MEMORY}
     except RuntimeError as e:  # cuBLAS and the CPU's allocator run out of memory in this way
         figures = {"failure": f"{type(e).__name__}: {str(e).strip().splitlines()[0][:100]}"}
     result(job, **figures)
@@ -118,6 +119,7 @@ def run(job, device):
     evaluate(model, batches, 1, autocast)
     runtime.empty_cache(device)
     runtime.reset_peak_memory(device)
+    retries = runtime.allocator_retries(device)
     # An iteration is one micro-step with the update, and the others without: times of short and of long steps
     # tell both. Quick ones need a longer step, or noise would hide the difference.
     several = min(8, job["micro_steps"]) if seconds(1) < 0.25 else accumulate
@@ -138,7 +140,7 @@ def run(job, device):
         "peak_bytes": runtime.peak_reserved_bytes(device),
         "tokens_per_second": tokens / (first + (job["micro_steps"] - 1) * another),
         "allocated_bytes": runtime.peak_memory_bytes(device) or 0,  # of the peak, what tensors held
-        "retries": runtime.allocator_retries(device),
+        "retries": runtime.allocator_retries(device) - retries,
         "compile_seconds": compile_seconds,
     }
 
@@ -165,6 +167,8 @@ def simulate(job):
     cpu = torch.device("cpu")
     with FakeTensorMode():
         model = GPT(GPTConfig(**job["model_args"]))
+        for block in model.transformer.h:
+            block.attn.dropout = 0.0  # with it a CPU, unlike a GPU, would store whole attention matrices
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
@@ -187,5 +191,8 @@ def simulate(job):
 
 if __name__ == "__main__":
     show_usage_errors_as_sentences()
-    task = json.load(sys.stdin)
+    runtime.prefer_expandable_segments()
+    task = json.loads(sys.stdin.readline())
+    # Standard input ends when the process that asked does: then nobody waits, and the GPU should be free again.
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     simulate(task) if task["simulate"] else measure(task)

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def best_dtype(device):
     """
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    return "bfloat16" if capability(open_device(device))[0] >= 8 else "float16"
 
 
 def is_here(name):
@@ -163,9 +164,9 @@ def neighbours(device):
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     found = []
     for line in _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory"):
-        gpu, pid, *name, mib = (part.strip() for part in line.split(","))
-        if gpu.endswith(uuid) and int(pid) not in (os.getpid(), os.getppid()) and mib.isdigit():
-            found.append((int(pid), ",".join(name), int(mib)))
+        match = re.fullmatch(r"(\S+), (\d+), (.*), (\d+)", line.strip())  # some systems answer [N/A]
+        if match and match[1].endswith(uuid) and int(match[2]) not in (os.getpid(), os.getppid()):
+            found.append((int(match[2]), match[3], int(match[4])))
     return found
 
 
@@ -182,7 +183,7 @@ def _nvidia_smi(query):
 def peak_flops(name):
     """(FLOP/s, note) of the device of this name: dense 16-bit products; note says where it is a guess."""
     for known, tflops in PEAK_TFLOPS:
-        if known.lower() in name.lower():
+        if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
             return tflops * 1e12, ""
     return A100_FLOPS, f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's 312 TFLOPS"
 
@@ -356,7 +357,7 @@ class World:
         if self.size == 1 and "RANK" not in os.environ:
             return device_name
         options = {}
-        if torch.device(device_name).type == "cuda":
+        if open_device(device_name).type == "cuda":
             device_name = f"cuda:{self.local_rank}"
             options["device_id"] = device = open_device(device_name)
             take_device(device)
@@ -366,7 +367,8 @@ class World:
                 print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
         if not dist.is_backend_available(backend):
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
-        dist.init_process_group(backend, **options)
+        # Longer than any evaluation or trial for which the other ranks wait; NCCL's own 10 minutes is not.
+        dist.init_process_group(backend, timeout=timedelta(hours=3), **options)
         if backend == "gloo":
             # gloo's threads give back their last tensors a moment after the call that waited for them, and need
             # Python's lock to do so: where Python is shutting down already, the process aborts.

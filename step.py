@@ -54,10 +54,14 @@ def evaluate(model, batches, eval_iters, autocast):
 
 
 def dry_step(model, batch, autocast):
-    """Everything that training asks of a model, once, without an update: forward, backward, evaluation."""
-    with autocast:
-        loss = model(*batch)[1]
-    loss.backward()
+    """Everything that training asks of a model, without an update: two micro-steps and an evaluation.
+
+    Two, because some of torch.compile's modes fail only where gradients accumulate.
+    """
+    for _ in range(2):
+        with autocast:
+            loss = model(*batch)[1]
+        loss.backward()
     model.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad(), autocast:

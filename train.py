@@ -80,7 +80,10 @@ config, given = configure(globals())
 at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps")
 at_least(1, config, "eval_interval", "eval_iters", "log_interval")
 at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
-at_least(0, config, "memory_limit_gb", "compile_min_sms")
+at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2")
+if not max(beta1, beta2) < 1:
+    raise UsageError(f"beta1 and beta2 must be below 1, not {beta1} and {beta2}")
+one_of(("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), config, "compile_mode")
 planned = dry_run and memory_limit_gb > 0 and not runtime.is_here(device)  # for a device that is elsewhere
 if "dtype" not in given:
     dtype = config["dtype"] = "bfloat16" if planned else runtime.best_dtype(device)
@@ -99,6 +102,8 @@ if gradient_accumulation_steps % world.size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared equally by {world.size} ranks: "
         f"set it to {' or '.join(nearest)}"
     )
+if planned and world.size > 1:
+    raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
 if dry_run and not planned and not runtime.is_here(device):
     raise UsageError(f"there is no {device} here: to plan for one, say how much memory it has: --memory_limit_gb=12")
 if not planned:
@@ -158,6 +163,9 @@ if block_size < model.config.block_size:
     model_args["block_size"] = block_size
 
 # ---- fit the device ----------------------------------------------------------------------------------------
+if world.is_main and not dry_run:
+    with usage_errors(OSError, prefix=f"out_dir={out_dir!r} can't be made: "):
+        os.makedirs(out_dir, exist_ok=True)
 micro_batch_size, accumulation = batch_size, gradient_accumulation_steps
 limit_bytes = int(memory_limit_gb * 2**30) or None
 if auto_fit or dry_run:
@@ -197,6 +205,8 @@ if compile:
     if failure:
         print(f"compile failed, training goes on without it ({failure})")
 if world.size > 1:
+    if model is not raw_model:
+        torch.compiler.reset()  # compiled anew inside DDP, in pieces between which gradients travel
     # Gradients that are views of DDP's buckets take no memory of their own.
     gpu = [device.index] if device.type == "cuda" else None
     model = DDP(model, device_ids=gpu, gradient_as_bucket_view=True)
@@ -214,8 +224,6 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-if world.is_main:
-    os.makedirs(out_dir, exist_ok=True)
 if wandb:
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 peak_flops, note = runtime.peak_flops(runtime.device_name(device))

@@ -163,7 +163,7 @@ def test_the_limit():
 # ---- torch.compile -----------------------------------------------------------------------------------------
 
 GPU = dict(asked=True, device_type="cuda", capability=(8, 0), sm_count=108, min_sms=68, has_triton=True,
-           platform="linux", mode="default")  # fmt: skip
+           platform="linux")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_compiled_model_that_does_not_fit_or_fails_stays_eager():
 
     made, said, _ = fitter(answer, {**FACTS, "sm_count": 132}, asked_compile=True)
     assert not made.plan().compile
-    assert said[-1] == "auto-fit: compile off: compiled, it fails to compile (X: no)"
+    assert said[-1] == "auto-fit: compile off: the compiled trial failed: fails to compile (X: no)"
 
 
 def test_enough_sms_compile_as_asked():
@@ -327,6 +327,12 @@ def test_nothing_fits_is_an_error_with_numbers():
         made.plan()
     for words in ("batch_size 1 takes 2.61 GiB", "the limit is 2.00 GiB", "take 1.85 GiB", "smaller block_size"):
         assert words in str(error.value)
+
+
+def test_a_trial_that_fails_for_another_reason_is_not_called_a_want_of_memory():
+    made, _, _ = fitter(lambda job: "ended with exit code 1 and no answer (ValueError: a bug)")
+    with pytest.raises(UsageError, match="the trial of batch_size 1 failed: the probe ended with exit code 1.*a bug"):
+        made.plan()
 
 
 def test_a_device_that_cannot_be_looked_at():
@@ -439,6 +445,19 @@ def test_a_child_that_ends_badly_is_a_sentence(workplace, monkeypatch, script, s
     assert sentence in failure
 
 
+def test_a_probe_ends_when_nobody_waits_any_more():
+    """Its parent may be killed: then standard input ends."""
+    probe = subprocess.Popen(
+        [sys.executable, autofit.PROBE_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    probe.stdin.write(json.dumps({**JOB, "confirm_steps": 10**9}) + "\n")
+    probe.stdin.flush()
+    assert '"facts"' in probe.stdout.readline()
+    probe.stdin.close()
+    assert probe.wait(timeout=30) == 1
+    probe.stdout.close()
+
+
 def test_noise_around_an_answer_does_not_matter(workplace, monkeypatch):
     (workplace / "fake.py").write_text(f"print('hello'); print('''{GOOD}'''); print('bye')")
     monkeypatch.setattr(autofit, "PROBE_SCRIPT", str(workplace / "fake.py"))
@@ -459,6 +478,16 @@ def test_a_probe_measures_memory_and_speed():
     assert facts[0]["limit_bytes"] <= 4 * GIB
     assert 0.1 * GIB < result["peak_bytes"] < 2 * GIB
     assert result["tokens_per_second"] > 100
+
+
+@pytest.mark.slow
+def test_dropout_costs_a_plan_no_attention_matrices():
+    peaks = []
+    for dropout in (0.0, 0.2):
+        shape = {**JOB["model_args"], "block_size": 256, "dropout": dropout}
+        [result], _ = autofit.run_probe({**JOB, "model_args": shape, "simulate": True})
+        peaks.append(result["peak_bytes"])
+    assert peaks[0] < peaks[1] < 1.25 * peaks[0], "masks are a byte for each value that they drop"
 
 
 def test_a_size_far_beyond_the_limit_ends_in_the_probe_alone():

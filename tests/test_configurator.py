@@ -28,6 +28,12 @@ def test_the_later_wins_whichever_kind_it_is(tmp_path):
     assert configured("a.py", "--batch_size=1")[0]["batch_size"] == 1
 
 
+def test_a_file_may_run_another(tmp_path):
+    (tmp_path / "base.py").write_text("batch_size = 7\n")
+    (tmp_path / "a.py").write_text("exec(open('base.py').read())\n")
+    assert configured("a.py")[0]["batch_size"] == 7
+
+
 def test_a_key_that_a_file_sets_to_its_default_counts_as_given(tmp_path):
     (tmp_path / "a.py").write_text("batch_size = 12\n")
     assert configured("a.py")[1] == {"batch_size"}

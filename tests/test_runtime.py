@@ -11,6 +11,7 @@ from configurator import UsageError
 def fake_gpu(monkeypatch):
     def put(capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     return put
@@ -38,7 +39,6 @@ def test_mps_comes_before_cpu(monkeypatch):
 
 def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     fake_gpu((8, 0))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="device='cuda:2', but there are 2 GPUs, numbered from 0"):
         runtime.open_device("cuda:2")
     assert runtime.open_device("cuda") == torch.device("cuda", 0), "set_device refuses a device without a number"
@@ -62,10 +62,24 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
         ("NVIDIA A10", 125),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A4000", 76.7),
     ],
 )
 def test_peak_flops_by_name(name, tflops):
     assert runtime.peak_flops(name) == (tflops * 1e12, "")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA RTX A2000", "NVIDIA T400 4GB", "Voodoo 2"])
+def test_part_of_a_name_is_not_the_name(name):
+    assert f"no peak FLOP/s is known for {name}" in runtime.peak_flops(name)[1]
+
+
+def test_nvidia_smi_may_answer_anything(monkeypatch):
+    properties = type("Properties", (), {"uuid": "12-34"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    lines = ["GPU-12-34, 77, python, train.py, 4300", "GPU-99, 78, python, 1", "GPU-12-34, 79, x, [N/A]", "?"]
+    monkeypatch.setattr(runtime, "_nvidia_smi", lambda query: lines)
+    assert runtime.neighbours(torch.device("cuda", 0)) == [(77, "python, train.py", 4300)]
 
 
 def test_an_unknown_gpu_says_so_and_falls_back():

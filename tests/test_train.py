@@ -201,6 +201,9 @@ def test_a_dtype_asked_for_on_the_cpu_is_used():
         ({"init_from": "gtp2"}, "init_from must be 'scratch', 'resume', one of gpt2, .*not 'gtp2'"),
         ({"dtype": "half"}, "dtype must be one of 'float32', 'bfloat16', 'float16', not 'half'"),
         ({"device": "gpu"}, "device must be 'cuda', 'cuda:N', 'mps' or 'cpu', not 'gpu'"),
+        ({"beta2": 1.5}, "beta1 and beta2 must be below 1"),
+        ({"compile_mode": "max_autotune"}, "compile_mode must be one of 'default', .*not 'max_autotune'"),
+        ({"out_dir": "data/markov/train.bin"}, "out_dir='data/markov/train.bin' can't be made"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"log_interval": 0}, "log_interval must be at least 1, not 0"),
     ],
@@ -256,6 +259,13 @@ def test_a_mistake_prints_one_sentence_and_leaves_nothing(workplace):
     assert done.stderr.startswith("error: n_embd=64 is not divisible by n_head=3")
     assert len(done.stderr.splitlines()) == 1
     assert not (workplace / "out").exists()
+
+
+def test_running_out_of_memory_tells_what_to_do():
+    code = "import torch, configurator as c; c.configure({'auto_fit': False}, []); raise torch.OutOfMemoryError('no')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: no", "--auto_fit=True finds a split that fits"]
 
 
 def test_no_warnings():
