@@ -34,7 +34,7 @@ def device(limit, memory, speed=lambda size: float(size) / (size + 4)):
     return measure, asked
 
 
-def sound(batch_size, limit, memory, speed=lambda size: float(size) / (size + 4)):
+def check_search(batch_size, limit, memory, speed=lambda size: float(size) / (size + 4)):
     """Search, and check what must hold whatever the memory does."""
     measure, asked = device(limit, memory, speed)
     choice, trials = search(batch_size, limit, measure)
@@ -71,7 +71,7 @@ def test_the_search_is_sound_whatever_the_memory_does(batch_size, a, k, limit, s
             return None if r < 0.3 else a + k * size  # crashes now and then
         return a + k * size * size  # not a line
 
-    sound(batch_size, limit, memory, speed=lambda size: hash((seed, size, 1)) % 1000 + 1.0)
+    check_search(batch_size, limit, memory, speed=lambda size: hash((seed, size, 1)) % 1000 + 1.0)
 
 
 @settings(max_examples=300, deadline=None)
@@ -80,7 +80,7 @@ def test_on_a_line_the_choice_is_the_exhaustive_best_within_two_percent(batch_si
     def speed(size):
         return 1000.0 * size / (size + half)
 
-    choice, _ = sound(batch_size, GIB, lambda size: (a + k * size) * GIB, speed)
+    choice, _ = check_search(batch_size, GIB, lambda size: (a + k * size) * GIB, speed)
     fitting = [s for s in divisors(batch_size) if (a + k * s) * GIB <= GIB]
     if choice is None:
         # Measured and compared in whole bytes.
@@ -110,7 +110,7 @@ def line(size):
     ],
 )
 def test_the_order_of_trials(batch_size, limit, memory, expected, probes):
-    choice, asked = sound(batch_size, limit * GIB, lambda b: memory(b) * GIB, speed=lambda b: b / (b + 2))
+    choice, asked = check_search(batch_size, limit * GIB, lambda b: memory(b) * GIB, speed=lambda b: b / (b + 2))
     assert (choice and choice.batch_size) == expected
     assert asked == probes
 
@@ -118,7 +118,7 @@ def test_the_order_of_trials(batch_size, limit, memory, expected, probes):
 def test_where_speed_is_level_a_smaller_size_may_be_the_best():
     """As on a CPU, where what no longer fits its caches is slower again."""
     speeds = {1: 50.0, 2: 70.0, 4: 90.0, 8: 100.0, 16: 92.0, 32: 93.0}
-    choice, asked = sound(32, 100 * GIB, lambda b: line(b) * GIB, speeds.get)
+    choice, asked = check_search(32, 100 * GIB, lambda b: line(b) * GIB, speeds.get)
     assert asked == [1, 2, 32, 16, 8]
     assert choice.batch_size == 8
 
