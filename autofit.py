@@ -402,8 +402,9 @@ class Fitter:
             elif verdict == "prove":
                 worth, sums = pays_off(choice, compiled, self._tokens_left())
                 verdict, why = ("yes" if worth else "no"), f"{why}, and {sums}"
-        self.say(f"auto-fit: compile {'on' if verdict == 'yes' else 'off'}: {why}")
-        return verdict == "yes", f"compile {'on' if verdict == 'yes' else 'off'}: {why}"
+        decision = f"compile {'on' if verdict == 'yes' else 'off'}: {why}"
+        self.say(f"auto-fit: {decision}")
+        return verdict == "yes", decision
 
     def _tokens_left(self):
         """Tokens that this rank has still to train."""

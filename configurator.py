@@ -28,17 +28,17 @@ class UsageError(ValueError):
     """A mistake in what the user gave. Its message is a sentence, shown without a traceback."""
 
 
-def show_usage_errors_as_sentences(when_memory_ends="use less at a time"):
+def show_usage_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
     """From here on an uncaught UsageError ends the program with its sentence and exit code 1.
 
-    So does torch.OutOfMemoryError, with what to do then.
+    So does torch.OutOfMemoryError, with when_memory_ends(): what to do then.
     """
 
     def show(kind, error, trace):
         if issubclass(kind, UsageError):
             print(f"error: {error}", file=sys.stderr)
         elif kind.__module__.split(".")[0] == "torch" and kind.__name__ == "OutOfMemoryError":
-            print(f"error: {str(error).splitlines()[0]}\n{when_memory_ends}", file=sys.stderr)
+            print(f"error: {str(error).splitlines()[0]}\n{when_memory_ends()}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -136,8 +136,15 @@ def configure(namespace, argv=None):
     Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file; from
     here on the script shows a UsageError as one sentence.
     """
-    fit = "auto_fit" in namespace and not namespace["auto_fit"]
-    show_usage_errors_as_sentences("--auto_fit=True finds a split that fits" if fit else "use a smaller batch_size")
+
+    def when_memory_ends():
+        if "auto_fit" not in namespace:
+            return "use a smaller batch_size"
+        if not namespace["auto_fit"]:
+            return "--auto_fit=True finds a split that fits"
+        return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
+
+    show_usage_errors_as_sentences(when_memory_ends)
     argv = sys.argv[1:] if argv is None else argv
     script = os.path.basename(namespace.get("__file__") or "this script")
     defaults = keys_of(namespace)
