@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+LOSS_CHUNK_BYTES = 256 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
+LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
 
 PRETRAINED = {  # name on the Hugging Face hub: the sizes that OpenAI released
@@ -64,6 +67,22 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+def product_dtype(tensor):
+    """The dtype in which matrix products with this tensor run: autocast's where that is on, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+class KeyValueCache:
+    """Keys and values of the positions that a model has seen, so that generating doesn't compute them again."""
+
+    def __init__(self, config, batch_size, positions, device, dtype):
+        """Room for so many positions."""
+        shape = config.n_layer, 2, batch_size, config.n_head, positions, config.n_embd // config.n_head
+        self.keys_values = torch.empty(shape, device=device, dtype=dtype)
+        self.seen = 0  # positions that are filled
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before."""
 
@@ -75,12 +94,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, cached=None, seen=0):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, nh, T, hs)
+        causal = True
+        if cached is not None:  # (2, B, nh, positions, hs), of which so many are seen
+            cached[0, :, :, seen : seen + T] = k
+            cached[1, :, :, seen : seen + T] = v
+            k, v = cached[:, :, :, : seen + T].unbind(0)  # each (B, nh, seen + T, hs)
+            if seen:
+                causal = False  # T is 1, which may see all before it
         y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -110,10 +136,76 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cached=None, seen=0):
+        x = x + self.attn(self.ln_1(x), cached, seen)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the logits h @ weight.T, of which only a chunk of rows exists at a time.
+
+    A chunk's gradients are computed at once, while its logits are there: three matrix products in all, as without
+    chunks, and nothing is computed twice. The backward pass only scales them. Use head_loss.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, rows, dtype, with_gradients):
+        # float16 would lose most softmax gradients: they are as small as 1/V. They're lifted as far as a sum over
+        # a chunk's rows can't overflow, by a power of two, which costs no precision.
+        lift = 2.0 ** math.floor(math.log2(4096 / rows)) if dtype == torch.float16 else 1.0
+        exact = torch.promote_types(dtype, torch.float32)
+        w = weight.to(dtype)  # (V, C)
+        loss = torch.zeros((), dtype=exact, device=h.device)
+        if with_gradients:
+            grad_h = torch.empty_like(h, dtype=dtype)
+            grad_weight = torch.zeros_like(weight, dtype=exact)
+        for start in range(0, len(h), rows):
+            chunk = slice(start, start + rows)
+            counts = (targets[chunk] != -1).unsqueeze(1)  # (rows, 1)
+            target = targets[chunk].clamp(min=0).unsqueeze(1)  # (rows, 1)
+            x = h[chunk].to(dtype)
+            log_p = torch.log_softmax(x @ w.t(), dim=-1, dtype=exact)  # (rows, V)
+            loss -= torch.where(counts, log_p.gather(1, target), 0.0).sum()
+            if with_gradients:
+                g = log_p.exp_()
+                g.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))  # softmax less one-hot
+                if lift != 1.0:
+                    g *= lift
+                g = g.to(dtype)
+                grad_h[chunk] = torch.where(counts, g @ w, 0.0)
+                x = torch.where(counts, x, 0.0)
+                if dtype == exact:
+                    grad_weight.addmm_(g.t(), x)
+                else:
+                    grad_weight += g.t() @ x
+        count = (targets != -1).sum()
+        if with_gradients:
+            ctx.save_for_backward(grad_h, grad_weight, count)
+            ctx.lift, ctx.dtypes = lift, (h.dtype, weight.dtype)
+        return loss / count  # nan where nothing counts, as F.cross_entropy
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_weight, count = ctx.saved_tensors
+        scale = grad / (count.clamp(min=1) * ctx.lift)
+        h_dtype, weight_dtype = ctx.dtypes
+        # In place: torch refuses a second backward pass, which would find it changed.
+        return grad_h.to(scale.dtype).mul(scale).to(h_dtype), grad_weight.mul_(scale).to(weight_dtype), *[None] * 4
+
+
+def head_loss(h, weight, targets):
+    """Mean cross-entropy in nats of predicting targets from h by a linear head, without holding the logits.
+
+    h: (N, C). weight: (V, C). targets: int64 (N,), -1 where no loss is wanted. A scalar in float32 or better. Under
+    autocast, products run in its dtype. Memory beside the gradients: about LOSS_CHUNK_BYTES, or 1/LOSS_CHUNKS of
+    all logits where that is more.
+    """
+    logits_bytes = 4 * len(h) * len(weight)
+    chunks = min(LOSS_CHUNKS, math.ceil(logits_bytes / LOSS_CHUNK_BYTES))
+    rows = math.ceil(len(h) / chunks)
+    with_gradients = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return HeadLoss.apply(h, weight, targets, rows, product_dtype(h), with_gradients)
 
 
 class GPT(nn.Module):
@@ -122,6 +214,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: keep only what enters a block, and compute it again in backward
         # The order in which modules are made and initialised is the order in which random numbers are
         # drawn: changing it changes the weights that a seed stands for.
         self.transformer = nn.ModuleDict(
@@ -158,24 +251,36 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, return_logits=True, cache=None):
         """Predict the token after each of idx.
 
         idx: int64 (B, T), T at most block_size. targets: int64 (B, T), -1 where no loss is wanted, or None.
         Returns (logits, loss): with targets, logits (B, T, V) and the mean cross-entropy in nats;
-        without, logits (B, 1, V) of the last position alone, and None.
+        without, logits (B, 1, V) of the last position alone, and None. return_logits=False: (None, loss), in a
+        fraction of the memory. cache: a KeyValueCache; idx goes on from what it holds (one token at a time, or it is
+        empty), and is added to it.
         """
         T = idx.shape[1]
-        if self.config.block_size < T:
-            raise ValueError(f"a sequence of {T} tokens is longer than the model's block_size {self.config.block_size}")
-        pos = torch.arange(T, device=idx.device)
+        seen = cache.seen if cache else 0
+        if self.config.block_size < seen + T:
+            raise ValueError(
+                f"a sequence of {seen + T} tokens is longer than the model's block_size {self.config.block_size}"
+            )
+        pos = torch.arange(seen, seen + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, cache.keys_values[i] if cache else None, seen)
         x = self.transformer.ln_f(x)
+        if cache:
+            cache.seen += T
 
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # (B, 1, V)
+        if not return_logits:
+            return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -267,10 +372,18 @@ class GPT(nn.Module):
         """Continue idx, int64 (B, T), by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
 
         temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. Call model.eval()
-        first. Only the last block_size tokens are seen.
+        first. Only the last block_size tokens are seen. Up to block_size, each token is computed once; beyond it
+        all of them take new positions with each new token, and are computed again.
         """
+        block_size = self.config.block_size
+        positions = min(block_size, idx.shape[1] + max_new_tokens)
+        dtype = product_dtype(self.transformer.wte.weight)
+        cache = KeyValueCache(self.config, idx.shape[0], positions, idx.device, dtype)
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
+            if idx.shape[1] > block_size:
+                logits, _ = self(idx[:, -block_size:])
+            else:
+                logits, _ = self(idx[:, cache.seen :], cache=cache)
             logits = logits[:, -1, :] / temperature  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]

@@ -24,7 +24,7 @@ def train_step(model, optimizer, scaler, batches, *, autocast, micro_steps, grad
         exchange = micro_step == micro_steps - 1 or not hasattr(model, "no_sync")
         with nullcontext() if exchange else model.no_sync():
             with autocast:
-                loss = model(x, y)[1] / micro_steps  # a name for the logits would keep them through the backward pass
+                loss = model(x, y, return_logits=False)[1] / micro_steps
             batches.advance()  # the GPU is still busy with the forward pass
             scaler.scale(loss).backward()
         total += loss.detach()
@@ -46,7 +46,7 @@ def evaluate(model, batches, eval_iters, autocast):
         total = pieces = 0
         for x, y in batches.evaluation(split, eval_iters):
             with autocast:
-                total += model(x, y)[1]
+                total += model(x, y, return_logits=False)[1]
             pieces += 1
         means[split] = (total / pieces).item()
     model.train()
@@ -60,12 +60,12 @@ def dry_step(model, batch, autocast):
     """
     for _ in range(2):
         with autocast:
-            loss = model(*batch)[1]
+            loss = model(*batch, return_logits=False)[1]
         loss.backward()
     model.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad(), autocast:
-        model(*batch)
+        model(*batch, return_logits=False)
     model.train()
 
 

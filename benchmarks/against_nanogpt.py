@@ -1,25 +1,30 @@
-"""Training steps of this project and of nanoGPT's way of computing, in turns in one process.
+"""Training steps of this project and of nanoGPT's way of computing: speed in turns in one process, memory alone.
 
-    python benchmarks/against_nanogpt.py --batch_size=4 --block_size=256
+    python benchmarks/against_nanogpt.py --batch_size=8 --block_size=1024
 
 nanoGPT's way: a batch stacked from single rows, attention by split and transposes, the logits of every
-position in memory, AdamW that is fused on CUDA alone. Both start from the same weights and see the same
-batches; their losses are compared. Prints a table, and one line of JSON last.
+position in memory, AdamW that is fused on CUDA alone, and on a CPU float32 whatever dtype says. Both start from
+the same weights and see the same batches; their losses are compared. The peak of each side is that of a process
+in which it runs alone. Prints a table, and one line of JSON last.
 """
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 
 import numpy as np
 import torch
 from common import finish
+from torch import nn
 from torch.nn import functional as F
 
 import runtime
 from batches import Batches
-from configurator import at_least, configure
+from configurator import UsageError, at_least, configure, one_of
 from model import GPT, GPTConfig
 from step import train_step
 
@@ -33,15 +38,43 @@ rounds = 5  # turns that are counted
 steps = 4  # of each side in a turn
 device = runtime.best_device()
 dtype = runtime.best_dtype(device)
+compile = device == "cuda"  # both sides
+activation_checkpointing = False  # ours
+side = ""  # 'ours' or 'nanogpt': only that one, and only its memory
 save = ""  # a file for the result
 config, given = configure(globals())
 at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 if "dtype" not in given:
     dtype = config["dtype"] = runtime.best_dtype(device)
+one_of(tuple(runtime.DTYPES), config, "dtype")
+one_of(("", "ours", "nanogpt"), config, "side")
 device = runtime.open_device(device)
 runtime.take_device(device)
-autocast = runtime.autocast(device, dtype)
 VOCAB_SIZE = 50304
+
+
+class TheirForward(nn.Module):
+    """A GPT's weights, run as nanoGPT runs them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def attention(self, layer, x):
+        B, T, C = x.shape
+        parts = layer.c_attn(x).split(C, dim=2)
+        q, k, v = (p.view(B, T, n_head, C // n_head).transpose(1, 2) for p in parts)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return layer.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+
+    def forward(self, idx, targets):
+        gpt = self.model.transformer
+        x = gpt.wte(idx) + gpt.wpe(torch.arange(block_size, device=device))
+        for block in gpt.h:
+            x = x + self.attention(block.attn, block.ln_1(x))
+            x = x + block.mlp(block.ln_2(x))
+        logits = self.model.lm_head(gpt.ln_f(x))
+        return logits, F.cross_entropy(logits.view(-1, VOCAB_SIZE), targets.view(-1), ignore_index=-1)
 
 
 class Theirs:
@@ -49,7 +82,10 @@ class Theirs:
 
     def __init__(self, model, folder):
         self.model, self.path = model, os.path.join(folder, "train.bin")
-        self.scaler = runtime.grad_scaler(device, dtype)
+        self.forward = torch.compile(TheirForward(model)) if compile else TheirForward(model)
+        self.dtype = dtype if device.type == "cuda" else "float32"
+        self.autocast = runtime.autocast(device, self.dtype)
+        self.scaler = runtime.grad_scaler(device, self.dtype)
         groups = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type).param_groups
         groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
@@ -65,25 +101,9 @@ class Theirs:
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
 
-    def attention(self, layer, x):
-        B, T, C = x.shape
-        parts = layer.c_attn(x).split(C, dim=2)
-        q, k, v = (p.view(B, T, n_head, C // n_head).transpose(1, 2) for p in parts)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return layer.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-
-    def logits_and_loss(self):
-        gpt = self.model.transformer
-        x = gpt.wte(self.x) + gpt.wpe(torch.arange(block_size, device=device))
-        for block in gpt.h:
-            x = x + self.attention(block.attn, block.ln_1(x))
-            x = x + block.mlp(block.ln_2(x))
-        logits = self.model.lm_head(gpt.ln_f(x))
-        return logits, F.cross_entropy(logits.view(-1, VOCAB_SIZE), self.y.view(-1), ignore_index=-1)
-
     def step(self):
-        with autocast:
-            self.logits, loss = self.logits_and_loss()  # nanoGPT's script holds on to the logits too
+        with self.autocast:
+            self.logits, loss = self.forward(self.x, self.y)  # nanoGPT's script holds on to the logits too
         self.x, self.y = self.batch()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -98,16 +118,35 @@ class Ours:
     """A training step as train.py takes it."""
 
     def __init__(self, model, folder):
-        self.model = model
-        self.scaler = runtime.grad_scaler(device, dtype)
+        model.activation_checkpointing = activation_checkpointing
+        self.model = torch.compile(model) if compile else model
+        self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
         self.batches.start(VOCAB_SIZE, torch.Generator().manual_seed(1).get_state())
 
     def step(self):
         return train_step(
-            self.model, self.optimizer, self.scaler, self.batches, autocast=autocast, micro_steps=1, grad_clip=1.0
+            self.model, self.optimizer, self.scaler, self.batches, autocast=self.autocast, micro_steps=1, grad_clip=1.0
         )
+
+
+SIDES = {"nanogpt": Theirs, "ours": Ours}
+
+
+def build(name, folder):
+    torch.manual_seed(1337)
+    shape = GPTConfig(block_size, VOCAB_SIZE, n_layer, n_head, n_embd, dropout=0.0, bias=False)
+    return SIDES[name](GPT(shape).to(device), folder)
+
+
+def peak_alone(name):
+    """Peak bytes of a process in which this side takes three steps."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}", "--save="]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UsageError(f"the process that measures the memory of {name} ended with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 
 def turn(side):
@@ -123,32 +162,38 @@ with tempfile.TemporaryDirectory() as folder:
     for split in ("train", "val"):
         rng = np.random.default_rng(0)
         rng.integers(50257, size=1_000_000, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
-    sides = {}
-    for name, side in (("nanoGPT's way", Theirs), ("ours", Ours)):
-        torch.manual_seed(1337)
-        shape = GPTConfig(block_size, VOCAB_SIZE, n_layer, n_head, n_embd, dropout=0.0, bias=False)
-        sides[name] = side(GPT(shape).to(device), folder)
+    if side:
+        alone = build(side, folder)
+        for _ in range(3):
+            alone.step()
+        runtime.synchronize(device)
+        print(json.dumps({"peak_bytes": runtime.peak_reserved_bytes(device)}))
+        sys.exit(0)
+    peaks = {name: peak_alone(name) for name in SIDES}
+    sides = {name: build(name, folder) for name in SIDES}
     seconds = {name: [] for name in sides}
     difference = 0.0
     for index in range(rounds + 1):
         losses = {}
-        for name, side in sides.items():
-            took, losses[name] = turn(side)
+        for name, each in sides.items():
+            took, losses[name] = turn(each)
             if index:  # the first turn warms up
                 seconds[name].append(took)
         difference = max(difference, *(abs(a - b) for a, b in zip(*losses.values(), strict=True)))
 
 tokens = batch_size * block_size
-theirs, ours = seconds.values()
-ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+ratios = [a / b for a, b in zip(seconds["nanogpt"], seconds["ours"], strict=True)]
 for name, took in seconds.items():
     median = statistics.median(took)
-    print(f"{name:14} {median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s")
-print(f"ratio of tok/s {statistics.median(ratios):10.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {rounds} turns)")
+    print(f"{name:10} {median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s {peaks[name] / 2**30:8.2f} GiB")
+print(f"ratio of tok/s {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {rounds} turns)")
+print(f"ratio of peaks {peaks['ours'] / peaks['nanogpt']:.3f}")
 print(f"largest difference of a loss {difference:.1e}")
 figures = {
-    "seconds_per_step": {"nanogpt_way": statistics.median(theirs), "ours": statistics.median(ours)},
+    "seconds_per_step": {name: statistics.median(took) for name, took in seconds.items()},
     "tokens_per_second_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+    "peak_bytes": peaks,
+    "peak_ratio": peaks["ours"] / peaks["nanogpt"],
     "largest_loss_difference": difference,
 }
 finish("against_nanogpt", config, device, figures, save)

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT, environment
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+import model as model_module
+from model import GPT, GPTConfig, head_loss
 
 
 def toy(**changes):
@@ -177,3 +178,159 @@ def test_alone_in_a_folder_it_serves_nanogpts_calls(tmp_path):
         check=True,
     )
     assert done.stdout.splitlines()[-2:] == ["torch.Size([2, 8, 32]) True torch.Size([2, 5])", "False"]
+
+
+def loss_without_chunks(h, weight, targets):
+    return F.cross_entropy(h @ weight.t(), targets, ignore_index=-1)
+
+
+def loss_and_gradients(loss, h, weight, targets, factor=1.0):
+    h, weight = h.detach().requires_grad_(), weight.detach().requires_grad_()
+    value = loss(h, weight, targets)
+    (value * factor).backward()
+    return value.detach(), h.grad / factor, weight.grad / factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("n_rows", "vocab_size", "ignored", "rows_of_a_chunk"),
+    [(37, 101, 0.0, 5), (37, 101, 0.5, 8), (1, 65, 0.0, 1), (6, 9, 1.0, 4), (12, 7, 0.2, 1), (64, 500, 0.1, 64)],
+)
+def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, n_rows, vocab_size, ignored, rows_of_a_chunk):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * vocab_size * rows_of_a_chunk)
+    monkeypatch.setattr(model_module, "LOSS_CHUNKS", n_rows)
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(n_rows, 16, dtype=dtype, generator=g)
+    weight = torch.randn(vocab_size, 16, dtype=dtype, generator=g)
+    targets = torch.randint(vocab_size, (n_rows,), generator=g)
+    targets[torch.rand(n_rows, generator=g) < ignored] = -1
+    ours = loss_and_gradients(head_loss, h, weight, targets, factor=3.0)
+    theirs = loss_and_gradients(loss_without_chunks, h, weight, targets, factor=3.0)
+    tolerance = dict(rtol=0, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance)  # nan: the mean over no target at all
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+def test_the_loss_in_16_bits_is_as_exact_as_torchs_own(monkeypatch, dtype, factor):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * 3000 * 100)
+    g = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(700, 64, generator=g), 0.2 * torch.randn(3000, 64, generator=g)
+    targets = torch.randint(3000, (700,), generator=g)
+    exact = loss_and_gradients(loss_without_chunks, h.double(), weight.double(), targets)
+    with torch.autocast("cpu", dtype):
+        ours = loss_and_gradients(head_loss, h, weight, targets, factor)
+        torchs = loss_and_gradients(loss_without_chunks, h, weight, targets, factor)
+    assert ours[0].dtype == torch.float32
+    for name, ours_i, torchs_i, exact_i in zip(("loss", "h", "weight"), ours, torchs, exact, strict=True):
+        assert (ours_i - exact_i).norm() <= 1.05 * (torchs_i - exact_i).norm() + 1e-9 * exact_i.norm(), name
+
+
+def test_float16_keeps_the_gradients_of_unlikely_tokens():
+    # 1/50304 of a probability is far below what float16 can hold beside the one of the target.
+    g = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(64, 8, generator=g), 0.01 * torch.randn(50304, 8, generator=g)
+    targets = torch.randint(100, (64,), generator=g)
+    exact = loss_and_gradients(head_loss, h, weight, targets)
+    with torch.autocast("cpu", torch.float16):
+        ours = loss_and_gradients(head_loss, h, weight, targets, factor=2.0**10)
+    assert (ours[2][100:] - exact[2][100:]).norm() < 0.01 * exact[2][100:].norm()
+
+
+def test_the_loss_alone_is_the_one_that_comes_with_logits():
+    model = toy()
+    idx = torch.randint(65, (3, 16))
+    with_logits = model(idx, idx)[1]
+    none, alone = model(idx, idx, return_logits=False)
+    assert none is None
+    torch.testing.assert_close(alone, with_logits)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (with_logits, alone)]
+    for name, a, b in zip(dict(model.named_parameters()), *gradients, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, idx, return_logits=False)[1], with_logits)
+
+
+def test_a_second_backward_pass_through_the_loss_is_refused():
+    model = toy()
+    idx = torch.randint(65, (3, 16))
+    loss = model(idx, idx, return_logits=False)[1]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_loss_never_holds_all_logits():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    with FakeTensorMode(), Largest() as largest:
+        h, weight = torch.randn(65536, 64, requires_grad=True), torch.randn(50304, 64, requires_grad=True)
+        loss_and_gradients(head_loss, h, weight, torch.zeros(65536, dtype=torch.long))
+    assert largest.elements <= 65536 * 50304 / model_module.LOSS_CHUNKS
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit(dropout):
+    model = toy(dropout=dropout).train()
+    idx = torch.randint(65, (3, 16))
+    found = []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(1)
+        loss = model(idx, idx, return_logits=False)[1]
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters())), torch.rand(1)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass():
+    model = toy(n_layer=4)
+    idx = torch.randint(65, (3, 16))
+    kept = []
+    for model.activation_checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            model(idx, idx, return_logits=False)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def without_cache(model, idx, max_new_tokens, temperature, top_k):
+    """What generate does, by a whole forward pass for each token."""
+    for _ in range(max_new_tokens):
+        logits = model(idx[:, -model.config.block_size :])[0][:, -1, :] / temperature
+        if top_k:
+            kth = logits.topk(top_k).values[:, [-1]]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), 1)), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(1, 15), (5, 40), (16, 3), (30, 4)])  # block_size is 16
+@torch.no_grad()
+def test_the_cache_of_keys_and_values_changes_no_token(prompt, new):
+    model = toy().eval()
+    idx = torch.randint(65, (3, prompt))
+    drawn = []
+    for generate in (without_cache, GPT.generate):
+        torch.manual_seed(2)
+        drawn.append(generate(model, idx, new, 0.9, 20))
+    assert torch.equal(*drawn)
+
+
+@torch.no_grad()
+def test_generating_computes_each_position_once(monkeypatch):
+    model = toy().eval()
+    computed = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: computed.append(args[0].shape[1]))
+    model.generate(torch.zeros((1, 5), dtype=torch.long), 8)
+    assert computed == [5] + [1] * 7
