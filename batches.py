@@ -24,7 +24,7 @@ def _missing(folder):
     if os.path.exists(prepare):
         return f"run: python {prepare}"
     parent, name = os.path.split(folder)
-    there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
+    there = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
     near = difflib.get_close_matches(name, there, n=1)
     return f"did you mean --dataset={near[0]}?" if near else f"there is no {prepare} that could make it"
 

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from configurator import UsageError
+from configurator import UsageError, usage_errors
 
 NAME = "ckpt.pt"
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # these make the weights' shapes
@@ -37,23 +37,82 @@ def load(out_dir, required=REQUIRED):
     except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({reason})") from e
+    if isinstance(checkpoint, dict):  # one that was made smaller may hold None for its optimizer
+        checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
     missing = [k for k in required if k not in checkpoint] if isinstance(checkpoint, dict) else required
     if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
-    lacking = [k for k in (*MODEL_KEYS, "dropout") if k not in checkpoint["model_args"]]
-    if lacking:
-        raise UsageError(f"{path}: its model_args lack {', '.join(lacking)}: it is not a checkpoint of this model")
+    _check(checkpoint, path)
     checkpoint["model"] = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     return checkpoint
 
 
+def _maps(value, keys, values):
+    return isinstance(value, dict) and all(isinstance(k, keys) and isinstance(v, values) for k, v in value.items())
+
+
+def _is_number(value):
+    if isinstance(value, torch.Tensor):  # nanoGPT saves its loss so
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float))
+
+
+def _is_adamw(value):
+    if not isinstance(value, dict) or not isinstance(groups := value.get("param_groups"), list):
+        return False
+    return _maps(value.get("state"), object, dict) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+
+
+_EXPECTED = {  # what an entry must be, and whether a value is that
+    "model": ("tensors by name", lambda value: _maps(value, str, torch.Tensor)),
+    "optimizer": ("the state_dict of AdamW", _is_adamw),
+    "model_args": ("a dict of sizes", lambda value: _maps(value, str, object)),
+    "iter_num": ("a whole number", lambda value: isinstance(value, int)),
+    "best_val_loss": ("a number", _is_number),
+    "config": ("a dict of keys", lambda value: _maps(value, str, object) and isinstance(value.get("dataset", ""), str)),
+    "scaler": ("a dict", lambda value: isinstance(value, dict)),
+}
+
+
+def _check(checkpoint, path):
+    """Raise a UsageError for the first entry that is not what a training run saves."""
+    for entry, (expected, fits) in _EXPECTED.items():
+        if entry in checkpoint and not fits(checkpoint[entry]):
+            raise UsageError(f"{path} is damaged or not a checkpoint of this model: {entry} must be {expected}")
+    sizes = checkpoint["model_args"]
+    lacking = [k for k in (*MODEL_KEYS, "dropout") if k not in sizes]
+    if lacking:
+        raise UsageError(f"{path}: its model_args lack {', '.join(lacking)}: it is not a checkpoint of this model")
+    for key in (*MODEL_KEYS, "dropout"):
+        types = {"bias": (bool,), "dropout": (float, int)}.get(key, (int,))
+        if type(sizes[key]) not in types:
+            raise UsageError(f"{path}: {key} in its model_args must be of type {types[0].__name__}: it is damaged")
+    with usage_errors(LookupError, TypeError, RuntimeError, prefix=f"{path}: its rng is damaged: "):
+        for rank in checkpoint.get("rng", ()):
+            for state in (rank["data"], rank["generators"]["cpu"]):
+                torch.Generator().set_state(state)
+
+
 def load_optimizer(optimizer, state):
-    """Give AdamW its saved moments. Rows that a cropped block_size dropped are dropped here too."""
+    """Give AdamW its saved moments. Rows that a cropped block_size dropped are dropped here too.
+
+    Raises UsageError where they are not of this model's weights.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, moments in state["state"].items():
-        for name, value in moments.items():
-            if value.dim() and value.shape[0] > params[index].shape[0]:
-                moments[name] = value[: params[index].shape[0]].clone()
-    for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        saved.update({k: ours[k] for k in _IMPLEMENTATION if k in ours})
-    optimizer.load_state_dict(state)
+    prefix = "the checkpoint's optimizer does not belong to its model: "
+    with usage_errors(LookupError, TypeError, ValueError, prefix=prefix):
+        for index, moments in state["state"].items():
+            shape = params[index].shape
+            for name, value in moments.items():
+                if name == "step":
+                    continue
+                kept = value[: shape[0]] if isinstance(value, torch.Tensor) else None
+                if kept is None or kept.shape != shape:
+                    raise UsageError(f"{prefix}{name} of weight {index} must be a tensor of shape {tuple(shape)}")
+                if len(kept) < len(value):
+                    moments[name] = kept.clone()
+        for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({k: ours[k] for k in _IMPLEMENTATION if k in ours})
+        optimizer.load_state_dict(state)

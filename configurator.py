@@ -61,21 +61,32 @@ def keys_of(namespace):
     return {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, (bool, int, float, str))}
 
 
+def _shown(value, form=repr):
+    """value as text for a message, cut where it is long."""
+    try:
+        text = form(value)
+    except (ValueError, RecursionError):  # an int of more than 4,300 digits; lists in lists in lists
+        return f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def coerce(key, value, default, source, text=None):
     """value in the type of default, where nothing is lost on the way; else a UsageError.
 
     source: where the value stands, for the message. text: the value as typed, which a str key takes as it is.
     """
     kind = type(default)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
+    if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
+        raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {_shown(value)}")
     if type(value) is kind:
         return value
     if kind is str and text is not None:
         return text
     if kind is float and type(value) is int:
         return float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
-    if kind is bool and str(value).lower() in ("true", "false", "1", "0"):
+    if kind is bool and _shown(value, str).lower() in ("true", "false", "1", "0"):
         return str(value).lower() in ("true", "1")
     expected = {
         bool: "True or False",
@@ -83,7 +94,7 @@ def coerce(key, value, default, source, text=None):
         float: "a number",
         str: "a string in quotes",
     }[kind]
-    raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {value!r}")
+    raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {_shown(value)}")
 
 
 def _nearest(word, words):
@@ -107,7 +118,8 @@ def _run_config_file(path, namespace):
     """The names that a config file assigns, as a dict; it sees the script's names, as in nanoGPT."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
-        there = [f for f in os.listdir(folder) if f.endswith(".py")] if os.path.isdir(folder) else []
+        readable = os.path.isdir(folder) and os.access(folder, os.R_OK)
+        there = [f for f in os.listdir(folder) if f.endswith(".py")] if readable else []
         near = difflib.get_close_matches(os.path.basename(path), there, n=1)
         hint = f"; did you mean '{os.path.join(folder, near[0])}'?" if near else ""
         raise UsageError(f"config file '{path}' does not exist{hint} (a key is set by --key=value)")
@@ -118,7 +130,8 @@ def _run_config_file(path, namespace):
         symbols = symtable.symtable(text, path, "exec").get_symbols()
         exec(compile(text, path, "exec"), after)
     except SyntaxError as e:
-        raise UsageError(f"{path}, line {e.lineno}: {e.msg}: a config file is Python that assigns keys") from e
+        where = f"{path}, line {e.lineno}" if e.lineno else path
+        raise UsageError(f"{where}: {e.msg}: a config file is Python that assigns keys") from e
     except Exception as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
@@ -161,7 +174,8 @@ def configure(namespace, argv=None):
         if "=" not in arg:
             if arg.startswith("-"):
                 raise UsageError(f"'{arg}' has no value: write {arg}=value, for example --batch_size=32")
-            say(f"Overriding config with {arg}:")
+            # An argument that isn't UTF-8 holds lone surrogates, which can't be printed.
+            say(f"Overriding config with {arg.encode(errors='backslashreplace').decode()}:")
             for key, value in _run_config_file(arg, namespace).items():
                 if key in defaults:
                     namespace[key] = coerce(key, value, defaults[key], arg)
@@ -186,7 +200,7 @@ def configure(namespace, argv=None):
             raise UsageError(f"{script} has no key '{key}': {hint}")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError):
             value = text  # not a Python literal: a string without quotes
         namespace[key] = coerce(key, value, defaults[key], "command line", text)
         given.add(key)
