@@ -8,6 +8,7 @@ leak or a failed compilation there costs nothing.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,13 +19,19 @@ from dataclasses import asdict, dataclass, field, replace
 
 import runtime
 from configurator import UsageError
+from model import PRETRAINED
+from optimizers import OPTIMIZER_STATES
 
 GIB = 2**30
 MAX_PROBES = 5
 NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
 LEVEL = 0.9  # of the fastest: too close to tell which size is the best
+WORTH_CHECKPOINTING = 1.15  # speed gained by doubling the size, from where two doublings make up for computing again
+CHECKPOINTED_TIMES = 4  # as many sequences, at least, fit with activation checkpointing
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 PROBE_SECONDS = 600  # a trial that takes longer hangs
+FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
+SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 CACHE = "auto_fit.json"
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 PROBE_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
@@ -43,6 +50,7 @@ class Trial:
     tokens_per_second: float = 0.0  # 0 where it wasn't measured
     failure: str = ""  # why there are no figures
     compile_seconds: float = 0.0
+    checkpointing: bool = False  # activations were computed again in the backward pass
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Plan:
     peak_bytes: int = 0
     reasons: tuple = ()
     trials: tuple = field(default=(), compare=False)
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
         assert self.batch_size % self.micro_batch_size == 0, "a micro-batch divides the batch"
@@ -159,6 +168,24 @@ def search(batch_size, limit_bytes, measure):
             break
         trials.append(measure(size))
     return choose(trials), trials
+
+
+def size_to_try_checkpointed(sizes, trials):
+    """The size at which activation checkpointing may be faster than the sizes that fit without it, or None.
+
+    Checkpointing costs about a third more arithmetic and makes room for larger sizes. That can only pay where
+    memory, not batch_size, ends the search, and where speed was still growing with the size.
+    """
+    fitting = sorted((t for t in trials if t.fits and t.tokens_per_second), key=lambda t: t.batch_size)
+    if not fitting or fitting[-1].batch_size == sizes[-1]:
+        return None
+    largest = fitting[-1]
+    if len(fitting) > 1:
+        smaller = fitting[-2]
+        doublings = math.log2(largest.batch_size / smaller.batch_size)
+        if (largest.tokens_per_second / smaller.tokens_per_second) ** (1 / doublings) < WORTH_CHECKPOINTING:
+            return None
+    return max(size for size in sizes if size <= CHECKPOINTED_TIMES * largest.batch_size)
 
 
 def may_compile(*, asked, device_type, capability, sm_count, min_sms, has_triton, platform):
@@ -301,6 +328,9 @@ class Fitter:
     compile_min_sms: int = 68
     iterations_left: int = 1
     simulated: bool = False
+    may_checkpoint: bool = True  # activation checkpointing is ours to choose
+    may_shrink: bool = True  # the model's size is free to be proposed smaller
+    advises: bool = True  # where nothing fits, look for what would
     say: callable = print
     probe: callable = run_probe
     facts: dict = field(default_factory=dict)
@@ -309,19 +339,20 @@ class Fitter:
         """A Plan, from the trials or from an earlier answer that one trial confirms. UsageError where nothing fits."""
         if remembered and (plan := self._confirm(remembered)):
             return plan
-        choice, trials = self._search()
+        choice, trials, why = self._search()
         if choice is None:
             raise UsageError(self._nothing_fits(trials))
-        use_compile, why = self._compile(choice)
+        use_compile, compile_why = self._compile(choice)
         if choice.batch_size < self.batch_size:
             for pid, name, mib in self.facts.get("neighbours", ()):
                 self.say(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
-        return self._plan(choice, use_compile, (why,), trials)
+        return self._plan(choice, use_compile, (*why, compile_why), trials)
 
-    def measure(self, size, compile=False):
-        """Try one micro-batch size; says how it went."""
-        micro_steps = self.gradient_accumulation_steps * (self.batch_size // size) // self.world_size
-        job = {**self.job, "batch_size": size, "micro_steps": micro_steps, "ranks": self.world_size, "compile": compile}
+    def measure(self, size, compile=False, checkpointing=None):
+        """Try one micro-batch size; says how it went. checkpointing: None for as configured."""
+        if checkpointing is None:
+            checkpointing = self.job["activation_checkpointing"]
+        job = {**self.job_of(size), "compile": compile, "activation_checkpointing": checkpointing}
         if compile:
             job["compile_mode"] = self.compile_mode
         if self.facts:
@@ -336,19 +367,52 @@ class Fitter:
             result.get("tokens_per_second", 0.0),
             result["failure"],
             result.get("compile_seconds", 0.0),
+            checkpointing,
         )
         speed = f"   {trial.tokens_per_second:,.0f} tok/s" if trial.tokens_per_second else ""
         peak = f"peak {trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else trial.failure
         verdict = "fits" if fits else "does not fit"
-        self.say(f"auto-fit: batch_size {size}{', compiled' if compile else ''}   {peak}{speed}   {verdict}")
+        how = f"{', activation checkpointing' if checkpointing else ''}{', compiled' if compile else ''}"
+        self.say(f"auto-fit: batch_size {size}{how}   {peak}{speed}   {verdict}")
         return trial
 
+    def job_of(self, size):
+        """What probe.py must know to try this size."""
+        micro_steps = self.gradient_accumulation_steps * (self.batch_size // size) // self.world_size
+        return {**self.job, "batch_size": size, "micro_steps": micro_steps, "ranks": self.world_size}
+
     def _search(self):
+        """(choice, trials, reasons): without activation checkpointing, and with it where that helps."""
+        asked = self.job["activation_checkpointing"]
+        choice, trials = self._search_sizes(asked)
+        if asked or not self.may_checkpoint:
+            return choice, trials, ()
+        if choice is None:
+            if trials[0].failure not in ("", OUT_OF_MEMORY) and not trials[0].peak_bytes:
+                return None, trials, ()  # it isn't memory that it lacks
+            choice, more = self._search_sizes(True)
+            why = "activation_checkpointing on: not even batch_size 1 fits without it"
+        else:
+            size = size_to_try_checkpointed(divisors(self.batch_size), trials)
+            if size is None:
+                return choice, trials, ()
+            more = [self.measure(size, checkpointing=True)]
+            faster = more[0].fits and more[0].tokens_per_second * NEAR_ENOUGH > choice.tokens_per_second
+            if faster:
+                why = "activation_checkpointing on: larger micro-batches make up for computing activations twice"
+                choice = more[0]
+            else:
+                why = "activation_checkpointing off: what fits without it is faster"
+        if choice:
+            self.say(f"auto-fit: {why}")
+        return choice, [*trials, *more], (why,)
+
+    def _search_sizes(self, checkpointing):
         """search(), and a word about the line once two trials have shown it."""
         trials = []
 
         def measure(size):
-            trials.append(self.measure(size))
+            trials.append(self.measure(size, checkpointing=checkpointing))
             if len(trials) == 2 and all(t.peak_bytes for t in trials):
                 a, k = line_through(trials)
                 following = next_size(divisors(self.batch_size), trials, self._limit())
@@ -358,9 +422,10 @@ class Fitter:
 
         return search(self.batch_size, self._limit, measure)
 
-    def check(self, plan, size):
-        """Make sure that a size which another rank chose fits here too; UsageError where it doesn't."""
-        if not any(t.fits and t.batch_size == size for t in plan.trials) and not self.measure(size).fits:
+    def check(self, plan, size, checkpointing):
+        """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
+        known = any(t.fits and (t.batch_size, t.checkpointing) == (size, checkpointing) for t in plan.trials)
+        if not known and not self.measure(size, checkpointing=checkpointing).fits:
             raise UsageError(f"batch_size {size}, which another rank chose, does not fit here")
 
     def _on_facts(self, facts):
@@ -396,7 +461,7 @@ class Fitter:
             if tokens / choice.tokens_per_second < 120:
                 verdict, why = "no", f"{why}, and the run takes {_duration(tokens / choice.tokens_per_second)} without"
         if verdict != "no":
-            compiled = self.measure(choice.batch_size, compile=True)
+            compiled = self.measure(choice.batch_size, compile=True, checkpointing=choice.checkpointing)
             if not compiled.fits:
                 verdict, why = "no", f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
             elif verdict == "prove":
@@ -421,12 +486,13 @@ class Fitter:
             trial.peak_bytes,
             tuple(reasons),
             tuple(trials),
+            trial.checkpointing,
         )
 
     def _confirm(self, remembered):
         """The remembered Plan, if one trial shows that it still holds; else None, with a sentence."""
         size, use_compile, limit = remembered["micro_batch_size"], remembered["compile"], remembered["limit_bytes"]
-        trial = self.measure(size, compile=use_compile)
+        trial = self.measure(size, compile=use_compile, checkpointing=remembered["activation_checkpointing"])
         if not trial.fits:
             self.say("auto-fit: the answer kept beside the run does not fit any more: looking again")
         elif abs(self._limit() - limit) > 0.05 * limit:
@@ -439,7 +505,7 @@ class Fitter:
         return None
 
     def _nothing_fits(self, trials):
-        smallest = trials[0]
+        smallest = trials[-1]  # with activation checkpointing, where that was tried
         if not self.facts:
             return f"auto-fit could not look at the device: {smallest.failure}"
         if smallest.failure not in ("", OUT_OF_MEMORY):
@@ -450,14 +516,71 @@ class Fitter:
             )
         how = smallest.failure or ("simulated" if self.simulated else "measured")
         need = f"{smallest.peak_bytes / GIB:.2f} GiB" if smallest.peak_bytes else "more than there is"
-        return (
-            f"auto-fit: nothing fits: batch_size 1 takes {need} ({how}), the limit is {self._limit() / GIB:.2f} GiB; "
-            f"weights, gradients and AdamW's state alone take {16 * self.job['parameters'] / GIB:.2f} GiB; set a "
-            "smaller block_size or a smaller model (n_layer, n_embd), or free memory"
+        levers = " with activation checkpointing" if smallest.checkpointing else ""
+        sentence = (
+            f"auto-fit: nothing fits: batch_size 1{levers} takes {need} ({how}), the limit is "
+            f"{self._limit() / GIB:.2f} GiB of {self.facts['free_bytes'] / GIB:.2f} GiB free"
         )
+        if not self.advises:
+            return sentence
+        self.say("auto-fit: nothing fits: looking for settings that would, by simulation")
+        job = {**self.job_of(1), "activation_checkpointing": smallest.checkpointing or self.may_checkpoint}
+        return "\n".join([sentence, *what_would_fit(job, self._limit(), self.probe, self.may_shrink)])
+
+
+def simulated(job, probe=run_probe):
+    """Bytes at the peak of a simulated step by part, a dict; None where the simulation fails."""
+    results, _ = probe({**job, "simulate": True})
+    return results[0].get("parts") if results else None
+
+
+def where_it_goes(parts):
+    """One line: what each part of the peak takes."""
+    shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"of {sum(parts.values()) / GIB:.2f} GiB (simulated): {shares}"
+
+
+def what_would_fit(job, limit_bytes, probe, may_shrink):
+    """Lines that say where memory goes and name settings that would fit, each of them simulated.
+
+    may_shrink: whether another size of model may be proposed.
+    """
+
+    def fits(**changes):
+        parts = simulated({**job, **changes}, probe)
+        return bool(parts) and FRAGMENTED * sum(parts.values()) <= limit_bytes
+
+    def fits_shape(**changes):
+        return fits(model_args={**job["model_args"], **changes})
+
+    parts = simulated(job, probe)
+    lines = [where_it_goes(parts)] if parts else []
+    options = [f"--optimizer_state={kind}" for kind in OPTIMIZER_STATES[1:] if fits(optimizer_state=kind)]
+    block_size = job["model_args"]["block_size"] // 2
+    while block_size >= SMALLEST_BLOCK and not fits_shape(block_size=block_size):
+        block_size //= 2
+    if block_size >= SMALLEST_BLOCK:
+        options.append(f"--block_size={block_size}")
+    smaller = [m for m in PRETRAINED.values() if m["n_layer"] < job["model_args"]["n_layer"]] if may_shrink else []
+    for sizes in reversed(smaller):
+        if fits_shape(**sizes):
+            options.append(" ".join(f"--{key}={value}" for key, value in sizes.items()))
+            break
+    if not options:
+        return [*lines, "no setting that was tried would fit: a smaller model, or more memory, is needed"]
+    return [*lines, "each of these would fit, with batch_size 1:", *(f"  {option}" for option in options)]
 
 
 # ---- the answer beside the run -----------------------------------------------------------------------------
+
+
+CHOICE = {
+    "micro_batch_size": int,
+    "compile": bool,
+    "activation_checkpointing": bool,
+    "limit_bytes": int,
+    "reasons": list,
+}
 
 
 def recall(out_dir, key):
@@ -470,8 +593,8 @@ def recall(out_dir, key):
             kept = json.load(f)
         if differs := [name for name in key if kept["key"].get(name) != json.loads(json.dumps(key[name]))]:
             return None, f"{path} is for another {differs[0]} and is ignored"
-        choice = {name: kept["choice"][name] for name in ("micro_batch_size", "compile", "limit_bytes", "reasons")}
-        sound = [type(value) for value in choice.values()] == [int, bool, int, list]
+        choice = {name: kept["choice"][name] for name in CHOICE}
+        sound = [type(value) for value in choice.values()] == list(CHOICE.values())
         if not sound or choice["micro_batch_size"] not in divisors(key["batch_size"]):
             raise ValueError("not an answer")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -504,20 +627,21 @@ def agree(world, attempt):
     return [value for value, _ in answers]
 
 
-def fit(world, out_dir, model_args, device, planned, config, parameters, iterations_left):
+def fit(world, out_dir, model_args, device, planned, config, given, iterations_left):
     """The Plan for a run, the same split on every rank. All ranks must call it.
 
-    planned: the device isn't here, so that steps are simulated. config: the run's keys. Raises UsageError on
-    every rank where nothing fits or a rank can't tell.
+    planned: the device isn't here, so that steps are simulated. config: the run's keys; given: those that were
+    named. Raises UsageError on every rank where nothing fits or a rank can't tell.
     """
     fitter = Fitter(
         job={
             "model_args": model_args,
-            "parameters": parameters,
             "dtype": config["dtype"],
             "device": str(device),
             "grad_clip": config["grad_clip"],
             "memory_limit_gb": config["memory_limit_gb"],
+            "activation_checkpointing": config["activation_checkpointing"],
+            "optimizer_state": config["optimizer_state"],
             "simulate": planned,
         },
         batch_size=config["batch_size"],
@@ -528,8 +652,13 @@ def fit(world, out_dir, model_args, device, planned, config, parameters, iterati
         compile_min_sms=config["compile_min_sms"],
         iterations_left=iterations_left,
         simulated=planned,
+        may_checkpoint="activation_checkpointing" not in given,
+        may_shrink=config["init_from"] == "scratch",
+        advises=world.is_main,
     )
     asked = (
+        "activation_checkpointing",
+        "optimizer_state",
         "batch_size",
         "gradient_accumulation_steps",
         "dtype",
@@ -554,11 +683,20 @@ def fit(world, out_dir, model_args, device, planned, config, parameters, iterati
 
     plans = agree(world, lambda: fitter.plan(remembered))
     size = min(plan.micro_batch_size for plan in plans)
-    plan = replace(plans[world.rank], micro_batch_size=size, compile=all(plan.compile for plan in plans))
+    checkpointing = any(plan.activation_checkpointing for plan in plans)
+    plan = replace(
+        plans[world.rank],
+        micro_batch_size=size,
+        compile=all(plan.compile for plan in plans),
+        activation_checkpointing=checkpointing,
+    )
     if world.size > 1:
         sizes = ", ".join(str(plan.micro_batch_size) for plan in plans)
         print(f"auto-fit: the ranks chose batch_size {sizes}: all take {size}")
-        agree(world, lambda: fitter.check(plans[world.rank], size))
-    if world.is_main and not config["dry_run"]:
+        agree(world, lambda: fitter.check(plans[world.rank], size, checkpointing))
+    if world.is_main and config["dry_run"]:
+        parts = simulated({**fitter.job_of(size), "activation_checkpointing": checkpointing})
+        print(f"auto-fit: {where_it_goes(parts)}" if parts else "auto-fit: the simulation of where memory goes failed")
+    elif world.is_main:
         remember(out_dir, key, plan)
     return plan

@@ -1,7 +1,7 @@
 """Try one micro-batch size, in a process of its own: autofit.py starts it and reads its lines of JSON.
 
 A job comes as one line of JSON on standard input, which stays open as long as the answer is wanted:
-    model_args, parameters, dtype, device, grad_clip   the run's
+    model_args, dtype, device, grad_clip, activation_checkpointing, optimizer_state   the run's
     batch_size      sequences of a micro-batch
     micro_steps     of an iteration, on this device
     ranks           that share the iteration
@@ -30,6 +30,7 @@ import runtime
 from batches import RandomBatch
 from configurator import show_usage_errors_as_sentences
 from model import GPT, GPTConfig
+from optimizers import make_optimizer
 from step import dry_step, evaluate, train_step, try_compile
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least
@@ -92,7 +93,8 @@ def measure(job):
 def run(job, device):
     """The result's figures: peak in bytes, speed, allocator retries, seconds of compiling."""
     model = GPT(GPTConfig(**job["model_args"])).to(device)
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    model.activation_checkpointing = job["activation_checkpointing"]
+    optimizer = make_optimizer(model, job["optimizer_state"], 0.1, 6e-4, (0.9, 0.95), device)
     scaler = runtime.grad_scaler(device, job["dtype"])
     autocast = runtime.autocast(device, job["dtype"])
     batches = RandomBatch(job["batch_size"], job["model_args"]["block_size"], job["model_args"]["vocab_size"], device)
@@ -146,9 +148,8 @@ def run(job, device):
 
 
 def simulate(job):
-    """The same steps on fake tensors, in which only sizes are real: what tensors would hold at the peak."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
+    """The same step on fake tensors: what tensors would hold at the peak, and what for."""
+    from simulate import step_memory
 
     card = int(job["memory_limit_gb"] * autofit.GIB)
     free = card - (autofit.CONTEXT_BYTES if job["device"].startswith("cuda") else 0)
@@ -163,30 +164,8 @@ def simulate(job):
         free_bytes=free,
         limit_bytes=autofit.memory_limit(free, 0.0),
     )
-    # Fake CUDA tensors abort a torch without CUDA; on the CPU, sizes are the same.
-    cpu = torch.device("cpu")
-    with FakeTensorMode():
-        model = GPT(GPTConfig(**job["model_args"]))
-        for block in model.transformer.h:
-            block.attn.dropout = 0.0  # with it a CPU, unlike a GPU, would store whole attention matrices
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer)
-        size = job["batch_size"], job["model_args"]["block_size"], job["model_args"]["vocab_size"]
-        batches = RandomBatch(*size, cpu, on_current=tracker.reset_mod_stats)  # it tracks one pass over the modules
-        with tracker:
-            for micro_steps in (1, accumulated(job)):  # the second step finds AdamW's state
-                train_step(
-                    model,
-                    optimizer,
-                    runtime.grad_scaler(cpu, "float32"),
-                    batches,
-                    autocast=runtime.autocast(cpu, job["dtype"]),
-                    micro_steps=micro_steps,
-                    grad_clip=job["grad_clip"],
-                )
-        peak = tracker.get_tracker_snapshot("peak")[cpu]
-    result(job, peak_bytes=peak["Total"])
+    parts = step_memory(job)
+    result(job, peak_bytes=sum(parts.values()), parts=parts)
 
 
 if __name__ == "__main__":

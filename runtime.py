@@ -115,11 +115,15 @@ def take_device(device, limit_bytes=None):
         cap_memory(device, limit_bytes)
 
 
-def autocast(device, dtype):
-    """A reusable context in which products run in dtype ('float32', 'bfloat16' or 'float16')."""
+def autocast(device, dtype, keep_weights=False):
+    """A reusable context in which products run in dtype ('float32', 'bfloat16' or 'float16').
+
+    keep_weights: convert each weight once and keep the copies until the context ends, for many passes in one
+    context. Training uses a weight once in a pass, so that keeping would only take memory.
+    """
     if dtype == "float32":
         return nullcontext()
-    return torch.amp.autocast(device_type=device.type, dtype=DTYPES[dtype])
+    return torch.amp.autocast(device_type=device.type, dtype=DTYPES[dtype], cache_enabled=keep_weights)
 
 
 def grad_scaler(device, dtype):

@@ -23,6 +23,7 @@ from batches import Batches
 from codec import load_meta
 from configurator import UsageError, at_least, configure, one_of, usage_errors
 from model import GPT, PRETRAINED, GPTConfig
+from optimizers import OPTIMIZER_STATES, make_optimizer
 from step import dry_step, evaluate, train_step, try_compile
 
 runtime.prefer_expandable_segments()  # before CUDA starts
@@ -69,6 +70,8 @@ device = runtime.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
 compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
+activation_checkpointing = False  # compute activations again in the backward pass: less memory, slower
+optimizer_state = "float32"  # '8bit' (torchao; changes the numbers a little), 'offload' (to the machine's memory)
 # fitting the GPU
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
@@ -88,6 +91,7 @@ planned = dry_run and memory_limit_gb > 0 and not runtime.is_here(device)  # for
 if "dtype" not in given:
     dtype = config["dtype"] = "bfloat16" if planned else runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), config, "dtype")
+one_of(OPTIMIZER_STATES, config, "optimizer_state")
 if init_from not in ("scratch", "resume", *PRETRAINED) and not os.path.isdir(init_from):
     raise UsageError(
         f"init_from must be 'scratch', 'resume', one of {', '.join(PRETRAINED)}, or a folder that holds a Hugging "
@@ -169,20 +173,20 @@ if world.is_main and not dry_run:
 micro_batch_size, accumulation = batch_size, gradient_accumulation_steps
 limit_bytes = int(memory_limit_gb * 2**30) or None
 if auto_fit or dry_run:
-    plan = autofit.fit(
-        world, out_dir, model_args, device, planned, config, model.get_num_params(False), max_iters + 1 - iter_num
-    )
+    plan = autofit.fit(world, out_dir, model_args, device, planned, config, given, max_iters + 1 - iter_num)
     print(f"auto-fit: {plan}")
     if dry_run:
         world.leave()
         sys.exit(0)
     micro_batch_size, accumulation = plan.micro_batch_size, plan.accumulation
     compile, limit_bytes = plan.compile, plan.limit_bytes
+    activation_checkpointing = plan.activation_checkpointing
 micro_steps = accumulation // world.size  # of this rank
 
 runtime.take_device(device, limit_bytes)
 model.to(device)
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+model.activation_checkpointing = activation_checkpointing
+optimizer = make_optimizer(model, optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
 rng = None  # this rank's generators, as saved

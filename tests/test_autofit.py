@@ -222,7 +222,7 @@ def fitter(answer, facts=FACTS, **changes):
     """A Fitter whose probes are answered by answer(job), and the list of the lines that it says."""
     said, jobs = [], []
 
-    def probe(job, on_facts):
+    def probe(job, on_facts=lambda facts: None):
         jobs.append(job)
         if facts:
             on_facts(facts)
@@ -230,7 +230,11 @@ def fitter(answer, facts=FACTS, **changes):
         return (got, "") if isinstance(got, list) else ([], got)
 
     made = Fitter(
-        job={"model_args": {"block_size": 1024}, "parameters": 124_000_000},
+        job={
+            "model_args": {"block_size": 1024, "n_layer": 12},
+            "activation_checkpointing": False,
+            "optimizer_state": "float32",
+        },
         **{**dict(batch_size=64, gradient_accumulation_steps=1, probe=probe, say=said.append), **changes},
     )
     return made, said, jobs
@@ -243,6 +247,8 @@ def answer_3060(job):
     else:
         speed, seconds = 26_000.0 * size / (size + 2), 0.0
     peak = int((2.02 + 0.59 * size) * GIB)
+    if job["activation_checkpointing"]:
+        speed, peak = 0.75 * speed, int((2.02 + 0.1 * size) * GIB)
     if peak > 11 * GIB:
         return [{"peak_bytes": 0, "tokens_per_second": 0.0, "failure": "out of memory"}]
     return [{"peak_bytes": peak, "tokens_per_second": speed, "failure": "", "compile_seconds": seconds, "retries": 0}]
@@ -251,23 +257,25 @@ def answer_3060(job):
 def test_what_the_user_of_a_3060_reads():
     made, said, jobs = fitter(answer_3060, asked_compile=True, iterations_left=20_000)
     plan = made.plan()
-    assert said[:6] == [
+    assert said[:8] == [
         "auto-fit: NVIDIA GeForce RTX 3060, 28 SMs, 11.69 GiB, 11.21 GiB free, limit 10.65 GiB",
         "auto-fit: batch_size 1   peak 2.61 GiB   8,667 tok/s   fits",
         "auto-fit: batch_size 2   peak 3.20 GiB   13,000 tok/s   fits",
         "auto-fit: memory is 2.02 + 0.59 x batch_size GiB: 8 should fit",
         "auto-fit: batch_size 8   peak 6.74 GiB   20,800 tok/s   fits",
         "auto-fit: batch_size 4   peak 4.38 GiB   17,333 tok/s   fits",
+        "auto-fit: batch_size 32, activation checkpointing   peak 5.22 GiB   18,353 tok/s   fits",
+        "auto-fit: activation_checkpointing off: what fits without it is faster",
     ]
-    assert said[6].startswith("auto-fit: batch_size 8, compiled")
-    assert said[7] == (
+    assert said[8].startswith("auto-fit: batch_size 8, compiled")
+    assert said[9] == (
         "auto-fit: compile on: 28 SMs are fewer than compile_min_sms=68, and compiling takes 1.5 min and saves "
         "10.0 min of 17.5 h"
     )
     assert str(plan) == "batch_size 64 -> 8, gradient_accumulation_steps 1 -> 8, effective batch 64"
     assert plan.compile
     assert {job["limit_bytes"] for job in jobs[1:]} == {FACTS["limit_bytes"]}, "all trials are held to one limit"
-    assert [job["micro_steps"] for job in jobs] == [64, 32, 8, 16, 8]
+    assert [job["micro_steps"] for job in jobs] == [64, 32, 8, 16, 2, 8]
 
 
 def test_a_short_run_does_not_even_try_to_compile():
@@ -321,12 +329,109 @@ def test_a_probe_that_ends_badly_counts_as_too_large(trouble):
     assert f"auto-fit: batch_size 8   the probe {trouble}   does not fit" in said
 
 
-def test_nothing_fits_is_an_error_with_numbers():
-    made, _, _ = fitter(answer_3060, {**FACTS, "limit_bytes": 2 * GIB})
+def needs(shares, batch_size_weight=0.3):
+    """An answer of probes whose memory is the sum of shares, in GiB, and of activations without checkpointing."""
+
+    def answer(job):
+        parts = {**shares, "activations": 0.0 if job["activation_checkpointing"] else batch_size_weight}
+        if job["optimizer_state"] != "float32":
+            parts["optimizer state"] = 0.0
+        scale = job["model_args"]["block_size"] / 1024 * job["model_args"]["n_layer"] / 12
+        parts["loss and backward"] = shares["loss and backward"] * scale
+        if job["simulate"]:
+            return [{"peak_bytes": 1, "failure": "", "parts": {name: int(n * GIB) for name, n in parts.items()}}]
+        peak = int(sum(parts.values()) * GIB) * job["batch_size"]
+        return [{"peak_bytes": peak, "tokens_per_second": 1e3, "failure": "", "retries": 0}]
+
+    return answer
+
+
+SHARES = {"weights": 0.5, "gradients": 0.5, "optimizer state": 0.9, "loss and backward": 0.8}
+
+
+def test_what_fits_only_with_activation_checkpointing_is_trained_with_it():
+    made, said, _ = fitter(needs(SHARES), {**FACTS, "limit_bytes": int(2.8 * GIB)})
+    made.job["simulate"] = False
+    plan = made.plan()
+    assert plan.activation_checkpointing
+    assert plan.micro_batch_size == 1
+    assert "auto-fit: batch_size 1   peak 3.00 GiB   1,000 tok/s   does not fit" in said
+    assert "auto-fit: batch_size 1, activation checkpointing   peak 2.70 GiB   1,000 tok/s   fits" in said
+    assert "auto-fit: activation_checkpointing on: not even batch_size 1 fits without it" in said
+
+
+def test_what_the_user_says_about_activation_checkpointing_stands():
+    made, _, jobs = fitter(needs(SHARES), {**FACTS, "limit_bytes": int(2.8 * GIB)}, may_checkpoint=False, advises=False)
+    made.job["simulate"] = False
+    with pytest.raises(UsageError, match="nothing fits: batch_size 1 takes 3.00 GiB"):
+        made.plan()
+    made, _, jobs = fitter(needs(SHARES), {**FACTS, "limit_bytes": 100 * GIB})
+    made.job.update(simulate=False, activation_checkpointing=True)
+    assert made.plan().activation_checkpointing
+    assert all(job["activation_checkpointing"] for job in jobs)
+
+
+def test_activation_checkpointing_is_taken_where_it_is_faster():
+    """A wide GPU on which only one sequence fits, and is slow."""
+
+    def answer(job):
+        peak, speed = (0.1, 0.75) if job["activation_checkpointing"] else (1.0, 1.0)
+        size = job["batch_size"]
+        figures = dict(tokens_per_second=speed * 1000.0 * size / (size + 8), failure="", retries=0)
+        return [dict(peak_bytes=int((9 + peak * size) * GIB), **figures)]
+
+    made, said, _ = fitter(answer)
+    plan = made.plan()
+    assert (plan.micro_batch_size, plan.activation_checkpointing) == (4, True)
+    assert "auto-fit: activation_checkpointing on: larger micro-batches make up for computing" in said[-2]
+    assert plan.trials[-1].checkpointing
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({1: 100.0}, 4),  # nothing is known of larger ones
+        ({1: 100.0, 2: 180.0, 4: 300.0}, 16),  # speed still grows
+        ({1: 100.0, 2: 180.0, 4: 200.0}, None),  # it hardly does
+        ({1: 100.0, 64: 3000.0}, None),  # all of the batch fits
+    ],
+)
+def test_when_activation_checkpointing_may_be_faster(speeds, expected):
+    trials = [Trial(size, True, 1, speed) for size, speed in speeds.items()]
+    assert autofit.size_to_try_checkpointed(divisors(64), trials) == expected
+
+
+def test_nothing_fits_is_an_error_with_numbers_and_with_what_would_fit():
+    made, _, jobs = fitter(needs(SHARES), {**FACTS, "limit_bytes": int(2.3 * GIB)})
+    made.job["simulate"] = False
     with pytest.raises(UsageError) as error:
         made.plan()
-    for words in ("batch_size 1 takes 2.61 GiB", "the limit is 2.00 GiB", "take 1.85 GiB", "smaller block_size"):
-        assert words in str(error.value)
+    assert str(error.value).splitlines() == [
+        "auto-fit: nothing fits: batch_size 1 with activation checkpointing takes 2.70 GiB (measured), the limit is "
+        "2.30 GiB of 11.21 GiB free",
+        "of 2.70 GiB (simulated): weights 0.50, gradients 0.50, optimizer state 0.90, loss and backward 0.80, "
+        "activations 0.00",
+        "each of these would fit, with batch_size 1:",
+        "  --optimizer_state=8bit",
+        "  --optimizer_state=offload",
+        "  --block_size=256",
+    ]
+    assert all(job["simulate"] for job in jobs[2:]), "what is proposed has been simulated"
+
+
+def test_a_model_that_is_given_is_not_proposed_smaller():
+    def answer(job):
+        smaller = job["model_args"]["n_layer"] < 24
+        return needs({name: n / 9 if smaller else n for name, n in SHARES.items()})(job)
+
+    for may_shrink in (True, False):
+        made, _, _ = fitter(answer, {**FACTS, "limit_bytes": GIB}, may_shrink=may_shrink)
+        made.job.update(simulate=False, model_args={"block_size": 1024, "n_layer": 24})
+        with pytest.raises(UsageError) as error:
+            made.plan()
+        proposal = "--n_layer=12 --n_head=12 --n_embd=768" in str(error.value)
+        assert proposal == may_shrink
+        assert ("no setting that was tried would fit" in str(error.value)) == (not may_shrink)
 
 
 def test_a_trial_that_fails_for_another_reason_is_not_called_a_want_of_memory():
@@ -351,7 +456,10 @@ def test_an_answer_is_kept_and_found_again(workplace):
     autofit.remember("out", KEY, KEPT)
     choice, why = autofit.recall("out", KEY)
     assert why == ""
-    assert choice == {"micro_batch_size": 8, "compile": True, "limit_bytes": 10 * GIB, "reasons": ["because"]}
+    assert choice == {
+        "micro_batch_size": 8, "compile": True, "activation_checkpointing": False, "limit_bytes": 10 * GIB,
+        "reasons": ["because"],
+    }  # fmt: skip
     assert json.loads((workplace / "out" / "auto_fit.json").read_text())["trials"][0]["batch_size"] == 8
 
 
@@ -371,8 +479,17 @@ def test_a_half_written_answer_is_ignored(workplace, text):
     assert "ignored" in why
 
 
+AS_CHOSEN = dict(compile=False, activation_checkpointing=False, limit_bytes=FACTS["limit_bytes"], reasons=[])
+
+
 def test_one_trial_confirms_a_kept_answer():
-    choice = {"micro_batch_size": 4, "compile": False, "limit_bytes": FACTS["limit_bytes"], "reasons": []}
+    choice = {
+        "micro_batch_size": 4,
+        "compile": False,
+        "activation_checkpointing": False,
+        "limit_bytes": FACTS["limit_bytes"],
+        "reasons": [],
+    }
     made, said, jobs = fitter(answer_3060)
     assert made.plan(choice).micro_batch_size == 4
     assert len(jobs) == 1
@@ -380,11 +497,23 @@ def test_one_trial_confirms_a_kept_answer():
 
 
 def test_a_kept_answer_that_does_not_hold_is_looked_for_again():
-    too_large = {"micro_batch_size": 32, "compile": False, "limit_bytes": FACTS["limit_bytes"], "reasons": []}
+    too_large = {
+        "micro_batch_size": 32,
+        "compile": False,
+        "activation_checkpointing": False,
+        "limit_bytes": FACTS["limit_bytes"],
+        "reasons": [],
+    }
     made, said, _ = fitter(answer_3060)
     assert made.plan(too_large).micro_batch_size == 8
     assert "auto-fit: the answer kept beside the run does not fit any more: looking again" in said
-    other_limit = {"micro_batch_size": 2, "compile": False, "limit_bytes": 4 * GIB, "reasons": []}
+    other_limit = {
+        "micro_batch_size": 2,
+        "compile": False,
+        "activation_checkpointing": False,
+        "limit_bytes": 4 * GIB,
+        "reasons": [],
+    }
     made, said, _ = fitter(answer_3060)
     assert made.plan(other_limit).micro_batch_size == 8
     assert "auto-fit: the limit was 4.00 GiB and is 10.65 GiB: looking again" in said
@@ -410,13 +539,13 @@ def test_all_ranks_stop_with_the_sentence_of_the_one_that_failed():
 def test_a_size_that_another_rank_chose_is_tried_before_it_is_taken():
     made, _, jobs = fitter(answer_3060)
     plan = made.plan()
-    made.check(plan, 4)
+    made.check(plan, 4, False)
     tried = len(jobs)
     made, _, jobs = fitter(answer_3060)
-    made.check(replace(plan, trials=()), 4)
-    assert (tried, len(jobs)) == (4, 1)
+    made.check(replace(plan, trials=()), 4, False)
+    assert (tried, len(jobs)) == (5, 1)
     with pytest.raises(UsageError, match="batch_size 32, which another rank chose, does not fit here"):
-        made.check(plan, 32)
+        made.check(plan, 32, False)
 
 
 # ---- child processes ---------------------------------------------------------------------------------------
@@ -466,7 +595,8 @@ def test_noise_around_an_answer_does_not_matter(workplace, monkeypatch):
 
 JOB = dict(
     model_args=dict(n_layer=2, n_head=2, n_embd=64, block_size=32, bias=False, vocab_size=65, dropout=0.1),
-    parameters=1, dtype="float32", device="cpu", grad_clip=1.0, batch_size=8, micro_steps=4, ranks=1, compile=False,
+    activation_checkpointing=False, optimizer_state="float32", dtype="float32", device="cpu",
+    grad_clip=1.0, batch_size=8, micro_steps=4, ranks=1, compile=False,
     simulate=False, memory_limit_gb=4.0,
 )  # fmt: skip
 
@@ -598,7 +728,7 @@ sys.argv[0] = "train.py"
 import autofit
 from autofit import Trial
 LIMITS = {limits}
-def measure(self, size, compile=False):
+def measure(self, size, compile=False, checkpointing=False):
     limit = LIMITS[int(os.environ["RANK"])]
     if limit is None:
         return Trial(size, False, failure="the probe was killed by signal 9")

@@ -159,7 +159,7 @@ def test_a_compile_that_fails_goes_on_in_eager(monkeypatch):
     plain = train(max_iters=3)
 
     def broken(model, **options):
-        def call(*args):
+        def call(*args, **options):
             torch.rand(3)  # a failing compiler may have drawn random numbers
             raise RuntimeError("no C++ compiler\nand a long story")
 
