@@ -379,7 +379,7 @@ class Fitter:
     def job_of(self, size):
         """What probe.py must know to try this size."""
         micro_steps = self.gradient_accumulation_steps * (self.batch_size // size) // self.world_size
-        return {**self.job, "batch_size": size, "micro_steps": micro_steps, "ranks": self.world_size}
+        return {**self.job, "batch_size": size, "micro_steps": micro_steps}
 
     def _search(self):
         """(choice, trials, reasons): without activation checkpointing, and with it where that helps."""

@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from configurator import UsageError
+from configurator import UsageError, usage_errors
 
 TOKEN_BYTES = 2  # uint16
 
@@ -29,11 +29,12 @@ def _missing(folder):
     return f"did you mean --dataset={near[0]}?" if near else f"there is no {prepare} that could make it"
 
 
-def _open_tokens(path, block_size):
-    """The tokens of a .bin file as a uint16 array on disk, after a look at its size."""
+def _count_tokens(path, block_size):
+    """(tokens of a .bin file, what tells whether it is still the same file), after a look at its size."""
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist: {_missing(os.path.dirname(path))}")
-    size = os.path.getsize(path)
+    found = os.stat(path)
+    size = found.st_size
     if size == 0 or size % TOKEN_BYTES:
         raise UsageError(
             f"{path} has {size:,} bytes: expected uint16 tokens, two bytes each, and not none; prepare it again"
@@ -43,7 +44,7 @@ def _open_tokens(path, block_size):
             f"{path} has {size // TOKEN_BYTES:,} tokens: too few for block_size={block_size}, which needs at least "
             f"{block_size + 1:,}; use a smaller block_size or more text"
         )
-    return np.memmap(path, dtype="<u2", mode="r")
+    return size // TOKEN_BYTES, (size, found.st_mtime_ns)
 
 
 class RandomBatch:
@@ -64,9 +65,14 @@ class RandomBatch:
     def advance(self):
         """There is no other batch."""
 
-    def evaluation(self, split, count):
-        """The batch, count times."""
-        yield from [self._batch] * count
+    def evaluation(self, split, count, rank=0, ranks=1):
+        """The batch, as often as this rank's share of count."""
+        yield from [[self._batch]] * len(range(rank, count, ranks))
+
+    def stream(self):
+        """There is none."""
+
+    set_stream = stream
 
 
 class Batches:
@@ -79,8 +85,7 @@ class Batches:
     def __init__(self, folder, *, batch_size, block_size, device):
         self.folder, self.batch_size, self.block_size, self.device = folder, batch_size, block_size, device
         self._generator = torch.Generator()
-        for split in ("train", "val"):
-            _open_tokens(self._path(split), block_size)
+        self._files = {split: _count_tokens(self._path(split), block_size) for split in ("train", "val")}
 
     def start(self, vocab_size, state=None, micro_batch_size=None):
         """Draw the first training batch, from state or else from where torch's global generator stands.
@@ -97,13 +102,27 @@ class Batches:
     def _path(self, split):
         return os.path.join(self.folder, f"{split}.bin")
 
-    def draw(self, split):
-        """Draw a batch of 'train' or 'val': (x, y), each int64 (B, T) on the device; y is x a token later."""
+    def _draw_starts(self, split):
+        """Where the sequences of the next batch begin, int64 (B,)."""
+        path, expected = self._path(split), self._files[split]
+        found = _count_tokens(path, self.block_size)
+        if found != expected:
+            raise UsageError(
+                f"{path} has changed since the run began (it had {expected[0]:,} tokens, and has {found[0]:,}): put "
+                "the old file back, or start again for the new one"
+            )
+        return torch.randint(found[0] - self.block_size, (self.batch_size,), generator=self._generator)
+
+    def _load(self, split, starts):
+        """The batch that begins at starts: (x, y), each int64 (B, T) on the device; y is x a token later."""
         path = self._path(split)
-        # The file is mapped anew each time: a mapping that lives on keeps every page that it touched.
-        tokens = _open_tokens(path, self.block_size)
-        starts = torch.randint(len(tokens) - self.block_size, (self.batch_size,), generator=self._generator)
-        rows = np.lib.stride_tricks.sliding_window_view(tokens, self.block_size + 1)[starts.numpy()]  # (B, T + 1)
+        rows = np.empty((self.batch_size, self.block_size + 1), "<u2")  # (B, T + 1)
+        # Read, not mapped: a mapping keeps the pages that it touched, and kills the process if the file shrinks.
+        with usage_errors(OSError, prefix=f"{path} can't be read: "), open(path, "rb", buffering=0) as f:
+            for row, start in zip(rows, starts.tolist(), strict=True):
+                f.seek(start * TOKEN_BYTES)
+                if f.readinto(memoryview(row).cast("B")) != row.nbytes:
+                    raise UsageError(f"{path} ends before token {start + len(row):,}: it was cut short in mid-run")
         if rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             raise UsageError(
@@ -117,7 +136,7 @@ class Batches:
 
     def _fetch(self):
         self._state_before = self._generator.get_state()
-        self._batch = self.draw("train")
+        self._batch = self._load("train", self._draw_starts("train"))
         self._row = 0
 
     @property
@@ -133,11 +152,37 @@ class Batches:
         if self._row == self.batch_size:
             self._fetch()
 
-    def evaluation(self, split, count):
-        """Draw count batches of a split and give them as micro-batches."""
-        for _ in range(count):
-            x, y = self.draw(split)
-            yield from zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size), strict=True)
+    def evaluation(self, split, count, rank=0, ranks=1):
+        """Draw count batches of a split; of those that are this rank's, give each as a list of micro-batches.
+
+        The batches are dealt to the ranks in turn. Where their streams stand alike, together they see what one
+        alone would.
+        """
+        for number in range(count):
+            starts = self._draw_starts(split)
+            if number % ranks == rank:
+                x, y = self._load(split, starts)
+                yield list(zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size), strict=True))
+
+    def stream(self):
+        """Where the generator stands, as a uint8 tensor."""
+        return self._generator.get_state()
+
+    def set_stream(self, state):
+        """Let the generator go on from what stream() gave, on this rank or another."""
+        self._generator.set_state(state)
+
+    def mark(self):
+        """The place between two steps, for rewind."""
+        assert self._row == 0, "a step ends with its last batch"
+        return self._state_before, self.stream()
+
+    def rewind(self, mark):
+        """Go back to a mark. The current batch is fetched again, cut by micro_batch_size as it is now."""
+        before, after = mark
+        self.set_stream(before)
+        self._fetch()
+        self.set_stream(after)
 
     def state(self):
         """Where the stream stands, as a uint8 tensor: start(state=...) draws the current batch again.

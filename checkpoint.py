@@ -1,27 +1,102 @@
 """ckpt.pt: written whole or not at all, read whether nanoGPT or this project wrote it."""
 
 import os
+import zipfile
 
 import torch
 
 from configurator import UsageError, usage_errors
 
 NAME = "ckpt.pt"
+PREVIOUS = "ckpt.prev.pt"
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # these make the weights' shapes
 REQUIRED = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
 _IMPLEMENTATION = ("fused", "foreach", "capturable")
 
 
+def all_finite(tensors):
+    """Whether no tensor holds an infinite number or a nan."""
+    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all()) if tensors else True
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the one before is as it was. Its message is a sentence."""
+
+
 def save(checkpoint, out_dir):
-    """Write a checkpoint to out_dir/ckpt.pt. The one before stays until this one is whole on disk."""
-    path = os.path.join(out_dir, NAME)
+    """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt.
+
+    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile. Raises SaveError where the
+    disk is full or can't be written to, or where weights are not finite.
+    """
+    path, previous = os.path.join(out_dir, NAME), os.path.join(out_dir, PREVIOUS)
+    if not all_finite(list(checkpoint["model"].values())):
+        raise SaveError("the weights are not finite: they are not saved, so that a good checkpoint stays")
+    try:
+        try:
+            _write(checkpoint, path)
+        except _FAILURES:
+            if not os.path.exists(previous):
+                raise
+            os.remove(previous)  # it makes room
+            _write(checkpoint, path)
+    except _FAILURES as e:
+        raise SaveError(f"{path} can't be written ({_reason(e)}); a checkpoint that is there stays as it is") from e
+
+
+# torch.save passes on a file's own error, or fails with another one while it handles that.
+_FAILURES = (OSError, RuntimeError)
+
+
+def _reason(error):
+    """What the system said: the first error in a chain of them that comes from it."""
+    inner = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return (inner.strerror if inner is not None else None) or str(error).strip().splitlines()[0]
+
+
+def _write(checkpoint, path):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have removed it in mid-run
     part = path + ".part"
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        _keep_previous(path)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+
+
+def _keep_previous(path):
+    """Give ckpt.pt a second name, so that it is never without its own."""
+    previous = os.path.join(os.path.dirname(path), PREVIOUS)
+    if not os.path.exists(path):
+        return
+    if os.path.exists(previous):
+        os.remove(previous)
+    try:
+        os.link(path, previous)
+    except OSError:
+        return  # some file systems have no second names: then no previous one is kept
+
+
+def _read(path):
+    """What torch.load gives for a file whose bytes are those that were written; a UsageError where they aren't."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():  # torch.load doesn't compare checksums
+                    raise UsageError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({reason})") from e
 
 
 def load(out_dir, required=REQUIRED):
@@ -29,14 +104,21 @@ def load(out_dir, required=REQUIRED):
 
     Raises UsageError where there is none, where it is damaged, or where a required entry is missing.
     """
-    path = os.path.join(out_dir, NAME)
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no checkpoint {path}: train with --out_dir={out_dir} first, or set out_dir")
+    path, previous = os.path.join(out_dir, NAME), os.path.join(out_dir, PREVIOUS)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({reason})") from e
+        if not os.path.isfile(path):
+            raise UsageError(f"there is no checkpoint {path}: train with --out_dir={out_dir} first, or set out_dir")
+        checkpoint = _read(path)
+    except UsageError as e:
+        if not os.path.isfile(previous):
+            raise
+        try:
+            iteration = _read(previous)["iter_num"]
+        except (UsageError, TypeError, KeyError):
+            raise e from None
+        raise UsageError(
+            f"{e}; {previous} beside it is whole, of iteration {iteration}: to go on from there, rename it to {NAME}"
+        ) from e
     if isinstance(checkpoint, dict):  # one that was made smaller may hold None for its optimizer
         checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
     missing = [k for k in required if k not in checkpoint] if isinstance(checkpoint, dict) else required

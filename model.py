@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOSS_CHUNK_BYTES = 256 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
+LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
 LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
 

@@ -4,7 +4,6 @@ A job comes as one line of JSON on standard input, which stays open as long as t
     model_args, dtype, device, grad_clip, activation_checkpointing, optimizer_state   the run's
     batch_size      sequences of a micro-batch
     micro_steps     of an iteration, on this device
-    ranks           that share the iteration
     compile, compile_mode
     memory_limit_gb, or limit_bytes where an earlier trial found it
     simulate        true: on fake tensors, which take no memory and tell no time
@@ -53,11 +52,8 @@ def result(job, peak_bytes=0, tokens_per_second=0.0, failure="", **more):
 
 
 def accumulated(job):
-    """Micro-steps to measure: with the second, gradients and AdamW's state are there while activations grow.
-
-    Alone and without accumulation they never are; under DDP gradients always are.
-    """
-    return 2 if job["micro_steps"] > 1 or job["ranks"] > 1 else 1
+    """Micro-steps to measure: with the second, gradients are there while activations grow; in the first they aren't."""
+    return min(2, job["micro_steps"])
 
 
 def measure(job):

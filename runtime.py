@@ -325,32 +325,55 @@ def set_rng_state(state, device):
 # ---- ranks -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
-    """Which of torchrun's processes this one is. Alone: rank 0 of 1."""
+    """Which of torchrun's processes this one is. Alone: rank 0 of 1. All ranks must call what several share."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    on_host: object = None  # a group whose messages don't wait for the devices
 
     @property
     def is_main(self):
         return self.rank == 0
 
     def mean(self, value):
-        """The mean of a scalar tensor over all ranks, on each of them. All must call it."""
+        """The mean of a scalar tensor over all ranks, on each of them."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
             value /= self.size
         return value
 
+    def average(self, tensors):
+        """Replace each tensor by its mean over all ranks."""
+        if self.size > 1:
+            for pending in [dist.all_reduce(t, async_op=True) for t in tensors]:
+                pending.wait()
+            torch._foreach_div_(tensors, self.size)
+
+    def spread(self, tensors):
+        """Replace each tensor by that of rank 0."""
+        if self.size > 1:
+            with torch.no_grad():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
+
+    def most(self, number):
+        """The largest of the ranks' whole numbers, on each of them."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.on_host)
+        return number.item()
+
     def gather(self, value):
-        """A list of every rank's value (plain Python and tensors on the CPU), on each. All must call it."""
+        """A list of every rank's value (plain Python and tensors on the CPU), on each."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.on_host)
         return values
 
     def join(self, backend, device_name):
@@ -371,18 +394,22 @@ class World:
                 print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
         if not dist.is_backend_available(backend):
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
-        # Longer than any evaluation or trial for which the other ranks wait; NCCL's own 10 minutes is not.
-        dist.init_process_group(backend, timeout=timedelta(hours=3), **options)
-        if backend == "gloo":
-            # gloo's threads give back their last tensors a moment after the call that waited for them, and need
-            # Python's lock to do so: where Python is shutting down already, the process aborts.
-            atexit.register(time.sleep, 0.1)
+        # Longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 minutes is not.
+        timeout = timedelta(hours=3)
+        dist.init_process_group(backend, timeout=timeout, **options)
+        self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        # gloo's threads give back their last tensors a moment after the call that waited for them, and need
+        # Python's lock to do so: where Python is shutting down already, the process aborts.
+        atexit.register(time.sleep, 0.1)
         return device_name
 
     def leave(self):
         """Part from the other ranks, at the end of a run."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+ALONE = World()
 
 
 def world_of_torchrun():

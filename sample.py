@@ -53,8 +53,13 @@ data_dir = None
 with usage_errors(ValueError, OSError, ImportError):
     if init_from == "resume":
         saved = checkpoints.load(out_dir, required=("model", "model_args"))
-        model = GPT(GPTConfig(**saved["model_args"]))
-        model.load_state_dict(saved["model"])
+        # Others may have written the checkpoint and keep more there than these sizes.
+        model = GPT(GPTConfig(**{key: saved["model_args"][key] for key in (*checkpoints.MODEL_KEYS, "dropout")}))
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as e:  # torch lists everything that differs, one line each: the first tells enough
+            first = str(e).splitlines()[:2][-1].strip()[:200]
+            raise UsageError(f"{out_dir}/{checkpoints.NAME}: its weights don't fit its model_args: {first}") from e
         if "dataset" in saved.get("config", {}):
             data_dir = os.path.join("data", saved["config"]["dataset"])
     else:
@@ -64,16 +69,39 @@ encode, decode, symbols = codec_of(data_dir)
 print(f"symbols: {symbols}")
 prompt = torch.tensor([encode(start)], device=device)  # (1, T)
 
+
+def rows_that_fit():
+    """How many samples half of the free memory holds, at least one: so many can be drawn in one batch."""
+    sizes = model.config
+    width = runtime.DTYPES[dtype].itemsize
+    positions = min(sizes.block_size, prompt.shape[1] + max_new_tokens)
+    try:
+        free = runtime.free_memory_bytes(device)
+    except UsageError:  # this system can't be asked
+        return 1
+    if dtype != "float32":
+        free -= model.get_num_params() * width  # autocast will keep a copy of the weights
+    keys_values = 2 * sizes.n_layer * sizes.n_embd * positions * width
+    # A block's temporary tensors, about 12 times as wide as what enters it, and copies of the logits matter
+    # beside these where there are few layers or few positions.
+    others = 4 * (12 * sizes.n_embd * positions + 6 * sizes.vocab_size)
+    return max(1, free // 2 // (keys_values + others))
+
+
 # ---- draw --------------------------------------------------------------------------------------------------
-with torch.no_grad(), runtime.autocast(device, dtype):
+rows = min(num_samples, rows_that_fit())
+left = num_samples
+# Every token is a pass in this one context, for which each weight is converted once.
+with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
     if compile:
-        model, failure = try_compile(
-            model, lambda compiled: compiled(prompt[:, -model.config.block_size :]), device, dynamic=True
-        )
+        trial = prompt[:, -model.config.block_size :].expand(rows, -1)
+        model, failure = try_compile(model, lambda compiled: compiled(trial), device, dynamic=True)
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
-    for _ in range(num_samples):
+    while left:
+        batch = prompt.expand(min(rows, left), -1)
         # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
-        tokens = GPT.generate(model, prompt, max_new_tokens, temperature=temperature, top_k=top_k or None)
-        print(decode(tokens[0].tolist()))
-        print("---------------")
+        for tokens in GPT.generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None):
+            print(decode(tokens.tolist()))
+            print("---------------")
+        left -= len(batch)

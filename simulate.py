@@ -87,7 +87,7 @@ def step_memory(job, forward=None):
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             optimizer.step()
-            if job["micro_steps"] == 1 and job["ranks"] == 1:
+            if job["micro_steps"] == 1:
                 optimizer.zero_grad(set_to_none=True)
             train_step(
                 model if forward is None else _Run(model, forward),

@@ -1,55 +1,115 @@
 """What a model is run through: one optimizer step, one evaluation, one attempt to compile.
 
-train.py and bench.py run these functions and nothing of their own.
+train.py, the probe and bench.py run these functions and nothing of their own.
 """
 
+import math
 import warnings
-from contextlib import nullcontext
 
 import torch
 
 import runtime
+from runtime import ALONE
 
 
-def train_step(model, optimizer, scaler, batches, *, autocast, micro_steps, grad_clip):
-    """Accumulate gradients over micro_steps micro-batches, clip them, update the weights.
+def accumulate(model, scaler, batches, *, autocast, micro_steps):
+    """Add up the gradients of micro_steps micro-batches.
 
-    batches: has .current (x, y) and .advance(), as batches.Batches. grad_clip: largest gradient norm, 0 for none.
-    Returns the mean loss over the micro-batches, a scalar tensor on the device: reading it waits for the GPU.
+    batches: has .current (x, y) and .advance(), as batches.Batches. Returns the mean loss, a scalar tensor on the
+    device: reading it waits for the GPU.
     """
     total = 0.0
-    for micro_step in range(micro_steps):
+    for _ in range(micro_steps):
         x, y = batches.current
-        # Under DDP, ranks exchange gradients once a step, in the last backward pass.
-        exchange = micro_step == micro_steps - 1 or not hasattr(model, "no_sync")
-        with nullcontext() if exchange else model.no_sync():
-            with autocast:
-                loss = model(x, y, return_logits=False)[1] / micro_steps
-            batches.advance()  # the GPU is still busy with the forward pass
-            scaler.scale(loss).backward()
+        with autocast:
+            loss = model(x, y, return_logits=False)[1] / micro_steps
+        batches.advance()  # the GPU is still busy with the forward pass
+        scaler.scale(loss).backward()
         total += loss.detach()
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return total
 
 
+def update(model, optimizer, scaler, *, grad_clip, world=ALONE):
+    """Share the gradients among ranks, clip them and update the weights, unless the gradients are not finite.
+
+    grad_clip: largest gradient norm, 0 for any. Returns the norm before clipping, a scalar tensor on the device.
+    """
+    params = [p for p in model.parameters() if p.grad is not None]
+    world.average([p.grad for p in params])
+    scaler.unscale_(optimizer)
+    if grad_clip:
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    try:
+        _move(optimizer, scaler, norm)
+        moved = True
+    except torch.OutOfMemoryError:
+        # Fused AdamW allocates its state before it moves anything, and nothing later: it can be called again.
+        if not optimizer.defaults.get("fused"):
+            raise
+        moved = False
+    if not moved:
+        runtime.empty_cache(norm.device)
+        _move(optimizer, scaler, norm)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _move(optimizer, scaler, norm):
+    """The optimizer's step, left out where norm is not finite; with float16, scaler sees to that."""
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif optimizer.defaults.get("fused"):
+        # Told by a tensor, as GradScaler does it, fused AdamW leaves the step out without waiting for the GPU.
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif torch.isfinite(norm):
+        optimizer.step()
+
+
+def train_step(model, optimizer, scaler, batches, *, autocast, micro_steps, grad_clip):
+    """accumulate and update: what an iteration of training computes. Returns the mean loss as accumulate."""
+    loss = accumulate(model, scaler, batches, autocast=autocast, micro_steps=micro_steps)
+    update(model, optimizer, scaler, grad_clip=grad_clip)
+    return loss
+
+
 @torch.no_grad()
-def evaluate(model, batches, eval_iters, autocast):
-    """Mean loss over eval_iters batches of each split: {'train': nats, 'val': nats}."""
+def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: None):
+    """Losses of eval_iters batches of each split, of those that are this rank's: {'train': nats (n,), 'val': ...}.
+
+    The batches are those that rank 0 would draw alone; mean_losses makes one figure of all ranks' shares. check() is
+    called before each batch, and may raise to end the evaluation.
+    """
+    own = batches.stream()
+    batches.set_stream(world.gather(own)[0])
+    losses = {}
     model.eval()
+    try:
+        for split in ("train", "val"):
+            found = []
+            for pieces in batches.evaluation(split, eval_iters, world.rank, world.size):
+                check()
+                with autocast:
+                    found.append(sum(model(x, y, return_logits=False)[1] for x, y in pieces) / len(pieces))
+            losses[split] = torch.stack(found).cpu().double() if found else torch.zeros(0, dtype=torch.double)
+    finally:
+        model.train()
+    if not world.is_main:
+        batches.set_stream(own)  # as in nanoGPT, an evaluation moves the stream of rank 0 alone
+    return losses
+
+
+def mean_losses(losses, world=ALONE):
+    """Means of what evaluate gave on each rank, {'train': nats, 'val': nats}, the same whatever their number."""
     means = {}
-    for split in ("train", "val"):
-        total = pieces = 0
-        for x, y in batches.evaluation(split, eval_iters):
-            with autocast:
-                total += model(x, y, return_logits=False)[1]
-            pieces += 1
-        means[split] = (total / pieces).item()
-    model.train()
+    for split in losses:
+        shares = world.gather(losses[split])
+        every = torch.cat(shares).tolist()
+        means[split] = math.fsum(every) / len(every)  # exact, in whatever order the ranks have them
     return means
 
 

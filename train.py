@@ -9,12 +9,12 @@ On 4 GPUs of one machine (torchrun --help tells how to join several machines):
 
 import math
 import os
+import signal
 import sys
 import time
 from functools import partial
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import autofit
 import checkpoint as checkpoints
@@ -24,7 +24,8 @@ from codec import load_meta
 from configurator import UsageError, at_least, configure, one_of, usage_errors
 from model import GPT, PRETRAINED, GPTConfig
 from optimizers import OPTIMIZER_STATES, make_optimizer
-from step import dry_step, evaluate, train_step, try_compile
+from recovery import Recovery, StopRequested, StopSignals, Watch
+from step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 
@@ -171,6 +172,8 @@ if world.is_main and not dry_run:
     with usage_errors(OSError, prefix=f"out_dir={out_dir!r} can't be made: "):
         os.makedirs(out_dir, exist_ok=True)
 micro_batch_size, accumulation = batch_size, gradient_accumulation_steps
+if saved and saved.get("split", {}).get("of") == [batch_size, gradient_accumulation_steps]:
+    micro_batch_size, accumulation = saved["split"]["into"]  # memory may have run out since the start
 limit_bytes = int(memory_limit_gb * 2**30) or None
 if auto_fit or dry_run:
     plan = autofit.fit(world, out_dir, model_args, device, planned, config, given, max_iters + 1 - iter_num)
@@ -185,6 +188,7 @@ micro_steps = accumulation // world.size  # of this rank
 
 runtime.take_device(device, limit_bytes)
 model.to(device)
+world.spread(model.parameters())  # each rank has drawn its own
 model.activation_checkpointing = activation_checkpointing
 optimizer = make_optimizer(model, optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
@@ -200,7 +204,7 @@ if saved:
     saved = None  # its tensors are a whole second model
 runtime.empty_cache(device)
 
-raw_model = model  # what is saved: without the wrappers of torch.compile and DDP
+raw_model = model  # what is saved: without torch.compile's wrapper
 batches.start(model_args["vocab_size"], rng and rng["data"], micro_batch_size)
 if compile:
     print("compiling the model... (takes a minute or so)")
@@ -208,12 +212,43 @@ if compile:
     model, failure = try_compile(model, trial, device, mode=compile_mode)
     if failure:
         print(f"compile failed, training goes on without it ({failure})")
-if world.size > 1:
-    if model is not raw_model:
-        torch.compiler.reset()  # compiled anew inside DDP, in pieces between which gradients travel
-    # Gradients that are views of DDP's buckets take no memory of their own.
-    gpu = [device.index] if device.type == "cuda" else None
-    model = DDP(model, device_ids=gpu, gradient_as_bucket_view=True)
+
+# ---- what a run survives -----------------------------------------------------------------------------------
+
+
+def save():
+    """Write ckpt.pt for the beginning of iteration iter_num; '' or why it failed. All ranks must call it."""
+    rng = world.gather(here)
+    if not world.is_main:
+        return ""
+    if iter_num == 0:
+        return "nothing is trained yet, and nothing saved"
+    try:
+        checkpoints.save(
+            {
+                "model": raw_model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "model_args": model_args,
+                "iter_num": iter_num,
+                "best_val_loss": best_val_loss,
+                "config": config,
+                "scaler": scaler.state_dict(),
+                "rng": rng,  # of each rank, as before an evaluation: resuming repeats it
+                "split": {
+                    "of": [batch_size, gradient_accumulation_steps],
+                    "into": [recovery.micro_batch_size, recovery.micro_steps * world.size],
+                },
+            },
+            out_dir,
+        )
+    except checkpoints.SaveError as e:
+        return f"not saved: {e}"
+    return ""
+
+
+signals = StopSignals()
+recovery = Recovery(world, device, batches, model, micro_steps, give_up=save)
+watch = Watch("the loss" if scaler.is_enabled() else "the gradient's norm")
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -228,26 +263,43 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def micro_batches():
+    """Gradients of this rank's share of an iteration; returns its mean loss."""
+    return accumulate(model, scaler, batches, autocast=autocast, micro_steps=recovery.micro_steps)
+
+
 if wandb:
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 peak_flops, note = runtime.peak_flops(runtime.device_name(device))
 if note:
     print(note)
 running_mfu = -1.0
+unsaved = ""  # why the last checkpoint could not be written
 first_iter = last_logged = iter_num - 1
 clock = time.perf_counter()
 
-while True:
-    lr = get_lr(iter_num) if decay_lr else learning_rate
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+with signals.listening():
+    while True:
+        here = {"data": batches.state(), "generators": runtime.rng_state(device)}
+        if stop := world.most(signals.received):
+            how = save() or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
+            print(f"{signal.Signals(stop).name} before iteration {iter_num}: {how}")
+            world.leave()
+            sys.exit(128 + stop)
 
-    if iter_num % eval_interval == 0:
-        runtime.synchronize(device)
-        paused = time.perf_counter()
-        rng = world.gather({"data": batches.state(), "generators": runtime.rng_state(device)})
-        if world.is_main:
-            losses = evaluate(model.module if world.size > 1 else model, batches, eval_iters, autocast)
+        lr = get_lr(iter_num) if decay_lr else learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        if iter_num % eval_interval == 0:
+            runtime.synchronize(device)
+            paused = time.perf_counter()
+            watch.check()
+            try:
+                shares = recovery.run(partial(evaluate, model, batches, eval_iters, autocast, world, signals.check))
+            except StopRequested:
+                continue  # to the beginning of the loop, where it is looked at
+            losses = mean_losses(shares, world)
             print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
             if wandb:
                 wandb.log(
@@ -260,43 +312,37 @@ while True:
                 best_val_loss = losses["val"]
                 if iter_num > 0:
                     print(f"saving checkpoint to {out_dir}")
-                    checkpoints.save(
-                        {
-                            "model": raw_model.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "model_args": model_args,
-                            "iter_num": iter_num,
-                            "best_val_loss": best_val_loss,
-                            "config": config,
-                            "scaler": scaler.state_dict(),
-                            "rng": rng,  # of each rank, as before the evaluation: resuming repeats it
-                        },
-                        out_dir,
-                    )
-        clock += time.perf_counter() - paused
-    if iter_num == 0 and eval_only:
-        break
+                    if unsaved := save():
+                        print(f"{unsaved}; training goes on")
+            clock += time.perf_counter() - paused
+        if iter_num == 0 and eval_only:
+            break
 
-    loss = train_step(
-        model, optimizer, scaler, batches, autocast=autocast, micro_steps=micro_steps, grad_clip=grad_clip
-    )
+        loss = recovery.run(
+            lambda: accumulate(model, scaler, batches, autocast=autocast, micro_steps=recovery.micro_steps)
+        )
+        norm = update(model, optimizer, scaler, grad_clip=grad_clip, world=world)
+        watch.note(iter_num, world.mean(loss) if scaler.is_enabled() else norm)
 
-    if iter_num % log_interval == 0:
-        mean_loss = world.mean(loss).item()  # waits for the GPU, so that the clock tells the truth
-        now = time.perf_counter()
-        seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
-        clock, last_logged = now, iter_num
-        if iter_num - first_iter > 5:  # the first ones warm up
-            mfu = raw_model.estimate_mfu(micro_batch_size * micro_steps, seconds, peak_flops)
-            running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
-        line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
-        line += f", {tokens_per_iter / seconds:,.0f} tok/s"
-        if peak := runtime.peak_memory_bytes(device):
-            line += f", peak {peak / 2**30:.2f} GiB"
-        print(line)
+        if iter_num % log_interval == 0:
+            mean_loss = world.mean(loss).item()  # waits for the GPU, so that the clock tells the truth
+            watch.check()
+            now = time.perf_counter()
+            seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
+            clock, last_logged = now, iter_num
+            if iter_num - first_iter > 5:  # the first ones warm up
+                mfu = raw_model.estimate_mfu(micro_batch_size * micro_steps, seconds, peak_flops)
+                running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+            line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
+            line += f", {tokens_per_iter / seconds:,.0f} tok/s"
+            if peak := runtime.peak_memory_bytes(device):
+                line += f", peak {peak / 2**30:.2f} GiB"
+            print(line)
 
-    iter_num += 1
-    if iter_num > max_iters:
-        break
+        iter_num += 1
+        if iter_num > max_iters:
+            break
 
 world.leave()
+if unsaved:
+    raise UsageError(unsaved)

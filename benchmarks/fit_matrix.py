@@ -50,7 +50,7 @@ def shape_of(model):
 def job_of(shape, limit):
     return dict(
         model_args=shape, dtype=dtype, device=str(device), grad_clip=1.0, memory_limit_gb=limit,
-        simulate=False, ranks=1, compile=False,
+        simulate=False, compile=False,
         activation_checkpointing=False, optimizer_state="float32",
     )  # fmt: skip
 

@@ -596,7 +596,7 @@ def test_noise_around_an_answer_does_not_matter(workplace, monkeypatch):
 JOB = dict(
     model_args=dict(n_layer=2, n_head=2, n_embd=64, block_size=32, bias=False, vocab_size=65, dropout=0.1),
     activation_checkpointing=False, optimizer_state="float32", dtype="float32", device="cpu",
-    grad_clip=1.0, batch_size=8, micro_steps=4, ranks=1, compile=False,
+    grad_clip=1.0, batch_size=8, micro_steps=4, compile=False,
     simulate=False, memory_limit_gb=4.0,
 )  # fmt: skip
 

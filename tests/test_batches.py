@@ -1,6 +1,8 @@
 """The stream of batches: nanoGPT's order, micro-batches, going on, and bad files."""
 
+import os
 import pickle
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def test_batches_come_in_nanogpts_order_with_evaluations_in_between():
     for step in range(6):
         if step % 3 == 0:
             for split in ("train", "val"):
-                for batch in ours.evaluation(split, 2):
+                for [batch] in ours.evaluation(split, 2):
                     assert same(batch, nanogpts_batch(split, 8, 32))
         assert same(ours.current, pending)
         pending = nanogpts_batch("train", 8, 32)
@@ -58,8 +60,8 @@ def test_micro_batches_are_the_configured_batch_cut_up(micro):
             cut.advance()
         assert same([torch.cat(p) for p in zip(*pieces, strict=True)], whole.current)
         whole.advance()
-    parts = [torch.cat(p) for p in zip(*cut.evaluation("val", 2), strict=True)]
-    assert same(parts, [torch.cat(p) for p in zip(*whole.evaluation("val", 2), strict=True)])
+    parts = [torch.cat(p) for p in zip(*chain(*cut.evaluation("val", 2)), strict=True)]
+    assert same(parts, [torch.cat(p) for p in zip(*chain(*whole.evaluation("val", 2)), strict=True)])
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch():
@@ -82,14 +84,14 @@ def test_a_stream_goes_on_from_its_state():
     for _ in range(3):
         a.advance()
     state, expected = a.state(), [a.current]
-    expected += list(a.evaluation("val", 2))
+    expected += chain(*a.evaluation("val", 2))
     a.advance()
     expected.append(a.current)
 
     b = stream(start=False)
     torch.manual_seed(5)
     b.start(65, state)
-    found = [b.current, *b.evaluation("val", 2)]
+    found = [b.current, *chain(*b.evaluation("val", 2))]
     b.advance()
     found.append(b.current)
     assert all(same(p, q) for p, q in zip(found, expected, strict=True))
@@ -169,3 +171,50 @@ def test_bpe_there_and_back(bpe):
     encode, decode, _ = codec_of(None)
     assert encode("Hello<|endoftext|>") == [15496, 50256]
     assert decode([15496, 50300]) == "Hello", "the padding of the vocabulary stands for nothing"
+
+
+def test_going_back_to_a_mark_repeats_the_batches_that_follow():
+    a = stream()
+    list(a.evaluation("val", 3))  # which moves the generator beyond the current batch
+    mark, expected = a.mark(), []
+    for _ in range(3):
+        expected.append(a.current)
+        a.advance()
+    a.micro_batch_size = 4
+    a.rewind(mark)
+    found = []
+    for _ in range(6):
+        found.append(a.current)
+        a.advance()
+    whole = [tuple(torch.cat(pair) for pair in zip(*found[i : i + 2], strict=True)) for i in (0, 2, 4)]
+    assert all(same(p, q) for p, q in zip(whole, expected, strict=True))
+
+
+def test_ranks_share_the_batches_that_one_would_draw():
+    alone, *shared = (stream() for _ in range(4))
+    expected = list(alone.evaluation("train", 5))
+    shares = [list(s.evaluation("train", 5, rank, 3)) for rank, s in enumerate(shared)]
+    assert [len(share) for share in shares] == [2, 2, 1]
+    dealt = [shares[i % 3][i // 3] for i in range(5)]
+    assert all(same(a[0], b[0]) for a, b in zip(dealt, expected, strict=True))
+    assert all(torch.equal(s.stream(), alone.stream()) for s in shared)
+
+
+@pytest.mark.parametrize("change", ["shortened", "replaced", "removed", "cut while it is read"])
+def test_data_that_changes_in_mid_run(tmp_path, monkeypatch, change):
+    write(tmp_path, np.zeros(1000))
+    a = stream(str(tmp_path))
+    path = tmp_path / "train.bin"
+    if change == "removed":
+        path.unlink()
+        sentence = "train.bin does not exist"
+    elif change == "cut while it is read":
+        monkeypatch.setattr("batches._count_tokens", lambda *_: a._files["train"])
+        path.write_bytes(b"")
+        sentence = r"train.bin ends before token [\d,]+: it was cut short in mid-run"
+    else:
+        np.ones(500 if change == "shortened" else 1000, "<u2").tofile(path)
+        os.utime(path, (1, 1))
+        sentence = r"train.bin has changed since the run began \(it had 1,000 tokens"
+    with pytest.raises(UsageError, match=sentence):
+        a.advance()

@@ -82,7 +82,7 @@ def test_a_cap_makes_an_overrun_an_error():
 PROBE = dict(
     model_args=dict(n_layer=3, n_head=4, n_embd=256, block_size=256, bias=False, vocab_size=8192, dropout=0.0),
     activation_checkpointing=False, optimizer_state="float32", dtype="bfloat16", device="cuda",
-    grad_clip=1.0, batch_size=16, micro_steps=4, ranks=1,
+    grad_clip=1.0, batch_size=16, micro_steps=4,
     compile=False, simulate=False, memory_limit_gb=2.0,
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch
 from conftest import flags, run_script, train
 
 import checkpoint as checkpoints
+import runtime
 from codec import codec_of
 from configurator import UsageError
 from model import GPT, GPTConfig
@@ -26,17 +27,68 @@ def test_samples_in_the_data_sets_own_symbols():
     assert found[0] != found[1]
 
 
-def test_the_same_text_as_nanogpt_for_a_seed():
-    """nanoGPT seeds, builds the model, which draws, and then samples."""
-    train(max_iters=10)
+def drawn(batches, start="A", seed=7):
+    """The texts of GPT.generate for the checkpoint in out: nanoGPT seeds, builds the model, which draws, samples."""
     saved = checkpoints.load("out")
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     encode, decode, _ = codec_of("data/markov")
-    expected = decode(model.eval().generate(torch.tensor([encode("A")]), 30, temperature=0.9, top_k=5)[0].tolist())
-    text = sample(seed=7, start="A", num_samples=1, max_new_tokens=30, temperature=0.9, top_k=5)
-    assert f"\n{expected}\n---------------\n" in text
+    prompts = [torch.tensor([encode(start)] * rows) for rows in batches]
+    samples = [row for prompt in prompts for row in model.eval().generate(prompt, 30, temperature=0.9, top_k=5)]
+    return [decode(tokens.tolist()) for tokens in samples]
+
+
+def printed(num_samples, **keys):
+    """The texts that sample.py prints for the same keys."""
+    text = sample(seed=7, start="A", num_samples=num_samples, max_new_tokens=30, temperature=0.9, top_k=5, **keys)
+    *texts, rest = text.split("symbols: data/markov/meta.pkl\n")[1].split("\n---------------\n")
+    assert rest == ""
+    return texts
+
+
+def test_one_sample_is_nanogpts_for_a_seed():
+    train(max_iters=10)
+    assert printed(1) == drawn([1])
+
+
+def test_several_samples_are_drawn_in_one_batch():
+    train(max_iters=10)
+    texts = printed(4)
+    assert texts == drawn([4])
+    assert len(set(texts)) == 4
+
+
+def unknown(device):
+    raise UsageError("no /proc")
+
+
+@pytest.mark.parametrize(
+    ("free_memory_bytes", "batches"),
+    [(unknown, [1] * 5), (lambda device: 1, [1] * 5), (lambda device: 550_000, [2, 2, 1])],  # a sample takes 128,536
+    ids=["unknown", "none", "two"],
+)
+def test_samples_that_memory_can_not_hold_together_are_drawn_in_turn(monkeypatch, free_memory_bytes, batches):
+    train(max_iters=10)
+    monkeypatch.setattr(runtime, "free_memory_bytes", free_memory_bytes)
+    assert printed(5) == drawn(batches)
+
+
+def test_a_checkpoint_may_hold_more_sizes_than_a_model_has():
+    train(max_iters=10)
+    before = printed(1)
+    saved = torch.load("out/ckpt.pt")
+    torch.save({**saved, "model_args": {**saved["model_args"], "rotary": True}}, "out/ckpt.pt")
+    assert printed(1) == before
+
+
+def test_weights_of_another_model():
+    train(max_iters=10)
+    saved = torch.load("out/ckpt.pt")
+    torch.save({**saved, "model_args": {**saved["model_args"], "n_embd": 32}}, "out/ckpt.pt")
+    with pytest.raises(UsageError, match="out/ckpt.pt: its weights don't fit its model_args: size mismatch.*wte") as e:
+        sample()
+    assert "\n" not in str(e.value)
 
 
 def test_a_prompt_from_a_file(workplace):

@@ -13,7 +13,7 @@ def take(name="gpt2", batch_size=1, forward=None, checkpointing=False, state="fl
     """GiB by part for a step of a GPT-2 in bfloat16."""
     shape = dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False, **{**PRETRAINED[name], **sizes})
     job = dict(
-        model_args=shape, batch_size=batch_size, micro_steps=micro_steps, ranks=1, dtype="bfloat16", grad_clip=1.0,
+        model_args=shape, batch_size=batch_size, micro_steps=micro_steps, dtype="bfloat16", grad_clip=1.0,
         activation_checkpointing=checkpointing, optimizer_state=state,
     )  # fmt: skip
     return {part: size / GIB for part, size in step_memory(job, forward).items()}

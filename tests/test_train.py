@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
-import checkpoint as checkpoints
 from configurator import UsageError, configure
 
 
@@ -129,20 +128,6 @@ def test_resuming_takes_the_model_from_the_checkpoint():
     run = run_script("train.py", *flags(**{**keys, "n_layer": 7, "max_iters": 10, "init_from": "resume"}))
     assert run.names["raw_model"].config.n_layer == 2
     assert "tokens per iteration will be: 256\n" in run.text, "its block_size too, where none is given"
-
-
-def test_a_failed_save_leaves_the_checkpoint_before(workplace, monkeypatch):
-    train(max_iters=10)
-    before = (workplace / "out" / "ckpt.pt").read_bytes()
-
-    def half(obj, f):
-        f.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space"):
-        checkpoints.save({}, "out")
-    assert (workplace / "out" / "ckpt.pt").read_bytes() == before
 
 
 def test_pretrained_weights_are_finetuned_at_a_cropped_block(hugging_face_gpt2):

@@ -1,0 +1,583 @@
+"""What a run survives: kills, signals, full disks, memory that vanishes, numbers that go bad, data that changes."""
+
+import builtins
+import errno
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TOY, environment, flags, train
+
+import checkpoint as checkpoints
+import recovery
+import runtime
+import step
+from batches import Batches
+from configurator import UsageError
+from model import GPT
+from recovery import Recovery, StopRequested, StopSignals, Watch
+
+CPU = torch.device("cpu")
+
+# ---- saving ------------------------------------------------------------------------------------------------
+
+
+def small(value):
+    """A checkpoint that is nearly none."""
+    return {"model": {"w": torch.full((50,), float(value))}, "iter_num": value}
+
+
+def kept(name="ckpt.pt"):
+    return torch.load(f"out/{name}", weights_only=True)["iter_num"]
+
+
+class Failing(io.FileIO):
+    """A file whose write number fail_at fails, after half of it."""
+
+    writes, fail_at, error = 0, None, None
+
+    def write(self, data):
+        Failing.writes += 1
+        if Failing.writes == Failing.fail_at:
+            super().write(bytes(data)[: len(data) // 2])
+            raise OSError(Failing.error, os.strerror(Failing.error))
+        return super().write(data)
+
+
+@pytest.fixture
+def failing_files(monkeypatch):
+    def opened(path, mode="r", *args, **options):
+        return Failing(path, mode) if mode == "wb" else builtins.open(path, mode, *args, **options)
+
+    monkeypatch.setattr(checkpoints, "open", opened, raising=False)
+
+    def fail(at, error=errno.ENOSPC):
+        Failing.writes, Failing.fail_at, Failing.error = 0, at, error
+
+    fail(None)
+    yield fail
+    fail(None)
+
+
+def test_the_checkpoint_before_is_kept_beside_the_new_one():
+    for value in (1, 2, 3):
+        checkpoints.save(small(value), "out")
+    assert (kept(), kept("ckpt.prev.pt")) == (3, 2)
+    assert sorted(os.listdir("out")) == ["ckpt.prev.pt", "ckpt.pt"]
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_checkpoint_before(failing_files):
+    checkpoints.save(small(1), "out")
+    writes = Failing.writes
+    assert writes > 3
+    for at in range(1, writes + 1):
+        failing_files(at)
+        with pytest.raises(checkpoints.SaveError, match=r"out/ckpt.pt can't be written \(No space left on device\)"):
+            checkpoints.save(small(2), "out")
+        assert kept() == 1
+        assert os.listdir("out") == ["ckpt.pt"]
+
+
+def test_the_previous_checkpoint_makes_room_for_the_new_one(failing_files):
+    checkpoints.save(small(1), "out")
+    checkpoints.save(small(2), "out")
+    failing_files(3)  # once: the second try finds room
+    checkpoints.save(small(3), "out")
+    assert (kept(), kept("ckpt.prev.pt")) == (3, 2)
+
+
+def test_no_permission_leaves_the_checkpoint_before(monkeypatch):
+    checkpoints.save(small(1), "out")
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for name in ("open", "replace"):  # the file, and the folder
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints if name == "open" else os, name, refused, raising=False)
+            with pytest.raises(checkpoints.SaveError, match="Permission denied"):
+                checkpoints.save(small(2), "out")
+        assert kept() == 1
+
+
+def test_a_kill_before_the_file_gets_its_name_leaves_the_checkpoint_before(workplace):
+    code = (
+        "import os, signal, sys, torch\n"
+        "import checkpoint\n"
+        "save = lambda n: checkpoint.save({'model': {'w': torch.ones(9)}, 'iter_num': n}, 'out')\n"
+        "save(1)\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "save(2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment())
+    assert done.returncode == -signal.SIGKILL
+    assert kept() == 1
+    checkpoints.save(small(3), "out")  # what was left lying about doesn't matter
+    assert (kept(), kept("ckpt.prev.pt")) == (3, 1)
+    assert sorted(os.listdir("out")) == ["ckpt.prev.pt", "ckpt.pt"]
+
+
+def test_weights_that_are_not_finite_overwrite_nothing():
+    checkpoints.save(small(1), "out")
+    with pytest.raises(checkpoints.SaveError, match="the weights are not finite"):
+        checkpoints.save({"model": {"w": torch.tensor([1.0, float("nan")])}, "iter_num": 2}, "out")
+    assert kept() == 1
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(workplace):
+    train(max_iters=20)
+    path = workplace / "out" / "ckpt.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit, which torch.load alone would take
+    path.write_bytes(data)
+    offer = "checksum.*ckpt.prev.pt beside it is whole, of iteration 10: to go on from there, rename it to ckpt.pt"
+    with pytest.raises(UsageError, match=offer):
+        train(init_from="resume")
+    path.unlink()
+    with pytest.raises(UsageError, match="there is no checkpoint.*ckpt.prev.pt beside it is whole, of iteration 10"):
+        train(init_from="resume")
+    (workplace / "out" / "ckpt.prev.pt").write_bytes(b"")
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="checksum of .* is wrong") as error:
+        train(init_from="resume")
+    assert "prev" not in str(error.value)
+
+
+def test_training_goes_on_where_saving_fails_and_says_so_at_the_end(failing_files, capsys):
+    def full_between_10_and_19(path, mode="r", *args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "open", full_between_10_and_19, raising=False)
+        with pytest.raises(UsageError, match="not saved: out/ckpt.pt can't be written"):
+            train(max_iters=20)
+    assert not os.path.exists("out/ckpt.pt")
+
+
+def test_a_folder_that_is_gone_is_made_again(monkeypatch):
+    import shutil
+
+    real = step.evaluate
+
+    def evaluate(*args, **options):
+        shutil.rmtree("out", ignore_errors=True)
+        return real(*args, **options)
+
+    monkeypatch.setattr(step, "evaluate", evaluate)
+    train(max_iters=10)
+    assert kept() == 10
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
+
+
+def started(*argv, **keys):
+    command = [sys.executable, "-u", *argv, str(ROOT / "train.py"), *flags(**{**TOY, **keys})]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def wait_for(process, word):
+    text = ""
+    for line in process.stdout:
+        text += line
+        if line.startswith(word):
+            return text
+    raise AssertionError(f"no {word!r} in {text}")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
+    number = getattr(signal, name)
+    whole = train(max_iters=400, eval_interval=150, dropout=0.2, eval_iters=1)
+    process = started(max_iters=400, eval_interval=150, dropout=0.2, eval_iters=1, out_dir="other")
+    text = wait_for(process, "iter 20:")
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f"{name} before iteration" in rest
+    assert "checkpoint saved to other, --init_from=resume goes on" in rest
+    resumed = train(max_iters=400, eval_interval=150, dropout=0.2, eval_iters=1, out_dir="other", init_from="resume")
+    first = min(resumed.iter_loss)
+    assert first > 20
+    assert f"iter {first - 1}: " in text + rest
+    assert resumed.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= first}
+    assert resumed.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= first}
+
+
+def test_a_signal_ends_an_evaluation_that_is_done_again_on_resuming():
+    keys = dict(max_iters=12, eval_interval=6, dropout=0.2)
+    whole = train(**keys, out_dir="whole")
+    process = started(**{**keys, "eval_iters": 100_000, "eval_interval": 6})
+    wait_for(process, "tokens per iteration")
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "SIGTERM before iteration 0: nothing is trained yet, and nothing saved" in rest
+    train(**{**keys, "max_iters": 6})
+    again = train(**keys, init_from="resume")
+    assert again.eval_loss[6] == whole.eval_loss[6]
+    assert again.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 6}
+
+
+def test_the_second_signal_of_a_kind_ends_it_at_once():
+    code = (
+        "import signal, os, time\n"
+        "from recovery import StopSignals\n"
+        "signals = StopSignals()\n"
+        "with signals.listening():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # torchrun's, after a Ctrl-C
+        "    print(signals.received, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2\n"
+    assert done.returncode == 130
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    signals = StopSignals()
+    with signals.listening():
+        signals.check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(StopRequested):
+            signals.check()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- memory that vanishes ----------------------------------------------------------------------------------
+
+# Places of an iteration with two micro-steps in which memory can run out.
+PLACES = ["forward 1", "forward 2", "backward 1", "backward 2", "optimizer", "evaluation"]
+
+
+class Thief:
+    """Lets memory run out in chosen places of an iteration, so many times."""
+
+    def __init__(self, monkeypatch, place, iteration, times=1):
+        self.place, self.times, self.taken = place, times, 0
+        self.iteration, self.count = iteration, {}
+        forward, backward, move = GPT.forward, torch.Tensor.backward, torch.optim.AdamW.step
+        self.updates = 0
+
+        def steal(name):
+            if name == self.place and self.updates == self.iteration and self.taken < self.times:
+                self.taken += 1
+                self.count = {}
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.\nmore words")
+
+        def number(name):
+            self.count[name] = self.count.get(name, 0) + 1
+            return f"{name} {self.count[name]}"
+
+        def new_forward(model, *args, **options):
+            steal(number("forward") if model.training else "evaluation")
+            return forward(model, *args, **options)
+
+        def new_backward(tensor, *args, **options):
+            backward(tensor, *args, **options)  # the gradients are there already
+            steal(number("backward"))
+
+        def new_step(optimizer, *args, **options):
+            steal("optimizer")
+            self.updates += 1
+            self.count = {}
+            return move(optimizer, *args, **options)
+
+        monkeypatch.setattr(GPT, "forward", new_forward)
+        monkeypatch.setattr(torch.Tensor, "backward", new_backward)
+        monkeypatch.setattr(torch.optim.AdamW, "step", new_step)
+
+
+RUN = dict(max_iters=8, eval_interval=4, gradient_accumulation_steps=2, eval_iters=2)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place):
+    whole = train(**RUN, dropout=0.2)
+    thief = Thief(monkeypatch, place, iteration=4)
+    run = train(**RUN, dropout=0.2)
+    assert thief.taken == 1
+    assert run.iter_loss == whole.iter_loss
+    assert run.eval_loss == whole.eval_loss
+    assert thief.updates == 9, "one an iteration"
+    weights = zip(run.names["raw_model"].parameters(), whole.names["raw_model"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "optimizer"])
+def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, place):
+    whole = train(**RUN)
+    thief = Thief(monkeypatch, place, iteration=4, times=3)
+    run = train(**RUN)
+    assert thief.taken == 3
+    assert "Tried to allocate 6.14 GiB.): the same batches again, at the same size" in run.text
+    assert "the same batches again, batch_size 8 -> 4" in run.text
+    assert "the same batches again, batch_size 4 -> 2" in run.text
+    assert run.names["recovery"].micro_steps == 8
+    assert run.iter_loss == pytest.approx(whole.iter_loss, abs=1e-4)  # four digits are printed
+    for i in whole.eval_loss:
+        assert run.eval_loss[i] == pytest.approx(whole.eval_loss[i], abs=1e-4)
+    for a, b in zip(run.names["raw_model"].parameters(), whole.names["raw_model"].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)  # AdamW's first steps magnify rounding
+    resumed = train(**{**RUN, "max_iters": 10}, init_from="resume")
+    assert resumed.names["recovery"].micro_batch_size == 2
+
+
+def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(monkeypatch):
+    whole = train(**{**RUN, "max_iters": 12}, out_dir="whole")
+    with monkeypatch.context() as patch:
+        Thief(patch, "forward 1", iteration=6, times=10**9)
+        sentence = (
+            r"memory ran out at batch_size 1 \(CUDA out of memory. Tried to allocate 6.14 GiB.\); [\d.]+ GiB are free "
+            "now: .* a checkpoint is saved, and --init_from=resume goes on"
+        )
+        with pytest.raises(UsageError, match=sentence):
+            train(**RUN)
+    rest = train(**{**RUN, "max_iters": 12}, init_from="resume")
+    assert min(rest.iter_loss) == 6
+    assert rest.iter_loss == pytest.approx({i: v for i, v in whole.iter_loss.items() if i >= 6}, abs=1e-4)
+
+
+def test_an_optimizer_that_may_have_moved_is_not_called_again(monkeypatch):
+    Thief(monkeypatch, "optimizer", iteration=2)
+    fused = GPT.configure_optimizers
+
+    def foreach(*args):
+        optimizer = fused(*args)
+        return torch.optim.AdamW([dict(params=g["params"]) for g in optimizer.param_groups], fused=False)
+
+    monkeypatch.setattr(GPT, "configure_optimizers", foreach)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(**RUN)
+
+
+RANK = """
+import os, runpy, sys
+import torch
+sys.argv[0] = "train.py"
+sys.path.insert(0, {tests!r})
+import pytest
+from test_recovery import Thief
+rank = int(os.environ["RANK"])
+patch = pytest.MonkeyPatch()
+if rank == {failing}:
+    thief = Thief(patch, {place!r}, iteration=4, times={times})
+names = runpy.run_path({rank!r}, run_name="__main__")
+if rank == {failing}:
+    assert thief.taken == {times} and thief.updates == 9, (thief.taken, thief.updates)
+"""
+
+
+def two_ranks(workplace, script, **keys):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    keys = {**TOY, "backend": "gloo", **RUN, **keys}
+    done = subprocess.run(
+        [*launcher, str(script), *flags(**keys)], capture_output=True, text=True, timeout=120, env=environment()
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("weights ")]
+    weights = {told["digest"]: told["sum"] for told in (json.loads(line.split(" ", 1)[1]) for line in found)}
+    losses = [line.split(", time")[0] for line in done.stdout.splitlines() if line.startswith(("iter ", "step "))]
+    return done, weights, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "times"), [("backward 1", 1), ("forward 1", 2), ("evaluation", 1)])
+def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace, place, times):
+    keys = dict(gradient_accumulation_steps=2)  # the only micro-step of each rank
+    _, expected, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", **keys)
+    script = workplace / "rank.py"
+    tests = str(ROOT / "tests")
+    script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=f"{tests}/rank.py"))
+    done, weights, found = two_ranks(workplace, script, **keys)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "memory ran out on rank 1" in done.stdout
+    assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
+    if times == 1:
+        assert weights == expected
+        assert found == losses
+    else:
+        assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
+        assert "batch_size 8 -> 4" in done.stdout
+
+
+@pytest.mark.slow
+def test_ranks_share_an_evaluation_and_stop_together(workplace):
+    one = train(**RUN, eval_only=True, gradient_accumulation_steps=2)
+    done, _, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", eval_only=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train_loss, val_loss = one.eval_loss[0]
+    assert losses == [f"step 0: train loss {train_loss:.4f}, val loss {val_loss:.4f}"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_both_with_one_checkpoint(workplace):
+    (workplace / "rank.py").write_text(
+        "import os, runpy, signal, threading\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    threading.Timer(6, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    done, _, _ = two_ranks(workplace, workplace / "rank.py", max_iters=10**6, eval_interval=10**6)
+    assert done.returncode != 0
+    assert "SIGUSR1 before iteration" in done.stdout
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    assert len(saved["rng"]) == 2
+    assert f"SIGUSR1 before iteration {saved['iter_num']}: checkpoint saved" in done.stdout
+
+
+# ---- numbers that go bad -----------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch, iterations):
+    """Gradients that are not finite in some iterations, told by how often the optimizer has been called."""
+    calls = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def bad_clip(params, limit):
+        params = list(params)
+        if len(calls) in iterations:
+            params[0].grad[0, 0] = float("nan")
+        calls.append(1)
+        return clip(params, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", bad_clip)
+    return calls
+
+
+def test_two_bad_gradients_are_named_and_leave_the_weights_alone(monkeypatch):
+    poisoned(monkeypatch, {4, 5})
+    run = train(max_iters=9)
+    for i in (4, 5):
+        assert f"iteration {i}: the gradient's norm is nan: the weights stay as they were" in run.text
+    assert all(math.isfinite(v) for v in run.iter_loss.values())
+    steps = {float(s["step"]) for s in run.names["optimizer"].state_dict()["state"].values()}
+    assert steps == {8.0}
+
+
+@pytest.mark.parametrize("log_interval", [1, 7])
+def test_three_bad_gradients_in_a_row_end_the_run_and_the_checkpoint_stays(monkeypatch, log_interval):
+    poisoned(monkeypatch, {12, 13, 14, 15})
+    sentence = "the gradient's norm was not finite in 3 iterations in a row, the last was 14"
+    with pytest.raises(UsageError, match=sentence):
+        train(max_iters=30, log_interval=log_interval)
+    assert kept() == 10
+
+
+def test_a_long_interval_of_logging_does_not_hide_them(monkeypatch):
+    poisoned(monkeypatch, set(range(3, 300)))
+    with pytest.raises(UsageError, match="the last was 5"):
+        train(max_iters=250, log_interval=1000, eval_interval=1000)
+
+
+@pytest.mark.parametrize("kind", ["float32", "offload"])
+def test_a_bad_gradient_moves_nothing(kind):
+    from test_step import batch, toy
+
+    from optimizers import make_optimizer
+
+    model = toy()
+    optimizer = make_optimizer(model, kind, 0.1, 1e-2, (0.9, 0.95), CPU)
+    before = [p.clone() for p in model.parameters()]
+    for bad in (True, False):
+        model(*batch(2))[1].backward()
+        if bad:
+            next(model.parameters()).grad[0, 0] = float("inf")
+        norm = step.update(model, optimizer, runtime.grad_scaler(CPU, "float32"), grad_clip=0.0)
+        assert math.isfinite(norm) != bad
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same == bad
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_watch_looks_by_itself_after_a_while(monkeypatch, capsys):
+    monkeypatch.setattr(recovery, "LOOK_EVERY", 4)
+    watch = Watch("the loss")
+    for i, value in enumerate([1.0, math.inf, 1.0]):
+        watch.note(i, torch.tensor(value))
+    assert capsys.readouterr().out == ""
+    watch.note(3, torch.tensor(math.nan))
+    assert capsys.readouterr().out.splitlines() == [
+        "iteration 1: the loss is inf: the weights stay as they were",
+        "iteration 3: the loss is nan: the weights stay as they were",
+    ]
+
+
+# ---- data that changes -------------------------------------------------------------------------------------
+
+
+def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace, monkeypatch):
+    whole = train(**{**RUN, "max_iters": 12}, dropout=0.2, out_dir="whole")
+    path = workplace / "data" / "markov" / "train.bin"
+    content = path.read_bytes()
+    draw, drawn = Batches._draw_starts, []
+
+    def draw_starts(batches, split):
+        drawn.append(split)
+        if len(drawn) == 20:
+            path.write_bytes(content[:1000])
+        return draw(batches, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "_draw_starts", draw_starts)
+        sentence = "train.bin has changed since the run began.*a checkpoint is saved, and --init_from=resume goes on"
+        with pytest.raises(UsageError, match=sentence):
+            train(**{**RUN, "max_iters": 12}, dropout=0.2)
+    path.write_bytes(content)
+    rest = train(**{**RUN, "max_iters": 12}, dropout=0.2, init_from="resume")
+    assert min(rest.iter_loss) > 0
+    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= min(rest.iter_loss)}
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_lack_of_memory_is_passed_on():
+    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
+    batches.start(65)
+    made = Recovery(runtime.World(), CPU, batches, torch.nn.Linear(1, 1), 1, give_up=lambda: "")
+
+    def bug():
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        made.run(bug)
+    assert made.run(lambda: 3) == 3
+
+
+def test_memory_is_not_held_by_the_error_that_told_of_its_end():
+    """The traceback holds the frames, and they the tensors: only behind the except block they are gone."""
+    import weakref
+
+    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
+    batches.start(65)
+    made = Recovery(runtime.World(), CPU, batches, torch.nn.Linear(1, 1), 1, give_up=lambda: "")
+    held = []
+
+    def part():
+        if held:
+            return held[0]() is None
+        large = torch.zeros(10)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("full")
+
+    assert made.run(part)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_a_torture_in_short():
+    """Kills at random moments; `make torture` does many more."""
+    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills=6"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("6 kills")

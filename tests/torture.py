@@ -1,0 +1,112 @@
+"""Kill a small run at random moments, saves included, and resume it each time.
+
+    python tests/torture.py --kills=100
+
+Every resume must work, and the losses and the final weights must be those of a run that was left in peace, bit for
+bit. Prints what went wrong, and ends with exit code 1 if something did.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ITERATIONS_A_KILL = 12  # so that the run is long enough for all of them
+KEYS = dict(
+    dataset="markov", device="cpu", compile=False, n_layer=2, n_head=2, n_embd=64, block_size=32, batch_size=8,
+    gradient_accumulation_steps=2, dropout=0.2, eval_iters=1, eval_interval=2, log_interval=1, warmup_iters=5,
+    learning_rate=0.003,
+)  # fmt: skip
+
+
+def attempt(folder, out_dir, log, iterations, seconds=None):
+    """train.py in a fork of this process, killed after so many seconds; its exit status.
+
+    A fork starts in a moment, because torch is imported already.
+    """
+    resume = os.path.exists(os.path.join(folder, out_dir, "ckpt.pt"))
+    keys = {**KEYS, "out_dir": out_dir, "max_iters": iterations, "init_from": "resume" if resume else "scratch"}
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
+            sys.argv = ["train.py", *(f"--{k}={v}" for k, v in keys.items())]
+            names = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            weights = b"".join(p.detach().numpy().tobytes() for p in names["raw_model"].parameters())
+            print(f"weights {hashlib.sha256(weights).hexdigest()}")
+            code = 0
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def facts(log):
+    """[(iteration or 'weights', figure)] in the order in which a log has them."""
+    found = re.findall(r"^(?:iter (\d+): loss (\S+),|step (\d+): (.*)$|(weights) (\S+))", log, re.MULTILINE)
+    return [(f"iter {a}", b) if a else (f"step {c}", d) if c else (e, f) for a, b, c, d, e, f in found]
+
+
+def run(kills, folder, seed=0):
+    """A list of complaints; folder: an empty one, with the data set in data/markov."""
+    choose = random.Random(seed)
+    iterations = ITERATIONS_A_KILL * kills
+    logs = {name: os.path.join(folder, f"{name}.log") for name in ("whole", "killed")}
+    began = time.perf_counter()
+    if status := attempt(folder, "whole", logs["whole"], iterations):
+        return [f"the run that is left in peace ended with status {status}:\n{Path(logs['whole']).read_text()}"]
+    seconds = time.perf_counter() - began
+    expected = dict(facts(Path(logs["whole"]).read_text()))
+    complaints, died, saving = [], 0, 0
+    while died < kills:
+        # Long enough to get on now and then; a run without any kill would take all of seconds.
+        status = attempt(folder, "killed", logs["killed"], iterations, 0.2 + choose.random() * 3 * seconds / kills)
+        if not os.WIFSIGNALED(status):
+            break
+        died += 1
+        saving += os.path.exists(os.path.join(folder, "killed", "ckpt.pt.part"))
+    if os.WIFSIGNALED(status):
+        status = attempt(folder, "killed", logs["killed"], iterations)
+    log = Path(logs["killed"]).read_text()
+    if status:
+        complaints.append(f"after {died} kills it ended with status {status}:\n{log[-3000:]}")
+    for name, figure in facts(log):
+        if expected.get(name) != figure:
+            complaints.append(f"{name}: {figure}, not {expected.get(name)}")
+    for name in expected.keys() - {name for name, _ in facts(log)}:
+        complaints.append(f"{name} never came")
+    if died < kills:
+        complaints.append(f"the run was through after {died} of {kills} kills")
+    resumed = len(re.findall(r"^resuming from killed at iteration", log, re.MULTILINE))
+    print(f"{died} kills, {saving} of them while saving, {resumed} resumed, {len(complaints)} complaints")
+    return complaints
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork has no threads of its parent
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    import torch  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(ROOT / "tests" / "reference" / "markov", os.path.join(place, "data", "markov"))
+        wrong = run(options.kills, place, options.seed)
+    print(*wrong[:20], sep="\n")
+    sys.exit(bool(wrong))
