@@ -12,10 +12,11 @@ endif
 OUT := out-python-char
 RESULTS := benchmarks/results
 
-.PHONY: help train test lint gpu clean
+.PHONY: help train test torture lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
+	@echo "make torture kill a small run a hundred times, and resume it each time"
 	@echo "make lint    check the style"
 	@echo "make gpu     on a GPU with 24 GB: the tests that need one, then the benchmarks; keeps what they measure"
 	@echo "make clean   remove what the others made"
@@ -26,6 +27,9 @@ train: data/python_char/meta.pkl
 
 test: $(SETUP)
 	$(PY) -m pytest -q
+
+torture: $(SETUP)
+	$(PY) tests/torture.py --kills=100
 
 lint: $(SETUP)
 	$(PY) -m ruff check .

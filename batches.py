@@ -70,9 +70,10 @@ class RandomBatch:
         yield from [[self._batch]] * len(range(rank, count, ranks))
 
     def stream(self):
-        """There is none."""
+        """None: nothing is drawn."""
 
-    set_stream = stream
+    def set_stream(self, state):
+        """There is nothing to set."""
 
 
 class Batches:

@@ -4,6 +4,8 @@ Whatever the kind, state_dict() is that of torch.optim.AdamW with float32 moment
 another optimizer_state, and by nanoGPT.
 """
 
+import importlib.util
+
 import torch
 
 from configurator import UsageError
@@ -12,11 +14,17 @@ OPTIMIZER_STATES = ("float32", "8bit", "offload")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
 
 
+def require(kind):
+    """Raise a UsageError if the library that this kind needs is not installed."""
+    if kind == "8bit" and importlib.util.find_spec("torchao") is None:
+        raise UsageError("optimizer_state='8bit' is kept by torchao: pip install torchao, or use 'offload'")
+
+
 def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
     """The optimizer of a model that is on device already, its groups as in GPT.configure_optimizers.
 
     kind: 'float32'; '8bit' (state of two bytes a parameter instead of eight; Dettmers et al. 2022,
-    arXiv:2110.02861), which needs torchao, else a UsageError; or 'offload' (no state on the device).
+    arXiv:2110.02861), which needs torchao: see require; or 'offload' (no state on the device).
     """
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device.type)
     if kind == "float32":
@@ -70,11 +78,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
 def _eight_bit(groups, lr, betas):
     """torchao's AdamW8bit, with the learning rate as a number and with AdamW's state_dict."""
-    try:
-        from torchao.optim import AdamW8bit
-        from torchao.optim.quant_utils import quantize_8bit_with_qmap
-    except ImportError as e:
-        raise UsageError("optimizer_state='8bit' is kept by torchao: pip install torchao, or use 'offload'") from e
+    from torchao.optim import AdamW8bit
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
 
     class EightBitAdamW(AdamW8bit):
         def step(self, closure=None):

@@ -23,7 +23,7 @@ from batches import Batches
 from codec import load_meta
 from configurator import UsageError, at_least, configure, one_of, usage_errors
 from model import GPT, PRETRAINED, GPTConfig
-from optimizers import OPTIMIZER_STATES, make_optimizer
+from optimizers import OPTIMIZER_STATES, make_optimizer, require
 from recovery import Recovery, StopRequested, StopSignals, Watch
 from step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
 
@@ -93,6 +93,7 @@ if "dtype" not in given:
     dtype = config["dtype"] = "bfloat16" if planned else runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), config, "dtype")
 one_of(OPTIMIZER_STATES, config, "optimizer_state")
+require(optimizer_state)
 if init_from not in ("scratch", "resume", *PRETRAINED) and not os.path.isdir(init_from):
     raise UsageError(
         f"init_from must be 'scratch', 'resume', one of {', '.join(PRETRAINED)}, or a folder that holds a Hugging "
@@ -152,7 +153,8 @@ with usage_errors(ValueError, OSError, ImportError):
     elif init_from == "resume":
         model_args |= {key: saved["model_args"][key] for key in checkpoints.MODEL_KEYS}
         model = GPT(GPTConfig(**model_args))
-        model.load_state_dict(saved["model"])
+        with usage_errors(RuntimeError, prefix=f"the checkpoint in {out_dir} is not of this model: "):
+            model.load_state_dict(saved["model"])
         iter_num, best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         print(f"resuming from {out_dir} at iteration {iter_num}")
     else:

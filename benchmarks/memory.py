@@ -136,7 +136,10 @@ def draw(pyplot, image_of, points, cards, path):
     figure.text(0.02, 0.025, NOTE, color="#595959", fontsize=14)
     drawn = io.BytesIO()
     figure.savefig(drawn)
-    image_of(drawn).convert("RGB").quantize(64).save(path, optimize=True)  # so few colours take a third of the bytes
+    with usage_errors(OSError, ValueError, prefix="the picture can't be written: "):
+        image_of(drawn).convert("RGB").quantize(64).save(
+            path, optimize=True
+        )  # so few colours take a third of the bytes
 
 
 batch_sizes, cards = numbers("batch_sizes", int, "whole numbers"), numbers("cards", float, "numbers of GiB")
@@ -153,4 +156,4 @@ for batch_size in batch_sizes:
 if picture:
     draw(*tools, points, cards, picture)
 config = {key: value for key, value in config.items() if key != "picture"}
-finish("memory", config, torch.device("cpu"), {"points": points}, save)
+finish("memory", config, torch.device("cpu"), {"simulated": True, "points": points}, save)

@@ -1,11 +1,12 @@
 """Where AdamW keeps its state: the same numbers offloaded, nearly the same in 8 bits, one format of checkpoint."""
 
 import copy
+import importlib.util
 import io
-import sys
 
 import pytest
 import torch
+from conftest import train
 
 import checkpoint as checkpoints
 from configurator import UsageError
@@ -120,6 +121,18 @@ def test_a_checkpoint_can_be_resumed_with_another_state(before, after):
 
 
 def test_a_missing_torchao_is_a_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="optimizer_state='8bit' is kept by torchao: pip install torchao"):
-        make("8bit")
+        train(optimizer_state="8bit")
+
+
+@pytest.mark.parametrize("kind", ["8bit", "offload"])
+def test_a_run_resumes_with_its_optimizer_state(kind):
+    needs(kind)
+    keys = dict(optimizer_state=kind, gradient_accumulation_steps=2, dropout=0.1)
+    whole = train(**keys, max_iters=16, out_dir="whole")
+    train(**keys, max_iters=12, out_dir="parts")
+    rest = train(**keys, max_iters=16, out_dir="parts", init_from="resume")
+    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 10}
+    plain = train(max_iters=16, gradient_accumulation_steps=2, dropout=0.1)
+    assert rest.iter_loss[16] == pytest.approx(plain.iter_loss[16], abs=0.02 if kind == "8bit" else 1e-4)

@@ -413,7 +413,7 @@ def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace, place, times)
 
 @pytest.mark.slow
 def test_ranks_share_an_evaluation_and_stop_together(workplace):
-    one = train(**RUN, eval_only=True, gradient_accumulation_steps=2)
+    one = train(**RUN, eval_only=True)
     done, _, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", eval_only=True)
     assert done.returncode == 0, done.stderr[-3000:]
     train_loss, val_loss = one.eval_loss[0]
