@@ -38,8 +38,10 @@ lint: $(SETUP)
 gpu: $(SETUP)
 	$(PY) -m pytest -q -m gpu
 	mkdir -p $(RESULTS)
-	$(PY) benchmarks/fit_matrix.py --save=$(RESULTS)/fit_matrix-cuda.json
 	$(PY) benchmarks/against_nanogpt.py --batch_size=12 --block_size=1024 --save=$(RESULTS)/against_nanogpt-cuda.json
+	$(PY) benchmarks/limits.py --save=$(RESULTS)/limits-cuda.json
+	$(PY) benchmarks/overhead.py --save=$(RESULTS)/overhead-cuda.json
+	$(PY) benchmarks/fit_matrix.py --save=$(RESULTS)/fit_matrix-cuda.json
 
 clean:
 	rm -rf .venv $(OUT) data/python_char/*.bin data/python_char/meta.pkl .pytest_cache .ruff_cache .hypothesis

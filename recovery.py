@@ -83,7 +83,7 @@ class Recovery:
             except (UsageError, OSError) as e:
                 kind, said = "data", str(e)
             # Here, behind the except block, the traceback and the tensors of its frames are gone.
-            if not self.world.most(bool(kind)):
+            if not self.world.most(int(bool(kind))):
                 return value
             value = None
             self.model.zero_grad(set_to_none=True)
@@ -113,7 +113,7 @@ class Recovery:
         if not attempts:
             print(f"memory ran out{where} ({said}): the same batches again, at the same size")
             return
-        self.micro_steps *= size // smaller if size % smaller == 0 else 1
+        self.micro_steps = self.micro_steps * size // smaller  # exact: whole batches, of which smaller is a divisor
         self.batches.micro_batch_size = smaller
         print(f"memory ran out{where} ({said}): the same batches again, batch_size {size} -> {smaller}")
 

@@ -4,15 +4,18 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
 import autofit
+import model as model_module
 import runtime
+from batches import Batches
 from model import GPT, GPTConfig
-from step import dry_step, try_compile
+from step import dry_step, try_compile, update
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -167,6 +170,106 @@ def test_sampling_and_benchmark():
         device="cuda", n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False, real_data=False
     )
     assert run_script("bench.py", *flags(**keys)).text.splitlines()[-1].startswith("time per iteration: ")
+
+
+def test_memory_that_vanishes_in_mid_run_makes_micro_batches_smaller(monkeypatch):
+    """A ballast leaves 60% of what a step needs, within a cap of 2 GiB."""
+    keys = dict(
+        device="cuda", dtype="float32", n_embd=256, n_head=4, n_layer=4, block_size=256, batch_size=64, max_iters=12,
+        memory_limit_gb=2.0,
+    )  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()
+    whole = train(**keys)
+    peak = torch.cuda.max_memory_allocated()
+    ballast, advances, advance = [], [], Batches.advance
+
+    def advance_and_fill(batches):
+        advances.append(1)
+        if len(advances) == 5:
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved()
+            size = 2 * 2**30 - held - int(0.6 * (peak - held))
+            ballast.append(torch.empty(size, dtype=torch.uint8, device=GPU))
+        advance(batches)
+
+    monkeypatch.setattr(Batches, "advance", advance_and_fill)
+    try:
+        run = train(**keys)
+    finally:
+        ballast.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "the same batches again, batch_size 64 -> 32" in run.text
+    assert run.iter_loss == pytest.approx(whole.iter_loss, abs=0.01)  # TF32 products
+    assert {float(s["step"]) for s in run.names["optimizer"].state_dict()["state"].values()} == {13.0}
+
+
+def test_a_bad_gradient_is_left_out_without_waiting():
+    model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=32)).to(GPU)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cuda")
+    x = torch.zeros((2, 8), dtype=torch.long, device=GPU)
+    before = [p.clone() for p in model.parameters()]
+    for bad in (True, False):
+        model(x, x, return_logits=False)[1].backward()
+        if bad:
+            next(model.parameters()).grad.fill_(float("nan"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.cuda.set_sync_debug_mode("error")  # waiting for the GPU is an error here
+            try:
+                update(model, optimizer, runtime.grad_scaler(GPU, "float32"), grad_clip=1.0)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == bad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_in_chunks_is_as_exact_as_torchs_own(monkeypatch, dtype):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * 3000 * 100)
+    g = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(700, 64, generator=g).to(GPU), 0.2 * torch.randn(3000, 64, generator=g).to(GPU)
+    targets = torch.randint(3000, (700,), generator=g).to(GPU)
+
+    def gradients(loss, h, weight):
+        h, weight = h.detach().requires_grad_(), weight.detach().requires_grad_()
+        (loss(h, weight, targets) * 1024).backward()
+        return h.grad.double() / 1024, weight.grad.double() / 1024
+
+    def plain(h, weight, targets):
+        return torch.nn.functional.cross_entropy(h @ weight.t(), targets)
+
+    exact = gradients(plain, h.double(), weight.double())
+    with torch.autocast("cuda", dtype):
+        ours, torchs = gradients(model_module.head_loss, h, weight), gradients(plain, h, weight)
+    for a, b, c in zip(ours, torchs, exact, strict=True):
+        assert (a - c).norm() <= 1.1 * (b - c).norm()
+
+
+@pytest.mark.parametrize("kind", ["offload", "8bit"])
+def test_the_optimizers_state_elsewhere(kind):
+    if kind == "8bit":
+        pytest.importorskip("torchao")
+    plain = train(device="cuda", dtype="float32", max_iters=12)
+    run = train(device="cuda", dtype="float32", max_iters=12, optimizer_state=kind)
+    assert run.iter_loss == pytest.approx(plain.iter_loss, abs=0.02)
+
+
+def test_activation_checkpointing_takes_less_and_changes_nothing():
+    keys = dict(device="cuda", n_layer=6, n_embd=256, n_head=4, block_size=256, batch_size=32, max_iters=3, dropout=0.1)
+    peaks, losses = [], []
+    for on in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        losses.append(train(**keys, activation_checkpointing=on).iter_loss)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_cuda_graphs_train_alike():
+    eager = train(device="cuda", max_iters=10, gradient_accumulation_steps=2)
+    graphs = train(device="cuda", max_iters=10, gradient_accumulation_steps=2, compile=True,
+                   compile_mode="reduce-overhead")  # fmt: skip
+    assert "compile failed" not in graphs.text
+    assert graphs.iter_loss == pytest.approx(eager.iter_loss, abs=0.02)
 
 
 def test_one_nccl_rank():

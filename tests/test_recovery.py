@@ -555,6 +555,28 @@ def test_what_is_no_lack_of_memory_is_passed_on():
     assert made.run(lambda: 3) == 3
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 12, 30, 45])
+def test_smaller_micro_batches_keep_the_effective_batch(batch_size):
+    """Down to one sequence, through sizes such as 15, of which the next, 6, is no divisor."""
+    batches = Batches("data/markov", batch_size=batch_size, block_size=8, device=CPU)
+    batches.start(65)
+    made = Recovery(runtime.World(), CPU, batches, torch.nn.Linear(1, 1), 3, give_up=lambda: "")
+    seen = []
+
+    def part():
+        seen.append(made.micro_batch_size)
+        assert batch_size % made.micro_batch_size == 0
+        assert made.micro_batch_size * made.micro_steps == 3 * batch_size
+        if made.micro_batch_size > 1 or len(seen) == 1:
+            raise torch.OutOfMemoryError("full")
+        return "done"
+
+    assert made.run(part) == "done"
+    assert seen[0] == batch_size
+    assert seen[-1] == 1
+    assert all(b <= max(1, a // 2) for a, b in zip(seen[1:], seen[2:], strict=False))
+
+
 def test_memory_is_not_held_by_the_error_that_told_of_its_end():
     """The traceback holds the frames, and they the tensors: only behind the except block they are gone."""
     import weakref

@@ -1,0 +1,123 @@
+"""What it costs to survive: the training loop's guards against a loop without them, in pairs in one process.
+
+    python benchmarks/overhead.py
+
+The guards: generators and place in the data kept for each iteration, the signal looked at, the part that may run
+out of memory wrapped, gradients that are not finite left out. Prints a table, and one line of JSON last.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from common import finish
+
+import runtime
+from batches import Batches
+from configurator import at_least, configure
+from model import GPT, GPTConfig
+from recovery import Recovery, StopSignals, Watch
+from step import accumulate, update
+
+# ---- keys: --key=value overrides them ----------------------------------------------------------------------
+batch_size = 8
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 128
+vocab_size = 65
+rounds = 40  # pairs of turns
+steps = 10  # of each side in a turn
+device = runtime.best_device()
+dtype = runtime.best_dtype(device)
+save = ""  # a file for the result
+config, given = configure(globals())
+at_least(1, config, "batch_size", "block_size", "rounds", "steps")
+device = runtime.open_device(device)
+runtime.take_device(device)
+autocast = runtime.autocast(device, dtype)
+MICRO_STEPS = 2
+
+
+class Bare:
+    """A loop that survives nothing."""
+
+    def __init__(self, folder):
+        torch.manual_seed(0)
+        self.model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)).to(device)
+        self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+        self.scaler = runtime.grad_scaler(device, dtype)
+        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
+        self.batches.start(vocab_size)
+
+    def gradients(self):
+        return accumulate(self.model, self.scaler, self.batches, autocast=autocast, micro_steps=MICRO_STEPS)
+
+    def iteration(self):
+        loss = self.gradients()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+class Guarded(Bare):
+    """train.py's loop."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.signals, self.watch, self.count = StopSignals(), Watch("the gradient's norm"), 0
+        self.recovery = Recovery(runtime.ALONE, device, self.batches, self.model, MICRO_STEPS, give_up=lambda: "")
+
+    def iteration(self):
+        here = {"data": self.batches.state(), "generators": runtime.rng_state(device)}
+        assert not runtime.ALONE.most(self.signals.received), here
+        loss = self.recovery.run(self.gradients)
+        norm = update(self.model, self.optimizer, self.scaler, grad_clip=1.0)
+        self.watch.note(self.count, norm)
+        self.count += 1
+        loss = loss.item()
+        self.watch.check()
+        return loss
+
+
+def turn(side):
+    """(seconds an iteration, losses)."""
+    runtime.synchronize(device)
+    start = time.perf_counter()
+    losses = [side.iteration() for _ in range(steps)]
+    return (time.perf_counter() - start) / steps, losses
+
+
+with tempfile.TemporaryDirectory() as folder:
+    tokens = np.random.default_rng(0).integers(vocab_size, size=1_000_000, dtype=np.uint16)
+    for split in ("train", "val"):
+        tokens.tofile(os.path.join(folder, f"{split}.bin"))
+    bare, guarded = Bare(folder), Guarded(folder)
+    seconds = {"bare": [], "guarded": []}
+    for index in range(rounds + 1):
+        pair = [("bare", partial(turn, bare)), ("guarded", partial(turn, guarded))]
+        found = {name: run() for name, run in (pair if index % 2 else reversed(pair))}
+        assert found["bare"][1] == found["guarded"][1], "both compute the same"
+        if index:  # the first turn warms up
+            for name in seconds:
+                seconds[name].append(found[name][0])
+
+median = {name: statistics.median(took) for name, took in seconds.items()}
+ratios = [b / a for a, b in zip(seconds["bare"], seconds["guarded"], strict=True)]
+for name, took in median.items():
+    print(f"{name:10} {took * 1000:10.3f} ms an iteration")
+spread = statistics.quantiles(ratios, n=4)
+print(f"time with guards, ratio {statistics.median(ratios):.4f} (quartiles {spread[0]:.4f}, {spread[2]:.4f})")
+print(f"guards cost {(median['guarded'] - median['bare']) * 1e6:.0f} microseconds an iteration")
+figures = {
+    "seconds_per_iteration": median,
+    "time_ratio": {"median": statistics.median(ratios), "quartiles": [spread[0], spread[2]]},
+}
+finish("overhead", config, device, figures, save)
