@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -574,7 +575,7 @@ def test_smaller_micro_batches_keep_the_effective_batch(batch_size):
     assert made.run(part) == "done"
     assert seen[0] == batch_size
     assert seen[-1] == 1
-    assert all(b <= max(1, a // 2) for a, b in zip(seen[1:], seen[2:], strict=False))
+    assert all(b <= max(1, a // 2) for a, b in pairwise(seen[1:]))
 
 
 def test_memory_is_not_held_by_the_error_that_told_of_its_end():
