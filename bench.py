@@ -15,7 +15,7 @@ from configurator import at_least, configure, one_of, usage_errors
 from model import GPT, GPTConfig
 from step import dry_step, train_step, try_compile
 
-runtime.prefer_expandable_segments()  # before CUDA starts
+runtime.tune_allocators()  # before the first tensor
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 batch_size = 12
@@ -69,7 +69,7 @@ autocast = runtime.autocast(device, dtype)
 if compile:
     print("compiling the model... (takes a minute or so)")
     trial = partial(dry_step, batch=batches.current, autocast=autocast)
-    model, failure = try_compile(model, trial, device, mode=compile_mode)
+    model, failure = try_compile(model, trial, device, mode=compile_mode, dynamic=False)
     if failure:
         print(f"compile failed, the benchmark goes on without it ({failure})")
 

@@ -98,7 +98,7 @@ def run(job, device):
     if job["compile"]:
         start = time.perf_counter()
         trial = partial(dry_step, batch=batches.current, autocast=autocast)
-        model, failure = try_compile(model, trial, device, mode=job["compile_mode"])
+        model, failure = try_compile(model, trial, device, mode=job["compile_mode"], dynamic=False)
         if failure:
             return {"failure": f"fails to compile ({failure})"}
         compile_seconds = time.perf_counter() - start
@@ -166,7 +166,7 @@ def simulate(job):
 
 if __name__ == "__main__":
     show_usage_errors_as_sentences()
-    runtime.prefer_expandable_segments()
+    runtime.tune_allocators()
     task = json.loads(sys.stdin.readline())
     # Standard input ends when the process that asked does: then nobody waits, and the GPU should be free again.
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()

@@ -27,7 +27,7 @@ from optimizers import OPTIMIZER_STATES, make_optimizer, require
 from recovery import Recovery, StopRequested, StopSignals, Watch
 from step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
 
-runtime.prefer_expandable_segments()  # before CUDA starts
+runtime.tune_allocators()  # before the first tensor
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -211,7 +211,7 @@ batches.start(model_args["vocab_size"], rng and rng["data"], micro_batch_size)
 if compile:
     print("compiling the model... (takes a minute or so)")
     trial = partial(dry_step, batch=batches.current, autocast=autocast)
-    model, failure = try_compile(model, trial, device, mode=compile_mode)
+    model, failure = try_compile(model, trial, device, mode=compile_mode, dynamic=False)
     if failure:
         print(f"compile failed, training goes on without it ({failure})")
 

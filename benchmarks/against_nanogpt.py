@@ -1,11 +1,12 @@
-"""Training steps of this project and of nanoGPT's way of computing: speed in turns in one process, memory alone.
+"""Training steps of this project and of nanoGPT's way of computing: speed in turns, and peak memory.
 
     python benchmarks/against_nanogpt.py --batch_size=8 --block_size=1024
 
 nanoGPT's way: a batch stacked from single rows, attention by split and transposes, the logits of every
-position in memory, AdamW that is fused on CUDA alone, and on a CPU float32 whatever dtype says. Both start from
-the same weights and see the same batches; their losses are compared. The peak of each side is that of a process
-in which it runs alone. Prints a table, and one line of JSON last.
+position in memory, AdamW that is fused on CUDA alone, on a CPU float32 whatever dtype says, and torch's
+allocators as they are. Both start from the same weights and see the same batches; their losses are compared.
+Each side is a process of its own, because allocators are set up once a process; they take turns, and one
+waits while the other works. Prints a table, and one line of JSON last.
 """
 
 import json
@@ -40,10 +41,13 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 compile = device == "cuda"  # both sides
 activation_checkpointing = False  # ours
-side = ""  # 'ours' or 'nanogpt': only that one, and only its memory
+side = ""  # 'ours' or 'nanogpt': the process of one side, which this script starts itself
+folder = ""  # the data of a side
 save = ""  # a file for the result
 config, given = configure(globals())
 at_least(1, config, "batch_size", "block_size", "rounds", "steps")
+if side == "ours":
+    runtime.tune_allocators()  # before the first tensor
 if "dtype" not in given:
     dtype = config["dtype"] = runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), config, "dtype")
@@ -140,60 +144,80 @@ def build(name, folder):
     return SIDES[name](GPT(shape).to(device), folder)
 
 
-def peak_alone(name):
-    """Peak bytes of a process in which this side takes three steps."""
-    command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}", "--save="]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UsageError(f"the process that measures the memory of {name} ended with exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-
-
-def turn(side):
-    """(seconds a step, losses) of one turn."""
+def turn(model):
+    """(seconds a step, losses, peak bytes so far) of one turn."""
     runtime.synchronize(device)
     start = time.perf_counter()
-    losses = [side.step() for _ in range(steps)]
+    losses = [model.step() for _ in range(steps)]
     runtime.synchronize(device)
-    return (time.perf_counter() - start) / steps, [loss.item() for loss in losses]
+    seconds = (time.perf_counter() - start) / steps
+    losses = [loss.item() for loss in losses]
+    peak = runtime.peak_reserved_bytes(device)
+    runtime.empty_cache(device)  # the other side may need it
+    return seconds, losses, peak
 
 
-with tempfile.TemporaryDirectory() as folder:
+def answer_turns(name, folder):
+    """What the process of one side does: a turn for each line on standard input, its figures on standard output."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to standard error
+    model = build(name, folder)
+    for _ in sys.stdin:
+        print(json.dumps(turn(model)), file=answers, flush=True)
+
+
+class Player:
+    """The process of one side."""
+
+    def __init__(self, name, folder):
+        command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}", f"--folder={folder}", "--save="]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.seconds, self.losses, self.peak = name, [], [], 0
+
+    def play(self):
+        self.process.stdin.write("turn\n")
+        self.process.stdin.flush()
+        line = next((line for line in self.process.stdout if line.startswith("[")), "")  # behind configure's words
+        if not line:
+            raise UsageError(f"the process of {self.name} ended with exit code {self.process.wait()}")
+        took, losses, self.peak = json.loads(line)
+        self.seconds.append(took)
+        self.losses += losses
+
+
+with tempfile.TemporaryDirectory() as place:
+    if side:
+        answer_turns(side, folder)
+        sys.exit(0)
     for split in ("train", "val"):
         rng = np.random.default_rng(0)
-        rng.integers(50257, size=1_000_000, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
-    if side:
-        alone = build(side, folder)
-        for _ in range(3):
-            alone.step()
-        runtime.synchronize(device)
-        print(json.dumps({"peak_bytes": runtime.peak_reserved_bytes(device)}))
-        sys.exit(0)
-    peaks = {name: peak_alone(name) for name in SIDES}
-    sides = {name: build(name, folder) for name in SIDES}
-    seconds = {name: [] for name in sides}
-    difference = 0.0
-    for index in range(rounds + 1):
-        losses = {}
-        for name, each in sides.items():
-            took, losses[name] = turn(each)
-            if index:  # the first turn warms up
-                seconds[name].append(took)
-        difference = max(difference, *(abs(a - b) for a, b in zip(*losses.values(), strict=True)))
+        rng.integers(50257, size=1_000_000, dtype=np.uint16).tofile(os.path.join(place, f"{split}.bin"))
+    players = [Player(name, place) for name in SIDES]
+    for _ in range(rounds + 1):
+        for player in players:
+            player.play()
+    for player in players:
+        player.process.stdin.close()
+        player.process.wait()
 
+theirs, ours = players
 tokens = batch_size * block_size
-ratios = [a / b for a, b in zip(seconds["nanogpt"], seconds["ours"], strict=True)]
-for name, took in seconds.items():
-    median = statistics.median(took)
-    print(f"{name:10} {median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s {peaks[name] / 2**30:8.2f} GiB")
+ratios = [a / b for a, b in zip(theirs.seconds[1:], ours.seconds[1:], strict=True)]  # the first turn warms up
+difference = max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True))
+for player in players:
+    median = statistics.median(player.seconds[1:])
+    print(
+        f"{player.name:10} {median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s {player.peak / 2**30:8.2f} GiB"
+    )
 print(f"ratio of tok/s {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {rounds} turns)")
-print(f"ratio of peaks {peaks['ours'] / peaks['nanogpt']:.3f}")
+print(f"ratio of peaks {ours.peak / theirs.peak:.3f}")
 print(f"largest difference of a loss {difference:.1e}")
 figures = {
-    "seconds_per_step": {name: statistics.median(took) for name, took in seconds.items()},
+    "seconds_per_step": {player.name: statistics.median(player.seconds[1:]) for player in players},
     "tokens_per_second_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-    "peak_bytes": peaks,
-    "peak_ratio": peaks["ours"] / peaks["nanogpt"],
+    "peak_bytes": {player.name: player.peak for player in players},
+    "peak_ratio": ours.peak / theirs.peak,
     "largest_loss_difference": difference,
 }
+del config["side"], config["folder"]
 finish("against_nanogpt", config, device, figures, save)

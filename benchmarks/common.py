@@ -13,8 +13,6 @@ import torch
 
 import runtime
 
-runtime.prefer_expandable_segments()  # before CUDA starts, as train.py does
-
 
 def finish(benchmark, config, device, figures, save):
     """Print a result as one line of JSON; with save (a path), also write it there, readable for people."""

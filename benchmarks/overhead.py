@@ -23,6 +23,8 @@ from model import GPT, GPTConfig
 from recovery import Recovery, StopSignals, Watch
 from step import accumulate, update
 
+runtime.tune_allocators()  # before the first tensor
+
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 8
 block_size = 256

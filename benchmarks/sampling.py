@@ -5,8 +5,8 @@
 Ours keeps the keys and values of the positions that it has seen, and draws all samples in one batch. nanoGPT's way
 draws one sample after another, and each token by a pass over all of the last block_size tokens; on a CPU in float32
 whatever dtype says. Its samples cost the same time each, so that theirs_samples of them are drawn and the time is
-scaled to num_samples. Before that, which also warms up, one sample of each for the same seed, both in float32: are
-they the same tokens? Weights are random. Prints a table, and one line of JSON last.
+scaled to num_samples. Then one sample of each for the same seed, both in float32: are they the same tokens? Weights
+are random. Prints a table, and one line of JSON last.
 """
 
 import time
@@ -44,19 +44,19 @@ device = runtime.open_device(device)
 runtime.take_device(device)
 
 
-def ours(model, count):
-    """So many samples in one batch: tokens (count, 1 + max_new_tokens)."""
+def ours(model, count, length):
+    """So many samples in one batch: tokens (count, 1 + length)."""
     prompt = torch.zeros(count, 1, dtype=torch.int64, device=device)
-    return model.generate(prompt, max_new_tokens, temperature=temperature, top_k=top_k)
+    return model.generate(prompt, length, temperature=temperature, top_k=top_k)
 
 
 @torch.no_grad()
-def theirs(model, count):
+def theirs(model, count, length):
     """So many samples one after another, each token by a pass over all tokens that the model can see."""
     samples = []
     for _ in range(count):
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        for _ in range(max_new_tokens):
+        for _ in range(length):
             logits = model(tokens[:, -block_size:])[0][:, -1] / temperature  # (1, V)
             least = torch.topk(logits, min(top_k, logits.shape[-1]))[0][:, [-1]]
             logits[logits < least] = float("-inf")
@@ -66,37 +66,43 @@ def theirs(model, count):
     return torch.cat(samples)
 
 
-def run(draw, model, count, dtype):
+def run(draw, model, count, dtype, length=max_new_tokens):
     """(seconds, tokens) of drawing so many samples from the same seed."""
     torch.manual_seed(1337)
     with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):  # nanoGPT keeps converted weights too
         runtime.synchronize(device)
         start = time.perf_counter()
-        tokens = draw(model, count)
+        tokens = draw(model, count, length)
         runtime.synchronize(device)
     return time.perf_counter() - start, tokens
 
 
-def same_tokens(model):
-    """Whether both draw the same sample for a seed, where nothing rounds more than float32 does."""
+def same_tokens(model, theirs_drawn):
+    """Whether both draw the same sample for a seed, where nothing rounds more than float32 does.
+
+    theirs_drawn: nanoGPT's sample for this seed, where it has been drawn so, else None.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would round the two ways differently
-    samples = [run(draw, model, 1, "float32")[1] for draw in (ours, theirs)]
+    if theirs_drawn is None:
+        _, theirs_drawn = run(theirs, model, 1, "float32")
+    _, ours_drawn = run(ours, model, 1, "float32")
     torch.set_float32_matmul_precision(precision)
-    return torch.equal(*samples)
+    return torch.equal(ours_drawn, theirs_drawn)
 
 
 torch.manual_seed(1337)
 with usage_errors(ValueError):
     shape = GPTConfig(block_size, 50304, n_layer, n_head, n_embd, dropout=0.0, bias=False)
 model = GPT(shape).eval().to(device)
-equal = same_tokens(model)
 dtypes = {"nanogpt": dtype if device.type == "cuda" else "float32", "ours": dtype}
 drawn = {"nanogpt": theirs_samples, "ours": num_samples}
-seconds = {}
+seconds, tokens = {}, {}
 for name, draw in {"nanogpt": theirs, "ours": ours}.items():
-    took, _ = run(draw, model, drawn[name], dtypes[name])
+    run(draw, model, drawn[name], dtypes[name], length=4)  # warms up
+    took, tokens[name] = run(draw, model, drawn[name], dtypes[name])
     seconds[name] = took / drawn[name] * num_samples
+equal = same_tokens(model, tokens["nanogpt"][:1] if device.type == "cpu" else None)
 
 for name, took in seconds.items():
     scaled = f", scaled from {drawn[name]} drawn" if drawn[name] < num_samples else ""
