@@ -1,4 +1,4 @@
-"""Choose the micro-batch that fits the device, and whether to compile, before training starts.
+"""Choose the micro-batch that fits the device, activation checkpointing and compiling, before training starts.
 
 batch_size x gradient_accumulation_steps is split again; the product stays what it was, and so do the batches,
 the schedule and the model. A micro-batch always divides batch_size, because batches are drawn whole and then
@@ -388,8 +388,8 @@ class Fitter:
         if asked or not self.may_checkpoint:
             return choice, trials, ()
         if choice is None:
-            if trials[0].failure not in ("", OUT_OF_MEMORY) and not trials[0].peak_bytes:
-                return None, trials, ()  # it isn't memory that it lacks
+            if not self.facts:
+                return None, trials, ()  # there was no device to look at
             choice, more = self._search_sizes(True)
             why = "activation_checkpointing on: not even batch_size 1 fits without it"
         else:
@@ -671,6 +671,7 @@ def fit(world, out_dir, model_args, device, planned, config, given, iterations_l
         **({} if planned else runtime.versions(device)),
         "model": model_args,
         "ranks": world.size,
+        "activation_checkpointing_is_free": fitter.may_checkpoint,
         **{name: config[name] for name in (*asked, "memory_limit_gb", "grad_clip")},
     }
     # Rank 0 keeps the answer and tells it, so that ranks on other machines look at the same one.

@@ -9,6 +9,7 @@ Shapes: B = batch_size sequences of T = block_size tokens.
 
 import difflib
 import os
+import zlib
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch
 from configurator import UsageError, usage_errors
 
 TOKEN_BYTES = 2  # uint16
+ENDS = 2**16  # bytes at each end of a file by which it is known again
 
 
 def _missing(folder):
@@ -44,7 +46,15 @@ def _count_tokens(path, block_size):
             f"{path} has {size // TOKEN_BYTES:,} tokens: too few for block_size={block_size}, which needs at least "
             f"{block_size + 1:,}; use a smaller block_size or more text"
         )
-    return size // TOKEN_BYTES, (size, found.st_mtime_ns)
+    return size // TOKEN_BYTES, found.st_mtime_ns
+
+
+def _fingerprint(path):
+    """A checksum of a file's two ends."""
+    with usage_errors(OSError, prefix=f"{path} can't be read: "), open(path, "rb") as f:
+        head = f.read(ENDS)
+        f.seek(max(0, os.path.getsize(path) - ENDS))
+        return zlib.crc32(f.read(ENDS), zlib.crc32(head))
 
 
 class RandomBatch:
@@ -86,7 +96,10 @@ class Batches:
     def __init__(self, folder, *, batch_size, block_size, device):
         self.folder, self.batch_size, self.block_size, self.device = folder, batch_size, block_size, device
         self._generator = torch.Generator()
-        self._files = {split: _count_tokens(self._path(split), block_size) for split in ("train", "val")}
+        self._files = {}  # split: (tokens, time of the last change, fingerprint)
+        for split in ("train", "val"):
+            path = self._path(split)
+            self._files[split] = (*_count_tokens(path, block_size), _fingerprint(path))
 
     def start(self, vocab_size, state=None, micro_batch_size=None):
         """Draw the first training batch, from state or else from where torch's global generator stands.
@@ -105,14 +118,15 @@ class Batches:
 
     def _draw_starts(self, split):
         """Where the sequences of the next batch begin, int64 (B,)."""
-        path, expected = self._path(split), self._files[split]
-        found = _count_tokens(path, self.block_size)
-        if found != expected:
+        path, (tokens, changed, fingerprint) = self._path(split), self._files[split]
+        now, touched = _count_tokens(path, self.block_size)
+        if now != tokens or (touched != changed and _fingerprint(path) != fingerprint):
             raise UsageError(
-                f"{path} has changed since the run began (it had {expected[0]:,} tokens, and has {found[0]:,}): put "
-                "the old file back, or start again for the new one"
+                f"{path} has changed since the run began (it had {tokens:,} tokens, and now has {now:,}, or others): "
+                "put the old file back, or start again for the new one"
             )
-        return torch.randint(found[0] - self.block_size, (self.batch_size,), generator=self._generator)
+        self._files[split] = tokens, touched, fingerprint
+        return torch.randint(tokens - self.block_size, (self.batch_size,), generator=self._generator)
 
     def _load(self, split, starts):
         """The batch that begins at starts: (x, y), each int64 (B, T) on the device; y is x a token later."""

@@ -1,5 +1,6 @@
 """ckpt.pt: written whole or not at all, read whether nanoGPT or this project wrote it."""
 
+import errno
 import os
 import zipfile
 
@@ -9,6 +10,7 @@ from configurator import UsageError, usage_errors
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
+LAST = "ckpt.last.pt"  # where a run stopped, if ckpt.pt is the best and must stay
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # these make the weights' shapes
 REQUIRED = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
@@ -27,37 +29,49 @@ class SaveError(Exception):
     """A checkpoint could not be written; the one before is as it was. Its message is a sentence."""
 
 
-def save(checkpoint, out_dir):
-    """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt.
+def save(checkpoint, out_dir, name=NAME):
+    """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
 
     ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile. Raises SaveError where the
     disk is full or can't be written to, or where weights are not finite.
     """
-    path, previous = os.path.join(out_dir, NAME), os.path.join(out_dir, PREVIOUS)
-    if not all_finite(list(checkpoint["model"].values())):
-        raise SaveError("the weights are not finite: they are not saved, so that a good checkpoint stays")
+    path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
+        if not all_finite(list(checkpoint["model"].values())):
+            raise SaveError("the weights are not finite; a checkpoint that is there stays as it is")
         try:
             _write(checkpoint, path)
-        except _FAILURES:
-            if not os.path.exists(previous):
+        except _FAILURES as e:
+            if not _is_full(e) or not os.path.exists(previous):
                 raise
             os.remove(previous)  # it makes room
             _write(checkpoint, path)
+        if name == NAME and os.path.exists(last):
+            os.remove(last)  # it is of an earlier iteration now
     except _FAILURES as e:
         raise SaveError(f"{path} can't be written ({_reason(e)}); a checkpoint that is there stays as it is") from e
 
 
 # torch.save passes on a file's own error, or fails with another one while it handles that.
-_FAILURES = (OSError, RuntimeError)
+_FAILURES = (OSError, RuntimeError, MemoryError)
+
+
+def _systems(error):
+    """The first error in a chain of them that comes from the system, or None."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _is_full(error):
+    inner = _systems(error)
+    return inner is not None and inner.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _reason(error):
-    """What the system said: the first error in a chain of them that comes from it."""
-    inner = error
-    while inner is not None and not isinstance(inner, OSError):
-        inner = inner.__cause__ or inner.__context__
-    return (inner.strerror if inner is not None else None) or str(error).strip().splitlines()[0]
+    """What the system said, or else the error itself."""
+    inner = _systems(error)
+    return (inner.strerror if inner is not None else None) or (str(error).strip().splitlines() or ["no memory"])[0]
 
 
 def _write(checkpoint, path):
@@ -68,7 +82,8 @@ def _write(checkpoint, path):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        _keep_previous(path)
+        if os.path.basename(path) == NAME:
+            _keep_previous(path)
         os.replace(part, path)
     except BaseException:
         if os.path.exists(part):
@@ -102,12 +117,16 @@ def _read(path):
         raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({reason})") from e
 
 
-def load(out_dir, required=REQUIRED):
+def load(out_dir, required=REQUIRED, to_go_on=False):
     """out_dir/ckpt.pt with its tensors on the CPU, and torch.compile's prefix taken off its names.
+
+    to_go_on: prefer ckpt.last.pt, where there is one.
 
     Raises UsageError where there is none, where it is damaged, or where a required entry is missing.
     """
-    path, previous = os.path.join(out_dir, NAME), os.path.join(out_dir, PREVIOUS)
+    path, previous, last = (os.path.join(out_dir, n) for n in (NAME, PREVIOUS, LAST))
+    if to_go_on and os.path.isfile(last):
+        path = last
     try:
         if not os.path.isfile(path):
             raise UsageError(f"there is no checkpoint {path}: train with --out_dir={out_dir} first, or set out_dir")
@@ -150,6 +169,17 @@ def _is_adamw(value):
     )
 
 
+def _is_split(value):
+    """Whether a value is how train.py cut a batch: the same product, and no remainder."""
+    if not isinstance(value, dict) or type(value.get("activation_checkpointing")) is not bool:
+        return False
+    for pair in (value.get("of"), value.get("into")):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+            return False
+    (batch_size, accumulation), (micro_batch_size, micro_steps) = value["of"], value["into"]
+    return batch_size % micro_batch_size == 0 and batch_size * accumulation == micro_batch_size * micro_steps
+
+
 _EXPECTED = {  # what an entry must be, and whether a value is that
     "model": ("tensors by name", lambda value: _maps(value, str, torch.Tensor)),
     "optimizer": ("the state_dict of AdamW", _is_adamw),
@@ -158,6 +188,7 @@ _EXPECTED = {  # what an entry must be, and whether a value is that
     "best_val_loss": ("a number", _is_number),
     "config": ("a dict of keys", lambda value: _maps(value, str, object) and isinstance(value.get("dataset", ""), str)),
     "scaler": ("a dict", lambda value: isinstance(value, dict)),
+    "split": ("two pairs of whole numbers", lambda value: _is_split(value)),
 }
 
 

@@ -153,7 +153,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, h, weight, targets, rows, dtype, with_gradients):
         # float16 would lose most softmax gradients: they are as small as 1/V. They're lifted as far as a sum over
         # a chunk's rows can't overflow, by a power of two, which costs no precision.
-        lift = 2.0 ** math.floor(math.log2(4096 / rows)) if dtype == torch.float16 else 1.0
+        lift = 2.0 ** math.floor(math.log2(1024 / rows)) if dtype == torch.float16 else 1.0
         exact = torch.promote_types(dtype, torch.float32)
         w = weight.to(dtype)  # (V, C)
         loss = torch.zeros((), dtype=exact, device=h.device)

@@ -34,6 +34,21 @@ def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
     return (_eight_bit if kind == "8bit" else OffloadedAdamW)(groups, lr=learning_rate, betas=betas)
 
 
+def allocate_state(optimizer):
+    """Make the state of torch's AdamW at once, as its first step would: after that, a step takes no memory.
+
+    Each parameter's state is there whole or not at all, so that it can be called again after running out of memory.
+    """
+    if type(optimizer) is not torch.optim.AdamW:
+        return
+    for group in optimizer.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+                optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in MOMENTS}}
+
+
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW in the machine's memory: 12 bytes a parameter there, and 4 more during a step; none on the device.
 

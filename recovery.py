@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +12,10 @@ import runtime
 from configurator import UsageError
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+SAME_SIGNAL_SECONDS = 2  # a signal may come twice: to the whole group of processes, and again from torchrun
 BAD_IN_A_ROW = 3  # iterations without a finite gradient, after which a run stops
+SCALED_BAD_IN_A_ROW = 40  # with float16, whose scaler needs a few to find its scale
 LOOK_EVERY = 100  # iterations, at least, after which that is noticed
 
 
@@ -24,11 +28,14 @@ class StopSignals:
 
     def __init__(self):
         self.received = 0  # the signal's number
+        self._since = 0.0
 
     @contextmanager
     def listening(self):
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-        before = {number: signal.signal(number, self._receive) for number in numbers}
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        # What is ignored stays so: nohup and shell scripts see to that.
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._receive) for number in heard}
         try:
             yield
         finally:
@@ -36,10 +43,11 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        # The same one again: at once. Another one doesn't count, as torchrun sends SIGTERM after a Ctrl-C.
-        if self.received == number:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = number, now
+        elif now - self._since > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
-        self.received = self.received or number
 
     def check(self):
         """Raise StopRequested if a signal has come."""
@@ -57,6 +65,7 @@ class Recovery:
     def __init__(self, world, device, batches, model, micro_steps, give_up):
         self.world, self.device, self.batches, self.model = world, device, batches, model
         self.micro_steps, self.give_up = micro_steps, give_up
+        self._ran_out = 0  # parts in which memory ran out so far
 
     @property
     def micro_batch_size(self):
@@ -66,15 +75,18 @@ class Recovery:
         """The value of part(), which computes but moves nothing other than the batches and random generators.
 
         All ranks must call it, and all of them try again if memory ran out on one: first as before, with what the
-        allocator kept given back, and then with micro-batches of half the size. Raises StopRequested, or a
-        UsageError where the data can't be read or not even one sequence fits any more.
+        allocator kept given back, and then, or where that has happened before, with micro-batches of half the size.
+        Raises StopRequested, or a UsageError where the data can't be read or not even one sequence fits any more.
         """
+        mark, generators = self.batches.mark(), runtime.rng_state(self.device)
         attempts = 0
         while True:
-            mark, generators = self.batches.mark(), runtime.rng_state(self.device)
             value = None
             kind, said = "", ""
             try:
+                if attempts:
+                    self.batches.rewind(mark)
+                    runtime.set_rng_state(generators, self.device)
                 value = part()
             except OUT_OF_MEMORY as e:
                 kind, said = "memory", (str(e).strip().splitlines() or ["out of memory"])[0]
@@ -95,22 +107,20 @@ class Recovery:
             if "stop" in kinds:
                 raise StopRequested
             rank, _, said = told[0]
-            self._make_room(rank, said, attempts)
-            self.batches.rewind(mark)
-            runtime.set_rng_state(generators, self.device)
+            self._ran_out += not attempts
+            self._make_room(rank, said, same_size=not attempts and self._ran_out <= 2)
             attempts += 1
 
-    def _make_room(self, rank, said, attempts):
+    def _make_room(self, rank, said, same_size):
         size = self.micro_batch_size
         where = f" on rank {rank}" if self.world.size > 1 else ""
         smaller = next((d for d in range(size // 2, 0, -1) if self.batches.batch_size % d == 0), None)
-        if attempts and smaller is None:
-            free = runtime.free_memory_bytes(self.device) / 2**30
+        if smaller is None and not same_size:
             self._fail(
-                f"memory ran out{where} at batch_size 1 ({said}); {free:.2f} GiB are free now: end what else uses this "
-                "device, or go on with --init_from=resume and --auto_fit=True"
+                f"memory ran out{where} at batch_size 1 ({said}; {runtime.memory_now(self.device)}): end what else "
+                "uses this device, or start with --auto_fit=True, which tries what takes less"
             )
-        if not attempts:
+        if same_size:
             print(f"memory ran out{where} ({said}): the same batches again, at the same size")
             return
         self.micro_steps = self.micro_steps * size // smaller  # exact: whole batches, of which smaller is a divisor
@@ -125,11 +135,13 @@ class Recovery:
 class Watch:
     """Notices what is not finite, without waiting for the device in each iteration.
 
-    what: the name of the figure that is watched, for messages.
+    what: the name of the figure that is watched, for messages. scaled: float16's scaler leaves bad steps out, which
+    is nothing to speak of unless it happens too often.
     """
 
-    def __init__(self, what):
-        self._what, self._noted, self._in_a_row = what, [], 0
+    def __init__(self, what, scaled=False):
+        self._what, self._scaled, self._noted, self._in_a_row = what, scaled, [], 0
+        self._limit = SCALED_BAD_IN_A_ROW if scaled else BAD_IN_A_ROW
 
     def note(self, iteration, figure):
         """Keep a scalar tensor for the next check, which comes by itself once there are LOOK_EVERY."""
@@ -138,7 +150,7 @@ class Watch:
             self.check()
 
     def check(self):
-        """Look at what was noted since the last look; UsageError after BAD_IN_A_ROW figures that are not finite."""
+        """Look at what was noted since the last look; UsageError after too many in a row that are not finite."""
         if not self._noted:
             return
         iterations, figures = zip(*self._noted, strict=True)
@@ -148,10 +160,11 @@ class Watch:
                 self._in_a_row = 0
                 continue
             self._in_a_row += 1
-            print(f"iteration {iteration}: {self._what} is {figure}: the weights stay as they were")
-            if self._in_a_row == BAD_IN_A_ROW:
+            if not self._scaled:
+                print(f"iteration {iteration}: {self._what} is {figure}: the weights stay as they were")
+            if self._in_a_row == self._limit:
                 raise UsageError(
-                    f"{self._what} was not finite in {BAD_IN_A_ROW} iterations in a row, the last was {iteration}: a "
+                    f"{self._what} was not finite in {self._limit} iterations in a row, the last was {iteration}: a "
                     "smaller learning_rate, more warmup_iters or a smaller grad_clip may help; a checkpoint that was "
                     "written is as it was, and --init_from=resume goes on from it"
                 )

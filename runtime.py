@@ -256,6 +256,16 @@ def _container_free_bytes():
         return sys.maxsize  # no group, or one without a limit ('max')
 
 
+def memory_now(device):
+    """A few words on the device's memory as it is now, for messages."""
+    if device.type != "cuda":
+        return f"on {device.type}"
+    free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
+    return (
+        f"{free:.2f} of {total:.2f} GiB are free, this process holds {torch.cuda.memory_reserved(device) / 2**30:.2f}"
+    )
+
+
 def cap_memory(device, limit_bytes):
     """Let this process's allocations on a GPU fail beyond limit_bytes."""
     if device.type == "cuda":

@@ -18,6 +18,8 @@ def accumulate(model, scaler, batches, *, autocast, micro_steps):
     batches: has .current (x, y) and .advance(), as batches.Batches. Returns the mean loss, a scalar tensor on the
     device: reading it waits for the GPU.
     """
+    if micro_steps > 1:
+        _own_gradients(model)
     total = 0.0
     for _ in range(micro_steps):
         x, y = batches.current
@@ -27,6 +29,17 @@ def accumulate(model, scaler, batches, *, autocast, micro_steps):
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
+
+
+def _own_gradients(model):
+    """Let gradients add up in memory of their own.
+
+    Those that the first backward pass would leave belong to torch.compile's CUDA graphs, if it uses them, and the
+    second pass would overwrite them.
+    """
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def update(model, optimizer, scaler, *, grad_clip, world=ALONE):
@@ -45,8 +58,9 @@ def update(model, optimizer, scaler, *, grad_clip, world=ALONE):
         _move(optimizer, scaler, norm)
         moved = True
     except torch.OutOfMemoryError:
-        # Fused AdamW allocates its state before it moves anything, and nothing later: it can be called again.
-        if not optimizer.defaults.get("fused"):
+        # Fused AdamW counts a group's steps before it moves the group: where all counts are alike, nothing moved.
+        steps = {float(state["step"]) for state in optimizer.state.values()}
+        if not optimizer.defaults.get("fused") or len(steps) != 1:
             raise
         moved = False
     if not moved:
@@ -118,6 +132,7 @@ def dry_step(model, batch, autocast):
 
     Two, because some of torch.compile's modes fail only where gradients accumulate.
     """
+    _own_gradients(model)
     for _ in range(2):
         with autocast:
             loss = model(*batch, return_logits=False)[1]
@@ -145,6 +160,8 @@ def try_compile(model, trial, device, **options):
             compiled = torch.compile(model, **options)
             trial(compiled)
     except torch.OutOfMemoryError:
+        torch.compiler.reset()
+        model.train(training)
         raise
     except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
         failure = f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[0]}"

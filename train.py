@@ -23,7 +23,7 @@ from batches import Batches
 from codec import load_meta
 from configurator import UsageError, at_least, configure, one_of, usage_errors
 from model import GPT, PRETRAINED, GPTConfig
-from optimizers import OPTIMIZER_STATES, make_optimizer, require
+from optimizers import OPTIMIZER_STATES, allocate_state, make_optimizer, require
 from recovery import Recovery, StopRequested, StopSignals, Watch
 from step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
 
@@ -126,7 +126,7 @@ if wandb_log and world.is_main:
     with usage_errors(ImportError, prefix="wandb_log=True: pip install wandb, or --wandb_log=False. "):
         import wandb
 
-saved = checkpoints.load(out_dir) if init_from == "resume" else None
+saved = checkpoints.load(out_dir, to_go_on=True) if init_from == "resume" else None
 if saved and "block_size" not in given:
     block_size = saved["model_args"]["block_size"]
 data_dir = os.path.join("data", dataset)
@@ -176,6 +176,10 @@ if world.is_main and not dry_run:
 micro_batch_size, accumulation = batch_size, gradient_accumulation_steps
 if saved and saved.get("split", {}).get("of") == [batch_size, gradient_accumulation_steps]:
     micro_batch_size, accumulation = saved["split"]["into"]  # memory may have run out since the start
+    if "activation_checkpointing" not in given:
+        activation_checkpointing = saved["split"]["activation_checkpointing"]
+    if micro_batch_size != batch_size and not auto_fit:
+        print(f"batch_size {batch_size} is cut into {micro_batch_size}, as when the checkpoint was saved")
 limit_bytes = int(memory_limit_gb * 2**30) or None
 if auto_fit or dry_run:
     plan = autofit.fit(world, out_dir, model_args, device, planned, config, given, max_iters + 1 - iter_num)
@@ -208,49 +212,61 @@ runtime.empty_cache(device)
 
 raw_model = model  # what is saved: without torch.compile's wrapper
 batches.start(model_args["vocab_size"], rng and rng["data"], micro_batch_size)
-if compile:
-    print("compiling the model... (takes a minute or so)")
-    trial = partial(dry_step, batch=batches.current, autocast=autocast)
-    model, failure = try_compile(model, trial, device, mode=compile_mode, dynamic=False)
-    if failure:
-        print(f"compile failed, training goes on without it ({failure})")
 
 # ---- what a run survives -----------------------------------------------------------------------------------
 
 
-def save():
-    """Write ckpt.pt for the beginning of iteration iter_num; '' or why it failed. All ranks must call it."""
+def save(name=checkpoints.NAME):
+    """Write a checkpoint for the beginning of iteration iter_num; '' or why it failed. All ranks must call it."""
     rng = world.gather(here)
-    if not world.is_main:
-        return ""
+    said = ""
     if iter_num == 0:
-        return "nothing is trained yet, and nothing saved"
-    try:
-        checkpoints.save(
-            {
-                "model": raw_model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "model_args": model_args,
-                "iter_num": iter_num,
-                "best_val_loss": best_val_loss,
-                "config": config,
-                "scaler": scaler.state_dict(),
-                "rng": rng,  # of each rank, as before an evaluation: resuming repeats it
-                "split": {
-                    "of": [batch_size, gradient_accumulation_steps],
-                    "into": [recovery.micro_batch_size, recovery.micro_steps * world.size],
+        said = "nothing is trained yet, and nothing saved"
+    elif world.is_main:
+        try:
+            checkpoints.save(
+                {
+                    "model": raw_model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "model_args": model_args,
+                    "iter_num": iter_num,
+                    "best_val_loss": best_val_loss,
+                    "config": config,
+                    "scaler": scaler.state_dict(),
+                    "rng": rng,  # of each rank, as before an evaluation: resuming repeats it
+                    "split": {
+                        "of": [batch_size, gradient_accumulation_steps],
+                        "into": [recovery.micro_batch_size, recovery.micro_steps * world.size],
+                        "activation_checkpointing": activation_checkpointing,
+                    },
                 },
-            },
-            out_dir,
-        )
-    except checkpoints.SaveError as e:
-        return f"not saved: {e}"
-    return ""
+                out_dir,
+                name,
+            )
+        except (checkpoints.SaveError, RuntimeError, MemoryError) as e:
+            said = f"not saved: {e}"
+    return world.gather(said)[0]  # no rank leaves before it is written
 
 
+def save_where_it_stops():
+    """As save, but the best checkpoint stays where only that is kept."""
+    return save(checkpoints.NAME if always_save_checkpoint else checkpoints.LAST)
+
+
+here = {"data": batches.state(), "generators": runtime.rng_state(device)}  # where this rank's iteration began
 signals = StopSignals()
-recovery = Recovery(world, device, batches, model, micro_steps, give_up=save)
-watch = Watch("the loss" if scaler.is_enabled() else "the gradient's norm")
+recovery = Recovery(world, device, batches, raw_model, micro_steps, give_up=save_where_it_stops)
+watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
+
+recovery.run(partial(allocate_state, optimizer))
+if compile:
+    print("compiling the model... (takes a minute or so)")
+    options = dict(mode=compile_mode, dynamic=False)  # sizes are few, and each gets kernels of its own
+    model, failure = recovery.run(
+        lambda: try_compile(raw_model, partial(dry_step, batch=batches.current, autocast=autocast), device, **options)
+    )
+    if failure:
+        print(f"compile failed, training goes on without it ({failure})")
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -284,7 +300,7 @@ with signals.listening():
     while True:
         here = {"data": batches.state(), "generators": runtime.rng_state(device)}
         if stop := world.most(signals.received):
-            how = save() or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
+            how = save_where_it_stops() or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
             print(f"{signal.Signals(stop).name} before iteration {iter_num}: {how}")
             world.leave()
             sys.exit(128 + stop)
@@ -320,11 +336,9 @@ with signals.listening():
         if iter_num == 0 and eval_only:
             break
 
-        loss = recovery.run(
-            lambda: accumulate(model, scaler, batches, autocast=autocast, micro_steps=recovery.micro_steps)
-        )
+        loss = recovery.run(micro_batches)
         norm = update(model, optimizer, scaler, grad_clip=grad_clip, world=world)
-        watch.note(iter_num, world.mean(loss) if scaler.is_enabled() else norm)
+        watch.note(iter_num, norm)
 
         if iter_num % log_interval == 0:
             mean_loss = world.mean(loss).item()  # waits for the GPU, so that the clock tells the truth

@@ -206,9 +206,8 @@ ratios = [a / b for a, b in zip(theirs.seconds[1:], ours.seconds[1:], strict=Tru
 difference = max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True))
 for player in players:
     median = statistics.median(player.seconds[1:])
-    print(
-        f"{player.name:10} {median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s {player.peak / 2**30:8.2f} GiB"
-    )
+    speed = f"{median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s"
+    print(f"{player.name:10} {speed} {player.peak / 2**30:8.2f} GiB")
 print(f"ratio of tok/s {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {rounds} turns)")
 print(f"ratio of peaks {ours.peak / theirs.peak:.3f}")
 print(f"largest difference of a loss {difference:.1e}")

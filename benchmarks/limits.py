@@ -52,6 +52,8 @@ def row_of(limit):
     except UsageError as e:
         return {"limit_gb": limit, "failure": str(e)}
     trial = fitter.measure(plan.micro_batch_size, plan.compile, plan.activation_checkpointing)
+    if not trial.fits:
+        return {"limit_gb": limit, "failure": f"the choice did not fit again: {trial.failure}"}
     seconds = batch_size * block_size / trial.tokens_per_second
     return {
         "limit_gb": limit,

@@ -106,7 +106,8 @@ with tempfile.TemporaryDirectory() as folder:
     for index in range(rounds + 1):
         pair = [("bare", partial(turn, bare)), ("guarded", partial(turn, guarded))]
         found = {name: run() for name, run in (pair if index % 2 else reversed(pair))}
-        assert found["bare"][1] == found["guarded"][1], "both compute the same"
+        for a, b in zip(found["bare"][1], found["guarded"][1], strict=True):
+            assert abs(a - b) < 1e-2, "both compute the same"
         if index:  # the first turn warms up
             for name in seconds:
                 seconds[name].append(found[name][0])

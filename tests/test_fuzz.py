@@ -566,7 +566,9 @@ def test_any_token_files_give_batches_or_are_refused():
             for _ in range(count):
                 batches.advance()
                 found.append(("train", batches.current))
-            return found + [(split, batch) for split in files for [batch] in batches.evaluation(split, 2)]
+            return found + [
+                (split, batch) for split in files for pieces in batches.evaluation(split, 2) for batch in pieces
+            ]
 
         found = result_of(seen, use, ["train.bin", "val.bin"])
         if found is None:

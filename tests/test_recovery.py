@@ -6,10 +6,10 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 
 import pytest
@@ -151,20 +151,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(workplace):
     assert "prev" not in str(error.value)
 
 
-def test_training_goes_on_where_saving_fails_and_says_so_at_the_end(failing_files, capsys):
-    def full_between_10_and_19(path, mode="r", *args, **options):
+def test_training_goes_on_where_saving_fails_and_says_so_at_the_end(monkeypatch):
+    steps, update = [], step.update
+    monkeypatch.setattr(step, "update", lambda *a, **k: (steps.append(1), update(*a, **k))[1])
+
+    def full(path, mode="r", *args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "open", full_between_10_and_19, raising=False)
-        with pytest.raises(UsageError, match="not saved: out/ckpt.pt can't be written"):
-            train(max_iters=20)
-    assert not os.path.exists("out/ckpt.pt")
+    train(max_iters=10)
+    monkeypatch.setattr(checkpoints, "open", full, raising=False)
+    with pytest.raises(UsageError, match="not saved: out/ckpt.pt can't be written"):
+        train(max_iters=20)
+    assert len(steps) == 11 + 21, "it went on to the end"
+    assert kept() == 10
 
 
 def test_a_folder_that_is_gone_is_made_again(monkeypatch):
-    import shutil
-
     real = step.evaluate
 
     def evaluate(*args, **options):
@@ -212,31 +214,76 @@ def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     assert resumed.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= first}
 
 
-def test_a_signal_ends_an_evaluation_that_is_done_again_on_resuming():
+def stopped_at(monkeypatch, evaluation, number=signal.SIGTERM):
+    """Let a signal come in the middle of an evaluation, counted from 1."""
+    calls, give = [], Batches.evaluation
+
+    def give_and_stop(batches, split, *args):
+        calls.append(split)
+        for pieces in give(batches, split, *args):
+            if len(calls) == 2 * evaluation:
+                os.kill(os.getpid(), number)
+            yield pieces
+
+    monkeypatch.setattr(Batches, "evaluation", give_and_stop)
+
+
+def test_a_signal_ends_an_evaluation_which_is_done_again_on_resuming(monkeypatch, capsys):
     keys = dict(max_iters=12, eval_interval=6, dropout=0.2)
     whole = train(**keys, out_dir="whole")
-    process = started(**{**keys, "eval_iters": 100_000, "eval_interval": 6})
-    wait_for(process, "tokens per iteration")
-    time.sleep(3)
-    process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "SIGTERM before iteration 0: nothing is trained yet, and nothing saved" in rest
-    train(**{**keys, "max_iters": 6})
-    again = train(**keys, init_from="resume")
-    assert again.eval_loss[6] == whole.eval_loss[6]
-    assert again.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 6}
+    with monkeypatch.context() as patch:
+        stopped_at(patch, evaluation=2)
+        with pytest.raises(SystemExit) as stop:
+            train(**keys)
+    assert stop.value.code == 143
+    assert kept() == 6
+    rest = train(**keys, init_from="resume")
+    assert rest.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= 6}
+    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 6}
 
 
-def test_the_second_signal_of_a_kind_ends_it_at_once():
+def test_a_stop_leaves_the_best_checkpoint_where_only_the_best_is_kept(monkeypatch, workplace):
+    keys = dict(eval_interval=5, dropout=0.2, always_save_checkpoint=False)
+    train(**keys, max_iters=5)
+    shutil.copytree(workplace / "out", workplace / "whole")
+    keys.update(init_from="resume", max_iters=30, decay_lr=False, learning_rate=0.3)  # from here on it gets worse
+    whole = train(**keys, out_dir="whole")
+    for evaluation, iteration in ((3, 15), (2, 20)):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, evaluation)
+            with pytest.raises(SystemExit):
+                train(**keys)
+        assert (kept(), kept("ckpt.last.pt")) == (5, iteration)
+    rest = train(**keys)
+    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 20}
+    assert kept() == 5
+    train(**{**keys, "always_save_checkpoint": True})
+    assert kept() == 30
+    assert not os.path.exists("out/ckpt.last.pt"), "what is older than ckpt.pt goes"
+
+
+def test_a_signal_before_anything_is_trained_saves_nothing(monkeypatch):
+    stopped_at(monkeypatch, evaluation=1)
+    with pytest.raises(SystemExit):
+        train(max_iters=12)
+    assert not os.path.exists("out/ckpt.pt")
+
+
+def test_a_second_signal_ends_it_at_once():
     code = (
         "import signal, os, time\n"
-        "from recovery import StopSignals\n"
-        "signals = StopSignals()\n"
+        "import recovery\n"
+        "recovery.SAME_SIGNAL_SECONDS = 0.3\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
+        "signals = recovery.StopSignals()\n"
         "with signals.listening():\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    assert not signals.received\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # torchrun's, after a Ctrl-C
+        "    os.kill(os.getpid(), signal.SIGINT)\n"  # to the whole group of processes, and again from torchrun
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(signals.received, flush=True)\n"
+        "    time.sleep(0.4)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(60)\n"
     )
@@ -333,6 +380,7 @@ def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, plac
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)  # AdamW's first steps magnify rounding
     resumed = train(**{**RUN, "max_iters": 10}, init_from="resume")
     assert resumed.names["recovery"].micro_batch_size == 2
+    assert "batch_size 8 is cut into 2, as when the checkpoint was saved" in resumed.text
 
 
 def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(monkeypatch):
@@ -340,14 +388,44 @@ def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(
     with monkeypatch.context() as patch:
         Thief(patch, "forward 1", iteration=6, times=10**9)
         sentence = (
-            r"memory ran out at batch_size 1 \(CUDA out of memory. Tried to allocate 6.14 GiB.\); [\d.]+ GiB are free "
-            "now: .* a checkpoint is saved, and --init_from=resume goes on"
+            r"memory ran out at batch_size 1 \(CUDA out of memory. Tried to allocate 6.14 GiB.; on cpu\): end what "
+            "else uses this device.* a checkpoint is saved, and --init_from=resume goes on"
         )
         with pytest.raises(UsageError, match=sentence):
             train(**RUN)
     rest = train(**{**RUN, "max_iters": 12}, init_from="resume")
     assert min(rest.iter_loss) == 6
     assert rest.iter_loss == pytest.approx({i: v for i, v in whole.iter_loss.items() if i >= 6}, abs=1e-4)
+
+
+@pytest.mark.parametrize("call", [1, 2, 9])
+def test_memory_that_runs_out_while_the_optimizers_state_is_made(monkeypatch, call):
+    from test_step import toy
+
+    from optimizers import allocate_state
+
+    whole = train(**RUN)
+    zeros_like, calls = torch.zeros_like, []
+
+    def failing(tensor, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("full")
+        return zeros_like(tensor, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", failing)
+        assert train(**RUN).iter_loss == whole.iter_loss
+    # The state is what AdamW would have made.
+    made, own = (toy().configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu") for _ in range(2))
+    allocate_state(made)
+    for optimizer in (made, own):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for a, b in zip(made.state_dict()["state"].values(), own.state_dict()["state"].values(), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 def test_an_optimizer_that_may_have_moved_is_not_called_again(monkeypatch):
@@ -499,6 +577,17 @@ def test_a_bad_gradient_moves_nothing(kind):
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == bad
         assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_scaler_may_leave_out_more_before_that_is_an_error(capsys):
+    watch = Watch("the norm", scaled=True)
+    for i in range(39):
+        watch.note(i, torch.tensor(math.inf))
+    watch.check()
+    assert capsys.readouterr().out == ""
+    watch.note(39, torch.tensor(math.inf))
+    with pytest.raises(UsageError, match="the norm was not finite in 40 iterations in a row, the last was 39"):
+        watch.check()
 
 
 def test_a_watch_looks_by_itself_after_a_while(monkeypatch, capsys):
