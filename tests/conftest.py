@@ -117,3 +117,8 @@ def hugging_face_gpt2(tmp_path_factory):
 
 def environment(**more):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def weights_of_ranks():
+    """What tests/rank.py told of each rank's weights in this folder, in the order of ranks."""
+    return [json.loads(path.read_text()) for path in sorted(Path().glob("weights-*.json"))]

@@ -3,7 +3,6 @@
 import builtins
 import errno
 import io
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, train
+from conftest import ROOT, TOY, environment, flags, train, weights_of_ranks
 
 import checkpoint as checkpoints
 import recovery
@@ -464,8 +463,7 @@ def two_ranks(workplace, script, **keys):
     done = subprocess.run(
         [*launcher, str(script), *flags(**keys)], capture_output=True, text=True, timeout=120, env=environment()
     )
-    found = [line for line in done.stdout.splitlines() if line.startswith("weights ")]
-    weights = {told["digest"]: told["sum"] for told in (json.loads(line.split(" ", 1)[1]) for line in found)}
+    weights = {told["digest"]: told["sum"] for told in weights_of_ranks()}
     losses = [line.split(", time")[0] for line in done.stdout.splitlines() if line.startswith(("iter ", "step "))]
     return done, weights, losses
 

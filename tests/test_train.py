@@ -1,6 +1,5 @@
 """train.py as its user meets it: lines, resuming, compiling, ranks, and every mistake of the contract."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, run_script, train
+from conftest import ROOT, TOY, environment, flags, run_script, train, weights_of_ranks
 
 from configurator import UsageError, configure
 
@@ -342,8 +341,8 @@ def torchrun(count, *argv):
 def test_two_ranks_hold_the_same_weights_and_learn_like_one():
     keys = {**TOY, "backend": "gloo", "batch_size": 4, "gradient_accumulation_steps": 4, "eval_iters": 40}
     text = torchrun(2, *flags(**keys))
-    weights = [json.loads(line) for line in re.findall(r"^weights (.*)$", text, re.M)]
-    assert [w["rank"] for w in sorted(weights, key=lambda w: w["rank"])] == [0, 1]
+    weights = weights_of_ranks()
+    assert [w["rank"] for w in weights] == [0, 1]
     assert weights[0]["sum"] == weights[1]["sum"]
     assert weights[0]["digest"] == weights[1]["digest"]
     assert text.count("tokens per iteration will be: 512") == 1, "one rank speaks"
