@@ -15,7 +15,7 @@ from configurator import at_least, configure, one_of, usage_errors
 from model import GPT, GPTConfig
 from step import dry_step, train_step, try_compile
 
-runtime.tune_allocators()  # before the first tensor
+runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 batch_size = 12

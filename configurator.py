@@ -152,7 +152,7 @@ def configure(namespace, argv=None):
 
     def when_memory_ends():
         if "auto_fit" not in namespace:
-            return "use a smaller batch_size"
+            return "use a smaller batch_size" if "batch_size" in namespace else "use a shorter prompt or max_new_tokens"
         if not namespace["auto_fit"]:
             return "--auto_fit=True finds a split that fits"
         return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"

@@ -166,7 +166,7 @@ def simulate(job):
 
 if __name__ == "__main__":
     show_usage_errors_as_sentences()
-    runtime.tune_allocators()
+    runtime.prefer_expandable_segments()
     task = json.loads(sys.stdin.readline())
     # Standard input ends when the process that asked does: then nobody waits, and the GPU should be free again.
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()

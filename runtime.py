@@ -203,18 +203,12 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def tune_allocators():
-    """Set up torch's allocators, before the first tensor; what the user's environment says stands.
-
-    On CUDA, memory that grows in place, which fragments less. On a CPU, huge pages: freed tensors go back to the
-    system, and the next ones would come in small pages again, at 10% of a step's time.
-    """
-    if sys.platform != "linux":
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+def prefer_expandable_segments():
+    """Ask for CUDA memory that grows in place, which fragments less. Before CUDA starts; the user's word stands."""
     release = tuple(int(n) for n in torch.__version__.split(".")[:2])
     name = "PYTORCH_ALLOC_CONF" if release >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"  # renamed in 2.9
-    if torch.version.cuda and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
+    if sys.platform == "linux" and torch.version.cuda and not asked:
         os.environ[name] = "expandable_segments:True"
 
 

@@ -27,7 +27,7 @@ from optimizers import OPTIMIZER_STATES, allocate_state, make_optimizer, require
 from recovery import Recovery, StopRequested, StopSignals, Watch
 from step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
 
-runtime.tune_allocators()  # before the first tensor
+runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation

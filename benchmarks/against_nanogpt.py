@@ -3,10 +3,10 @@
     python benchmarks/against_nanogpt.py --batch_size=8 --block_size=1024
 
 nanoGPT's way: a batch stacked from single rows, attention by split and transposes, the logits of every
-position in memory, AdamW that is fused on CUDA alone, on a CPU float32 whatever dtype says, and torch's
-allocators as they are. Both start from the same weights and see the same batches; their losses are compared.
-Each side is a process of its own, because allocators are set up once a process; they take turns, and one
-waits while the other works. Prints a table, and one line of JSON last.
+position in memory, AdamW that is fused on CUDA alone, and on a CPU float32 whatever dtype says. Both start from
+the same weights and see the same batches; their losses are compared. Each side is a process of its own, so that
+each has its own peak; they take turns, and one waits while the other works. Prints a table, and one line of JSON
+last.
 """
 
 import json
@@ -47,7 +47,7 @@ save = ""  # a file for the result
 config, given = configure(globals())
 at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 if side == "ours":
-    runtime.tune_allocators()  # before the first tensor
+    runtime.prefer_expandable_segments()  # before CUDA starts
 if "dtype" not in given:
     dtype = config["dtype"] = runtime.best_dtype(device)
 one_of(tuple(runtime.DTYPES), config, "dtype")

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 from recovery import Recovery, StopSignals, Watch
 from step import accumulate, update
 
-runtime.tune_allocators()  # before the first tensor
+runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 8
