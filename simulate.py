@@ -42,9 +42,11 @@ class Compact8bit(torch.optim.Optimizer):
 def _optimizer(kind, model):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
     if kind == "8bit":
-        return Compact8bit(optimizer.param_groups)
-    # Offloaded, the device holds no state at all, as with plain SGD.
-    return torch.optim.SGD(optimizer.param_groups, lr=0.1) if kind == "offload" else optimizer
+        optimizer = Compact8bit(optimizer.param_groups)
+    elif kind == "offload":  # the device holds no state at all, as with plain SGD
+        optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
+    optimizer.defaults["fused"] = True  # a step doesn't look at gradients first, which fake ones don't have
+    return optimizer
 
 
 class _Run:
