@@ -574,6 +574,10 @@ def what_would_fit(job, limit_bytes, probe, may_shrink):
 # ---- the answer beside the run -----------------------------------------------------------------------------
 
 
+ASKED = (  # keys of the run that an answer depends on
+    "batch_size", "gradient_accumulation_steps", "dtype", "compile", "compile_mode", "compile_min_sms", "max_iters",
+    "memory_limit_gb", "grad_clip", "activation_checkpointing", "optimizer_state",
+)  # fmt: skip
 CHOICE = {
     "micro_batch_size": int,
     "compile": bool,
@@ -656,23 +660,12 @@ def fit(world, out_dir, model_args, device, planned, config, given, iterations_l
         may_shrink=config["init_from"] == "scratch",
         advises=world.is_main,
     )
-    asked = (
-        "activation_checkpointing",
-        "optimizer_state",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "dtype",
-        "compile",
-        "compile_mode",
-        "compile_min_sms",
-        "max_iters",
-    )
     key = {
         **({} if planned else runtime.versions(device)),
         "model": model_args,
         "ranks": world.size,
         "activation_checkpointing_is_free": fitter.may_checkpoint,
-        **{name: config[name] for name in (*asked, "memory_limit_gb", "grad_clip")},
+        **{name: config[name] for name in ASKED},
     }
     # Rank 0 keeps the answer and tells it, so that ranks on other machines look at the same one.
     remembered = None
