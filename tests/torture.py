@@ -49,9 +49,24 @@ def attempt(folder, out_dir, log, iterations, seconds=None):
         finally:
             os._exit(code)
     if seconds is not None:
+        size = os.path.getsize(log) if os.path.exists(log) else 0
+        while not re.search(r"^iter ", _tail(log, size), re.MULTILINE):  # it starts more or less quickly
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status
+            time.sleep(0.005)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
+
+
+def _tail(log, size):
+    """What was added to a log since it had this size."""
+    if not os.path.exists(log):
+        return ""
+    with open(log) as f:
+        f.seek(size)
+        return f.read()
 
 
 def facts(log):
@@ -72,8 +87,8 @@ def run(kills, folder, seed=0):
     expected = dict(facts(Path(logs["whole"]).read_text()))
     complaints, died, saving = [], 0, 0
     while died < kills:
-        # Long enough to get on now and then; a run without any kill would take all of seconds.
-        status = attempt(folder, "killed", logs["killed"], iterations, 0.2 + choose.random() * 3 * seconds / kills)
+        # Counted from the first iteration: far enough for a few, not for all that is left.
+        status = attempt(folder, "killed", logs["killed"], iterations, choose.random() * 0.8 * seconds / kills)
         if not os.WIFSIGNALED(status):
             break
         died += 1
@@ -91,6 +106,8 @@ def run(kills, folder, seed=0):
     if died < kills:
         complaints.append(f"the run was through after {died} of {kills} kills")
     resumed = len(re.findall(r"^resuming from killed at iteration", log, re.MULTILINE))
+    if resumed < died / 2:
+        complaints.append(f"only {resumed} of {died} kills were followed by a resume: the others came too early")
     print(f"{died} kills, {saving} of them while saving, {resumed} resumed, {len(complaints)} complaints")
     return complaints
 
