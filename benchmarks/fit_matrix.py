@@ -76,7 +76,7 @@ def cell(model, shape, every, limit):
     if fitting:
         best = max(fitting, key=lambda t: t.tokens_per_second)
         row["best"], row["best_tokens_per_second"] = best.batch_size, best.tokens_per_second
-    fitter = Fitter(job_of(shape, limit), batch_size, 1, say=lambda line: None)
+    fitter = Fitter(job_of(shape, limit), batch_size, 1, say=lambda line: None, advises=False)
     try:
         plan = fitter.plan()
     except UsageError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -637,18 +638,24 @@ def large_blocks_go_back(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
 
 
+@pytest.fixture(scope="module")
+def a_process_takes():
+    """Bytes of a probe with a model of next to nothing: Python, torch and its libraries."""
+    [process], _ = autofit.run_probe(JOB)
+    return process["peak_bytes"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(2, 128, 16384, 128), (3, 256, 8192, 256), (1, 512, 32768, 64)], ids=lambda s: "x".join(map(str, s))
 )
-def test_the_simulation_agrees_with_what_a_process_takes(shape, large_blocks_go_back):
+def test_the_simulation_agrees_with_what_a_process_takes(shape, a_process_takes, large_blocks_go_back):
     n_layer, n_embd, vocab_size, block_size = shape
     sizes = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size)
     job = {**JOB, "model_args": {**JOB["model_args"], **sizes, "dropout": 0.0}, "batch_size": 16}
-    [process], _ = autofit.run_probe(JOB)  # a model of next to nothing: Python, torch and its libraries
     [measured], _ = autofit.run_probe(job)
     [simulated], _ = autofit.run_probe({**job, "simulate": True})
-    taken = measured["peak_bytes"] - process["peak_bytes"]
+    taken = measured["peak_bytes"] - a_process_takes
     assert simulated["peak_bytes"] == pytest.approx(taken, rel=0.1)
     assert taken > GIB // 4, "large enough to tell"
 
@@ -667,10 +674,10 @@ def split_by_hand(monkeypatch, micro_batch_size):
 
 @pytest.mark.slow
 def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkeypatch, workplace):
-    keys = dict(auto_fit=True, batch_size=16, max_iters=12, dropout=0.1)
+    keys = dict(auto_fit=True, batch_size=4, max_iters=12, dropout=0.1)
     fitted = train(**keys)
     micro = json.loads((workplace / "out" / "auto_fit.json").read_text())["choice"]["micro_batch_size"]
-    expected = f"batch_size 16 -> {micro}, gradient_accumulation_steps 1 -> {16 // micro}, effective batch 16"
+    expected = f"batch_size 4 -> {micro}, gradient_accumulation_steps 1 -> {4 // micro}, effective batch 4"
     assert f"auto-fit: {expected}\n" in fitted.text
     split_by_hand(monkeypatch, micro)
     by_hand = train(**keys)
@@ -704,20 +711,25 @@ def test_a_resumed_run_keeps_the_effective_batch_on_another_split(monkeypatch):
 
 @pytest.mark.slow
 def test_a_dry_run_plans_and_leaves_nothing(workplace):
-    command = [sys.executable, str(ROOT / "train.py"), *flags(**TOY, dry_run=True, memory_limit_gb=2.0)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    keys = {**TOY, "batch_size": 2, "dry_run": True, "memory_limit_gb": 2.0}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags(**keys)], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("auto-fit: batch_size 8 -> ")
+    assert done.stdout.splitlines()[-1].startswith("auto-fit: batch_size 2 -> ")
     assert not (workplace / "out").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_a_dry_run_for_a_card_that_is_elsewhere(workplace):
+def test_a_dry_run_for_a_card_that_is_elsewhere():
     keys = {**TOY, "device": "cuda", "dataset": "openwebtext", "dry_run": True, "memory_limit_gb": 3.0}
-    with pytest.raises(SystemExit) as stop:
-        train(**{**keys, "n_embd": 512, "n_head": 8, "block_size": 1024, "batch_size": 64})
-    assert stop.value.code == 0
+    command = [str(ROOT / "train.py"), *flags(**{**keys, "n_embd": 512, "block_size": 1024, "batch_size": 2})]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "simulated on fake tensors: nothing is measured" in done.stdout
+    assert re.search(r"^auto-fit: of [\d.]+ GiB \(simulated\): weights 0\.12, ", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith("auto-fit: batch_size 2 -> 2, ")
     with pytest.raises(UsageError, match="there is no cuda here: to plan for one, say how much memory it has"):
         train(**{**keys, "memory_limit_gb": 0.0})
 
@@ -768,7 +780,7 @@ def test_two_ranks_stop_together_where_one_fails(workplace):
 
 @pytest.mark.slow
 def test_the_matrix_of_choices_runs_at_toy_size(workplace):
-    argv = flags(device="cpu", limits="'0.1,2'", models="1x2x32", block_size=16, batch_size=4, vocab_size=65,
+    argv = flags(device="cpu", limits="'0.1,2'", models="1x2x32", block_size=16, batch_size=2, vocab_size=65,
                  confirm_steps=12, save="cells.json")  # fmt: skip
     command = [sys.executable, str(ROOT / "benchmarks" / "fit_matrix.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
@@ -777,6 +789,6 @@ def test_the_matrix_of_choices_runs_at_toy_size(workplace):
     assert result == json.loads((workplace / "cells.json").read_text())
     none, roomy = result["cells"]
     assert (none["choice"], none["best"]) == (None, None), "torch alone takes more than 0.1 GiB"
-    assert roomy["choice"] in (1, 2, 4)
+    assert roomy["choice"] in (1, 2)
     assert roomy["confirmed"]
     assert 0 < roomy["ratio"] <= 1

@@ -201,15 +201,16 @@ def wait_for(process, word):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     number = getattr(signal, name)
-    whole = train(max_iters=400, eval_interval=150, dropout=0.2, eval_iters=1)
-    process = started(max_iters=400, eval_interval=150, dropout=0.2, eval_iters=1, out_dir="other")
+    keys = dict(max_iters=200, eval_interval=75, dropout=0.2, eval_iters=1)
+    whole = train(**keys)
+    process = started(**keys, out_dir="other")
     text = wait_for(process, "iter 20:")
     process.send_signal(number)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert f"{name} before iteration" in rest
     assert "checkpoint saved to other, --init_from=resume goes on" in rest
-    resumed = train(max_iters=400, eval_interval=150, dropout=0.2, eval_iters=1, out_dir="other", init_from="resume")
+    resumed = train(**keys, out_dir="other", init_from="resume")
     first = min(resumed.iter_loss)
     assert first > 20
     assert f"iter {first - 1}: " in text + rest
@@ -474,23 +475,23 @@ def two_ranks(workplace, script, **keys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "times"), [("backward 1", 1), ("forward 1", 2)])
-def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace, place, times):
+def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace):
     keys = dict(gradient_accumulation_steps=2)  # the only micro-step of each rank
     _, expected, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", **keys)
-    script = workplace / "rank.py"
     tests = str(ROOT / "tests")
-    script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=f"{tests}/rank.py"))
-    done, weights, found = two_ranks(workplace, script, **keys)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "memory ran out on rank 1" in done.stdout
-    assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
-    if times == 1:
-        assert weights == expected
-        assert found == losses
-    else:
-        assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
-        assert "batch_size 8 -> 4" in done.stdout
+    for place, times in (("backward 1", 1), ("forward 1", 2)):
+        script = workplace / "rank.py"
+        script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=f"{tests}/rank.py"))
+        done, weights, found = two_ranks(workplace, script, **keys)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "memory ran out on rank 1" in done.stdout
+        assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
+        if times == 1:
+            assert weights == expected
+            assert found == losses
+        else:
+            assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
+            assert "batch_size 8 -> 4" in done.stdout
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import re
 import runpy
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -28,13 +29,15 @@ KEYS = dict(
 )  # fmt: skip
 
 
-def attempt(folder, out_dir, log, iterations, seconds=None):
-    """train.py in a fork of this process, killed after so many seconds; its exit status.
+def attempt(folder, out_dir, log, iterations, kill_after=None):
+    """train.py in a fork of this process; its exit status.
 
-    A fork starts in a moment, because torch is imported already.
+    kill_after: (lines, seconds): it is killed so long after it has printed so many iterations. A fork starts in a
+    moment, because torch is imported already.
     """
     resume = os.path.exists(os.path.join(folder, out_dir, "ckpt.pt"))
     keys = {**KEYS, "out_dir": out_dir, "max_iters": iterations, "init_from": "resume" if resume else "scratch"}
+    size = os.path.getsize(log) if os.path.exists(log) else 0
     child = os.fork()
     if child == 0:
         code = 1
@@ -48,13 +51,13 @@ def attempt(folder, out_dir, log, iterations, seconds=None):
             code = 0
         finally:
             os._exit(code)
-    if seconds is not None:
-        size = os.path.getsize(log) if os.path.exists(log) else 0
-        while not re.search(r"^iter ", _tail(log, size), re.MULTILINE):  # it starts more or less quickly
+    if kill_after is not None:
+        lines, seconds = kill_after
+        while len(re.findall(r"^iter ", _tail(log, size), re.MULTILINE)) < lines:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return status
-            time.sleep(0.005)
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
@@ -80,15 +83,16 @@ def run(kills, folder, seed=0):
     choose = random.Random(seed)
     iterations = ITERATIONS_A_KILL * kills
     logs = {name: os.path.join(folder, f"{name}.log") for name in ("whole", "killed")}
-    began = time.perf_counter()
     if status := attempt(folder, "whole", logs["whole"], iterations):
         return [f"the run that is left in peace ended with status {status}:\n{Path(logs['whole']).read_text()}"]
-    seconds = time.perf_counter() - began
-    expected = dict(facts(Path(logs["whole"]).read_text()))
+    whole = Path(logs["whole"]).read_text()
+    expected = dict(facts(whole))
+    # An evaluation and a checkpoint come every other iteration: a kill at any moment of two may fall into them.
+    both = 2 * statistics.mean(float(ms) / 1000 for ms in re.findall(r", time ([\d.]+)ms", whole))
     complaints, died, saving = [], 0, 0
     while died < kills:
-        # Counted from the first iteration: far enough for a few, not for all that is left.
-        status = attempt(folder, "killed", logs["killed"], iterations, choose.random() * 0.8 * seconds / kills)
+        moment = choose.randint(1, ITERATIONS_A_KILL // 2), choose.random() * both
+        status = attempt(folder, "killed", logs["killed"], iterations, moment)
         if not os.WIFSIGNALED(status):
             break
         died += 1
