@@ -559,8 +559,8 @@ GOOD = json.dumps({"kind": "result", "batch_size": 1, "peak_bytes": 5, "tokens_p
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal 9, as the system does when"),
         (f"import os; print('''{GOOD}''', flush=True); os.kill(os.getpid(), 9)", "was killed by signal 9"),
-        ("import time; time.sleep(60)", "took longer than 2 s"),
-        ("import subprocess; subprocess.run(['sleep', '60'])", "took longer than 2 s"),
+        ("import time; time.sleep(60)", "took longer than 1 s"),
+        ("import subprocess; subprocess.run(['sleep', '60'])", "took longer than 1 s"),
         ("print('garbage'); print('{'); print('[1]'); print('3')", "gave no answer"),
         ("print('{\"kind\": \"result\", \"batch_size\": 1}')", "gave no answer"),
         (f"import sys; sys.stdout.write('''{GOOD}''')", "gave no answer"),  # no line end: it may have been cut
@@ -570,7 +570,7 @@ GOOD = json.dumps({"kind": "result", "batch_size": 1, "peak_bytes": 5, "tokens_p
 def test_a_child_that_ends_badly_is_a_sentence(workplace, monkeypatch, script, sentence):
     (workplace / "fake.py").write_text(script)
     monkeypatch.setattr(autofit, "PROBE_SCRIPT", str(workplace / "fake.py"))
-    results, failure = autofit.run_probe({}, seconds=2)
+    results, failure = autofit.run_probe({}, seconds=1 if "longer" in sentence else 20)
     assert results == []
     assert sentence in failure
 
@@ -652,12 +652,12 @@ def a_process_takes():
 def test_the_simulation_agrees_with_what_a_process_takes(shape, a_process_takes, large_blocks_go_back):
     n_layer, n_embd, vocab_size, block_size = shape
     sizes = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size)
-    job = {**JOB, "model_args": {**JOB["model_args"], **sizes, "dropout": 0.0}, "batch_size": 16}
+    job = {**JOB, "model_args": {**JOB["model_args"], **sizes, "dropout": 0.0}, "batch_size": 8}
     [measured], _ = autofit.run_probe(job)
     [simulated], _ = autofit.run_probe({**job, "simulate": True})
     taken = measured["peak_bytes"] - a_process_takes
     assert simulated["peak_bytes"] == pytest.approx(taken, rel=0.1)
-    assert taken > GIB // 4, "large enough to tell"
+    assert taken > GIB // 6, "large enough to tell"
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
