@@ -4,9 +4,11 @@
 ifdef PYTHON
 PY := $(PYTHON)
 SETUP :=
+WORKERS :=
 else
 PY := .venv/bin/python
 SETUP := .venv/installed
+WORKERS := -n 2 --dist loadgroup
 endif
 
 OUT := out-python-char
@@ -26,7 +28,7 @@ train: data/python_char/meta.pkl
 	$(PY) sample.py --out_dir=$(OUT) --num_samples=1 --max_new_tokens=400 --start="def "
 
 test: $(SETUP)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(WORKERS)
 
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # these tensors are so small that threads would only be in the way
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +28,12 @@ TOY = {  # the reference runs' model, on the reference runs' data
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups here too
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))  # there may be memory for one of them at a time
+            if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -116,7 +120,7 @@ def hugging_face_gpt2(tmp_path_factory):
 
 
 def environment(**more):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
 def weights_of_ranks():
