@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 
-import runtime
-from batches import Batches, RandomBatch
-from configurator import at_least, configure, one_of, usage_errors
+from configurator import at_least, configure, one_of
 from model import GPT, GPTConfig
-from step import dry_step, train_step, try_compile
+from nanofit import runtime
+from nanofit.batches import Batches, RandomBatch
+from nanofit.errors import usage_errors
+from nanofit.step import dry_step, train_step, try_compile
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 

@@ -19,41 +19,10 @@ import re
 import symtable
 import sys
 import traceback
-from contextlib import contextmanager
+
+from nanofit.errors import UsageError, show_errors_as_sentences
 
 SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so one may name another's keys
-
-
-class UsageError(ValueError):
-    """A mistake in what the user gave. Its message is a sentence, shown without a traceback."""
-
-
-def show_usage_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
-    """From here on an uncaught UsageError ends the program with its sentence and exit code 1.
-
-    So does torch.OutOfMemoryError, with when_memory_ends(): what to do then.
-    """
-
-    def show(kind, error, trace):
-        if issubclass(kind, UsageError):
-            print(f"error: {error}", file=sys.stderr)
-        elif kind.__module__.split(".")[0] == "torch" and kind.__name__ == "OutOfMemoryError":
-            print(f"error: {str(error).splitlines()[0]}\n{when_memory_ends()}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = show
-
-
-@contextmanager
-def usage_errors(*kinds, prefix=""):
-    """Turn exceptions of these kinds, raised by a library about what the user asked for, into UsageErrors."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except kinds as error:
-        raise UsageError(f"{prefix}{error}") from error
 
 
 def keys_of(namespace):
@@ -157,7 +126,7 @@ def configure(namespace, argv=None):
             return "--auto_fit=True finds a split that fits"
         return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
 
-    show_usage_errors_as_sentences(when_memory_ends)
+    show_errors_as_sentences(when_memory_ends)
     argv = sys.argv[1:] if argv is None else argv
     script = os.path.basename(namespace.get("__file__") or "this script")
     defaults = keys_of(namespace)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as checkpoints
-import runtime
-from codec import codec_of
-from configurator import UsageError, at_least, configure, one_of, usage_errors
+from configurator import at_least, configure, one_of
 from model import GPT, GPTConfig
-from step import try_compile
+from nanofit import checkpoint as checkpoints
+from nanofit import runtime
+from nanofit.codec import codec_of
+from nanofit.errors import UsageError, usage_errors
+from nanofit.step import try_compile
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 init_from = "resume"  # the checkpoint in out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder

@@ -16,16 +16,16 @@ from functools import partial
 
 import torch
 
-import autofit
-import checkpoint as checkpoints
-import runtime
-from batches import Batches
-from codec import load_meta
-from configurator import UsageError, at_least, configure, one_of, usage_errors
+from configurator import at_least, configure, one_of
 from model import GPT, PRETRAINED, GPTConfig
-from optimizers import OPTIMIZER_STATES, allocate_state, make_optimizer, require
-from recovery import Recovery, StopRequested, StopSignals, Watch
-from step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
+from nanofit import autofit, runtime
+from nanofit import checkpoint as checkpoints
+from nanofit.batches import Batches
+from nanofit.codec import load_meta
+from nanofit.errors import UsageError, usage_errors
+from nanofit.optimizers import OPTIMIZER_STATES, allocate_state, make_optimizer, require
+from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
+from nanofit.step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 

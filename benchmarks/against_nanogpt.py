@@ -23,11 +23,12 @@ from common import finish
 from torch import nn
 from torch.nn import functional as F
 
-import runtime
-from batches import Batches
-from configurator import UsageError, at_least, configure, one_of
+from configurator import at_least, configure, one_of
 from model import GPT, GPTConfig
-from step import train_step
+from nanofit import runtime
+from nanofit.batches import Batches
+from nanofit.errors import UsageError
+from nanofit.step import train_step
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 4

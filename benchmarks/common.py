@@ -11,7 +11,7 @@ sys.path.append(ROOT)
 
 import torch
 
-import runtime
+from nanofit import runtime
 
 
 def finish(benchmark, config, device, figures, save):

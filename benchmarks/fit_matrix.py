@@ -10,11 +10,11 @@ the limit, with evaluations. Prints a table, and one line of JSON last.
 
 from common import finish
 
-import autofit
-import runtime
-from autofit import Fitter, Trial, divisors, run_probe
-from configurator import UsageError, at_least, configure, usage_errors
+from configurator import at_least, configure
 from model import PRETRAINED, GPTConfig
+from nanofit import autofit, runtime
+from nanofit.autofit import Fitter, Trial, divisors, run_probe
+from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 limits = "8,12,16,24"  # GiB

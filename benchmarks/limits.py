@@ -9,10 +9,11 @@ table, and one line of JSON last.
 
 from common import finish
 
-import runtime
-from autofit import Fitter
-from configurator import UsageError, at_least, configure, usage_errors
+from configurator import at_least, configure
 from model import GPT, GPTConfig
+from nanofit import runtime
+from nanofit.autofit import Fitter
+from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 limits = "8,12,16,24"  # GiB

@@ -16,11 +16,11 @@ import math
 import torch
 from common import finish
 
-import autofit
-import runtime
-from configurator import UsageError, at_least, configure, one_of, usage_errors
+from configurator import at_least, configure, one_of
 from model import PRETRAINED, GPTConfig
-from simulate import step_memory
+from nanofit import autofit, runtime
+from nanofit.autofit.simulate import step_memory
+from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 model = "gpt2"  # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl': their sizes

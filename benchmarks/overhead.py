@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from common import finish
 
-import runtime
-from batches import Batches
 from configurator import at_least, configure
 from model import GPT, GPTConfig
-from recovery import Recovery, StopSignals, Watch
-from step import accumulate, update
+from nanofit import runtime
+from nanofit.batches import Batches
+from nanofit.recovery import Recovery, StopSignals, Watch
+from nanofit.step import accumulate, update
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 

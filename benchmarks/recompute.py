@@ -10,16 +10,17 @@ import statistics
 import time
 from functools import partial
 
+import simulate
 import torch
 from common import finish
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import model
-import runtime
-import simulate
-from batches import RandomBatch
-from configurator import at_least, configure, usage_errors
-from step import train_step
+from configurator import at_least, configure
+from nanofit import runtime
+from nanofit.batches import RandomBatch
+from nanofit.errors import usage_errors
+from nanofit.step import train_step
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 

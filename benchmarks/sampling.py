@@ -15,9 +15,10 @@ import torch
 from common import finish
 from torch.nn import functional as F
 
-import runtime
-from configurator import UsageError, at_least, configure, one_of, usage_errors
+from configurator import at_least, configure, one_of
 from model import GPT, GPTConfig
+from nanofit import runtime
+from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 n_layer = 12

@@ -9,10 +9,10 @@ import numpy as np
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for codec.py
 
-import codec
-from configurator import UsageError, show_usage_errors_as_sentences, usage_errors
+from nanofit import codec
+from nanofit.errors import UsageError, show_errors_as_sentences, usage_errors
 
-show_usage_errors_as_sentences()
+show_errors_as_sentences()
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 

@@ -13,10 +13,9 @@ from conftest import ROOT, TOY, environment, flags, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import autofit
-import runtime
-from autofit import GIB, Fitter, Plan, Trial, choose, divisors, search
-from configurator import UsageError
+from nanofit import autofit, runtime
+from nanofit.autofit import GIB, Fitter, Plan, Trial, choose, divisors, search
+from nanofit.errors import UsageError
 
 # ---- the search --------------------------------------------------------------------------------------------
 
@@ -578,7 +577,11 @@ def test_a_child_that_ends_badly_is_a_sentence(workplace, monkeypatch, script, s
 def test_a_probe_ends_when_nobody_waits_any_more():
     """Its parent may be killed: then standard input ends."""
     probe = subprocess.Popen(
-        [sys.executable, autofit.PROBE_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, autofit.PROBE_SCRIPT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     probe.stdin.write(json.dumps({**JOB, "confirm_steps": 10**9}) + "\n")
     probe.stdin.flush()
@@ -737,8 +740,8 @@ def test_a_dry_run_for_a_card_that_is_elsewhere():
 RANK = """
 import os, sys, runpy
 sys.argv[0] = "train.py"
-import autofit
-from autofit import Trial
+from nanofit import autofit
+from nanofit.autofit import Trial
 LIMITS = {limits}
 def measure(self, size, compile=False, checkpointing=False):
     limit = LIMITS[int(os.environ["RANK"])]

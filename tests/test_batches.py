@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from batches import Batches
-from codec import codec_of, load_meta
-from configurator import UsageError
+from nanofit.batches import Batches
+from nanofit.codec import codec_of, load_meta
+from nanofit.errors import UsageError
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT, environment
 
-from configurator import UsageError, at_least, configure, one_of
+from configurator import at_least, configure, one_of
+from nanofit.errors import UsageError
 
 
 def script(**keys):

@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 from conftest import ROOT, environment, flags, run_script
 
-from codec import load_meta
+from nanofit.codec import load_meta
 
 
 @pytest.fixture

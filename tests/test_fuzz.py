@@ -21,10 +21,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint as checkpoints
-import codec
-from batches import Batches
-from configurator import UsageError, configure
+from configurator import configure
+from nanofit import checkpoint as checkpoints
+from nanofit import codec
+from nanofit.batches import Batches
+from nanofit.errors import UsageError
 
 CPU = torch.device("cpu")
 

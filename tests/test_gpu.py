@@ -10,12 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
-import autofit
 import model as model_module
-import runtime
-from batches import Batches
 from model import GPT, GPTConfig
-from step import dry_step, try_compile, update
+from nanofit import autofit, runtime
+from nanofit.batches import Batches
+from nanofit.step import dry_step, try_compile, update
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import train
 
-import checkpoint as checkpoints
-from configurator import UsageError
 from model import GPT, GPTConfig
-from optimizers import OPTIMIZER_STATES, make_optimizer
+from nanofit import checkpoint as checkpoints
+from nanofit.errors import UsageError
+from nanofit.optimizers import OPTIMIZER_STATES, make_optimizer
 
 CPU = torch.device("cpu")
 

@@ -16,14 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, train, weights_of_ranks
 
-import checkpoint as checkpoints
-import recovery
-import runtime
-import step
-from batches import Batches
-from configurator import UsageError
 from model import GPT
-from recovery import Recovery, StopRequested, StopSignals, Watch
+from nanofit import checkpoint as checkpoints
+from nanofit import recovery, runtime, step
+from nanofit.batches import Batches
+from nanofit.errors import UsageError
+from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 
 CPU = torch.device("cpu")
 
@@ -111,7 +109,7 @@ def test_no_permission_leaves_the_checkpoint_before(monkeypatch):
 def test_a_kill_before_the_file_gets_its_name_leaves_the_checkpoint_before(workplace):
     code = (
         "import os, signal, sys, torch\n"
-        "import checkpoint\n"
+        "from nanofit import checkpoint\n"
         "save = lambda n: checkpoint.save({'model': {'w': torch.ones(9)}, 'iter_num': n}, 'out')\n"
         "save(1)\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -276,7 +274,7 @@ def test_a_signal_before_anything_is_trained_saves_nothing(monkeypatch):
 def test_a_second_signal_ends_it_at_once():
     code = (
         "import signal, os, time\n"
-        "import recovery\n"
+        "from nanofit import recovery\n"
         "recovery.SAME_SIGNAL_SECONDS = 0.3\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -407,7 +405,7 @@ def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(
 def test_memory_that_runs_out_while_the_optimizers_state_is_made(monkeypatch, call):
     from test_step import toy
 
-    from optimizers import allocate_state
+    from nanofit.optimizers import allocate_state
 
     whole = train(**RUN)
     zeros_like, calls = torch.zeros_like, []
@@ -567,7 +565,7 @@ def test_a_long_interval_of_logging_does_not_hide_them(monkeypatch):
 def test_a_bad_gradient_moves_nothing(kind):
     from test_step import batch, toy
 
-    from optimizers import make_optimizer
+    from nanofit.optimizers import make_optimizer
 
     model = toy()
     optimizer = make_optimizer(model, kind, 0.1, 1e-2, (0.9, 0.95), CPU)

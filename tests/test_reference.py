@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import REFERENCE, flags, run_script
 
-import checkpoint as checkpoints
 from model import GPT, GPTConfig
+from nanofit import checkpoint as checkpoints
 
 TOLERANCE = 3e-4  # what other processors' rounding allows in four printed digits
 

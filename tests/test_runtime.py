@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import runtime
-from configurator import UsageError
+from nanofit import runtime
+from nanofit.errors import UsageError
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import tiktoken
 import torch
 from conftest import flags, run_script, train
 
-import checkpoint as checkpoints
-import runtime
-from codec import codec_of
-from configurator import UsageError
 from model import GPT, GPTConfig
+from nanofit import checkpoint as checkpoints
+from nanofit import runtime
+from nanofit.codec import codec_of
+from nanofit.errors import UsageError
 
 
 def sample(**keys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import PRETRAINED
-from simulate import PARTS, step_memory
+from nanofit.autofit.simulate import PARTS, step_memory
 
 GIB = 2**30
 
@@ -58,7 +58,7 @@ def test_the_stand_in_for_8_bits_is_the_size_of_the_real_state():
     pytest.importorskip("torchao")
     from torchao.optim import AdamW8bit
 
-    from simulate import Compact8bit
+    from nanofit.autofit.simulate import Compact8bit
 
     sizes = [(100,), (64, 64), (65, 128), (64, 256)]
     held = []

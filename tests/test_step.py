@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from step import evaluate, mean_losses, train_step, try_compile
+from nanofit.step import evaluate, mean_losses, train_step, try_compile
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train, weights_of_ranks
 
-from configurator import UsageError, configure
+from configurator import configure
+from nanofit.errors import UsageError
 
 
 def test_log_lines():

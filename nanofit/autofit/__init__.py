@@ -17,10 +17,10 @@ import tempfile
 import threading
 from dataclasses import asdict, dataclass, field, replace
 
-import runtime
-from configurator import UsageError
 from model import PRETRAINED
-from optimizers import OPTIMIZER_STATES
+from nanofit import runtime
+from nanofit.errors import UsageError
+from nanofit.optimizers import OPTIMIZER_STATES
 
 GIB = 2**30
 MAX_PROBES = 5
@@ -34,7 +34,8 @@ FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where onl
 SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 CACHE = "auto_fit.json"
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
-PROBE_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe.py")
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PROBE_SCRIPT = os.path.join(ROOT, "nanofit", "autofit", "probe.py")
 
 
 # ---- decisions: pure functions -----------------------------------------------------------------------------
@@ -244,6 +245,7 @@ def run_probe(job, on_facts=lambda facts: None, seconds=PROBE_SECONDS):
     garbage can't be taken for an answer.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     results, facts = [], {}
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         child = subprocess.Popen(

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import torch
 
-from configurator import UsageError, usage_errors
+from nanofit.errors import UsageError, usage_errors
 
 TOKEN_BYTES = 2  # uint16
 ENDS = 2**16  # bytes at each end of a file by which it is known again

@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import runtime
-from batches import RandomBatch
 from model import GPT, GPTConfig
-from step import train_step
+from nanofit import runtime
+from nanofit.batches import RandomBatch
+from nanofit.step import train_step
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
 PARTS = ("weights", "gradients", "optimizer state", "activations", "loss and backward")

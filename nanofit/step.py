@@ -8,8 +8,8 @@ import warnings
 
 import torch
 
-import runtime
-from runtime import ALONE
+from nanofit import runtime
+from nanofit.runtime import ALONE
 
 
 def accumulate(model, scaler, batches, *, autocast, micro_steps):

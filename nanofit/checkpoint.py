@@ -6,7 +6,7 @@ import zipfile
 
 import torch
 
-from configurator import UsageError, usage_errors
+from nanofit.errors import UsageError, usage_errors
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"

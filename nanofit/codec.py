@@ -5,7 +5,7 @@ import os
 import pickle
 import pickletools
 
-from configurator import UsageError
+from nanofit.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 

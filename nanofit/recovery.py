@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-import runtime
-from configurator import UsageError
+from nanofit import runtime
+from nanofit.errors import UsageError
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")

@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from configurator import UsageError
+from nanofit.errors import UsageError
 
 OPTIMIZER_STATES = ("float32", "8bit", "offload")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign

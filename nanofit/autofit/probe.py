@@ -24,13 +24,12 @@ os.dup2(2, 1)  # whatever prints goes to standard error
 
 import torch
 
-import autofit
-import runtime
-from batches import RandomBatch
-from configurator import show_usage_errors_as_sentences
 from model import GPT, GPTConfig
-from optimizers import make_optimizer
-from step import dry_step, evaluate, train_step, try_compile
+from nanofit import autofit, runtime
+from nanofit.batches import RandomBatch
+from nanofit.errors import show_errors_as_sentences
+from nanofit.optimizers import make_optimizer
+from nanofit.step import dry_step, evaluate, train_step, try_compile
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least
 
@@ -145,7 +144,7 @@ def run(job, device):
 
 def simulate(job):
     """The same step on fake tensors: what tensors would hold at the peak, and what for."""
-    from simulate import step_memory
+    from nanofit.autofit.simulate import step_memory
 
     card = int(job["memory_limit_gb"] * autofit.GIB)
     free = card - (autofit.CONTEXT_BYTES if job["device"].startswith("cuda") else 0)
@@ -165,7 +164,7 @@ def simulate(job):
 
 
 if __name__ == "__main__":
-    show_usage_errors_as_sentences()
+    show_errors_as_sentences()
     runtime.prefer_expandable_segments()
     task = json.loads(sys.stdin.readline())
     # Standard input ends when the process that asked does: then nobody waits, and the GPU should be free again.
