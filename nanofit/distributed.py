@@ -31,9 +31,8 @@ class World:
     @classmethod
     def of_torchrun(cls):
         """The World that torchrun's environment variables tell of."""
-        return cls(
-            *(int(os.environ.get(n, default)) for n, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-        )
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+        return cls(*(int(os.environ.get(name, alone)) for name, alone in variables.items()))
 
     @property
     def is_main(self):

@@ -13,12 +13,8 @@ from nanofit.autofit.plan import Facts, Trial, from_json, to_json
 
 TRIAL_SECONDS = 600  # a trial that takes longer hangs
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-COMMAND = [
-    sys.executable,
-    "-P",
-    "-m",
-    "nanofit.autofit.probe",
-]  # -P: modules of the current folder can't get in its way
+# -P: no module of the current folder can get in its way
+COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.probe"]
 
 
 def run_trial(job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
