@@ -295,7 +295,9 @@ with signals.listening():
             seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
             clock, last_logged = now, iter_num
             mfu = models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops)
-            running_mfu = mfu if iter_num - first_iter <= 6 else 0.9 * running_mfu + 0.1 * mfu  # the first ones warm up
+            running_mfu = (
+                mfu if running_mfu < 0 or iter_num - first_iter <= 6 else 0.9 * running_mfu + 0.1 * mfu
+            )  # the first ones warm up
             line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
             line += f", {tokens_per_iter / seconds:,.0f} tok/s"
             if peak := runtime.peak_memory_bytes(device):

@@ -172,8 +172,8 @@ class Watch:
         self.check()
         if self._in_a_row and not self._scaled:
             raise UsageError(
-                f"{self._what} was not finite in the last {self._in_a_row} iterations, which trained nothing: a smaller "
-                "learning_rate or more warmup_iters may help"
+                f"{self._what} was not finite in the last {self._in_a_row} iterations, which trained nothing: a "
+                "smaller learning_rate or more warmup_iters may help"
             )
 
     def check(self):

@@ -127,9 +127,9 @@ def differences(saved, config, given):
         if before == value or key in ("out_dir", "init_from") or key not in given:
             continue
         kept = key in OF_THE_CHECKPOINT
-        (ignored if kept else taken).append(f"{key} {before} -> {before if kept else value}")
+        (ignored if kept else taken).append(f"{key} {before}, not {value}" if kept else f"{key} {before} -> {value}")
     lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
-    return lines + ([f"differs, but stays as in the checkpoint: {', '.join(ignored)}"] if ignored else [])
+    return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
 
 
 def crop_to(block_size, trained_with, init_from):

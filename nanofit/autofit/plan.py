@@ -68,6 +68,7 @@ class Facts:
     total_bytes: int = 0
     free_bytes: int = 0
     limit_bytes: int = 0  # what training may take
+    process_bytes: int = 0  # of it, what a process takes before it has a model
     neighbours: tuple = ()  # (pid, name, MiB) of other processes that hold memory of this GPU
 
 
