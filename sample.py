@@ -60,7 +60,7 @@ if init_from == "resume":
     name = checkpoint.NAME if best or not os.path.isfile(os.path.join(out_dir, checkpoint.LAST)) else checkpoint.LAST
     path = os.path.join(out_dir, name)
     saved = checkpoint.load(out_dir, name)
-    settings.check_sizes({"batch_size": 1}, saved["model_args"], elsewhere=False)
+    settings.check_sizes({"batch_size": 1}, GPTConfig, saved["model_args"], elsewhere=False)
     model = models.build(GPT, GPTConfig, saved["model_args"])
     models.load_weights(model, saved["model"], path)
     print(f"{path}, of iteration {saved.get('iter_num', 'unknown')}")

@@ -257,7 +257,7 @@ def _check(checkpoint, path, for_training):
         for rank in checkpoint.get("rng", ()):
             if isinstance(rank["data"], torch.Tensor):  # as saved by version 0.1
                 rank["data"] = {"before": rank["data"]}
-            for state in (*rank["data"].values(), rank["generators"]["cpu"]):
+            for state in (rank["data"]["before"], *rank["data"].values(), rank["generators"]["cpu"]):
                 torch.Generator().set_state(state)
 
 

@@ -86,9 +86,10 @@ def check_compile_mode(config):
             raise UsageError(refusal)
 
 
-def check_sizes(config, model_args, elsewhere):
-    """Raise a UsageError where the model or a batch can't be in this machine's memory, before it is tried."""
+def check_sizes(config, config_class, model_args, elsewhere):
+    """Raise a UsageError where the model refuses its sizes, or it or a batch can't be in this machine's memory."""
     at_least(1, model_args, *(name for name in models.SIZES if name not in ("bias", "dropout")))
+    models.config_of(config_class, model_args)
     layers, width, there = model_args["n_layer"], model_args["n_embd"], runtime.host_memory_bytes()
     weights = 4 * (layers * 12 * width**2 + (model_args["vocab_size"] + model_args["block_size"]) * width)
     need = {
