@@ -183,6 +183,7 @@ def snapshot():
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
+        "data": batches.fingerprints,
         "scaler": scaler.state_dict(),
         "rng": world.all_gather(here),  # of each rank, as before an evaluation: resuming repeats it
         "split": checkpoint.split_of(batches, world, levers),

@@ -104,6 +104,11 @@ class Batches:
             self._files[split] = (*_count_tokens(path, block_size), _fingerprint(path))
 
     @property
+    def fingerprints(self):
+        """{split: [tokens, checksum]}, by which a file is known again."""
+        return {split: [tokens, checksum] for split, (tokens, _, checksum) in self._files.items()}
+
+    @property
     def micro_steps(self):
         """Micro-batches in an iteration of this rank."""
         return self.per_iter * (self.batch_size // self.micro_batch_size)

@@ -227,6 +227,7 @@ _EXPECTED = {  # what an entry must be, and whether a value is that
     "best_val_loss": ("a finite number", _is_finite),
     "config": ("a dict of keys", lambda value: _maps(value, str, object) and isinstance(value.get("dataset", ""), str)),
     "scaler": ("a dict", lambda value: isinstance(value, dict)),
+    "data": ("a dict", lambda value: isinstance(value, dict)),
     "split": ("two pairs of whole numbers", lambda value: _is_split(value)),
 }
 
@@ -287,6 +288,9 @@ def restore(saved, optimizer, scaler, batches, world, device):
 
     What a checkpoint lacks, as nanoGPT's does, begins anew.
     """
+    for split, known in batches.fingerprints.items():
+        if saved.get("data", {}).get(split, known) != known:
+            print(f"{split}.bin is not what it was when the checkpoint was saved: the run goes on with what is there")
     load_optimizer(optimizer, saved["optimizer"])
     if scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])

@@ -73,12 +73,14 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
     """
 
     def show(kind, error, trace):
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
         if issubclass(kind, KeyboardInterrupt):
-            _tell("interrupted before training began: nothing was changed")
+            if speaks:
+                _tell("interrupted")
             _flush()
             os._exit(128 + signal.SIGINT)
         if issubclass(kind, UsageError):
-            if error.of_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+            if speaks or error.of_rank:
                 _tell(f"error: {error}")
         elif is_out_of_memory(error):
             _tell(f"error: {memory_sentence(error)}\n{when_memory_ends()}")
