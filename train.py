@@ -311,6 +311,7 @@ with signals.listening():
         here = rng_state()
         print(f"iteration {max_iters} was the last: {save_where_it_stops()}")
 
+folder.release()
 world.destroy()
 if unsaved or output.failure:
     raise UsageError(unsaved or f"standard output could not be written ({output.failure}); all else was done")

@@ -34,23 +34,24 @@ class SaveError(Exception):
     """A checkpoint could not be written; the one before is as it was. Its message is a sentence."""
 
 
-def save(checkpoint, out_dir, name=NAME):
+def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours=True):
     """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
 
-    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile. Raises SaveError where the
-    disk is full or can't be written to, or where weights are not finite.
+    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile; then make_way() is called,
+    which may move what isn't to be replaced. previous_is_ours: ckpt.prev.pt may go where the disk is full. Raises
+    SaveError where the disk is full or can't be written to, or where weights are not finite.
     """
     path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
         if not all_finite(checkpoint["model"].values()):
             raise SaveError("not saved: the weights are not finite; a checkpoint that is there stays as it is")
         try:
-            _write(checkpoint, path)
+            _write(checkpoint, path, make_way)
         except _FAILURES as e:
-            if not _is_full(e) or not os.path.exists(previous):
+            if not (_is_full(e) and previous_is_ours and os.path.exists(previous)):
                 raise
             os.remove(previous)  # it makes room
-            _write(checkpoint, path)
+            _write(checkpoint, path, make_way)
         if name == NAME and os.path.exists(last):
             os.remove(last)  # it is of an earlier iteration now
     except _FAILURES as e:
@@ -81,7 +82,7 @@ def _reason(error):
     return (inner.strerror if inner is not None else None) or first_line(error)
 
 
-def _write(checkpoint, path):
+def _write(checkpoint, path, make_way):
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)  # somebody may have removed it in mid-run
     # A name that nobody has: what lies there may be a link to somebody's file.
@@ -92,6 +93,7 @@ def _write(checkpoint, path):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        make_way()
         if os.path.basename(path) == NAME:
             _keep_previous(path)
         os.replace(part, path)

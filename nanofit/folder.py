@@ -97,6 +97,14 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 os.remove(part)
 
+    def release(self):
+        """Let another run have the folder; when a process ends, that happens by itself."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
     def save(self, snapshot, name=NAME):
         """Write a checkpoint of this run. All ranks must call it; rank 0 writes, and the others wait for it.
 
@@ -105,32 +113,33 @@ class RunFolder:
         failure = ""
         if self.world.is_main:
             try:
-                self._move_others_aside()
-                checkpoint.save({**snapshot, "run_id": self.run_id}, self.out_dir, name)
+                whole = {**snapshot, "run_id": self.run_id}
+                checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others())
             except SaveError as e:
                 failure = str(e)
         if failure := self.world.all_gather(failure)[0]:
             raise SaveError(failure)
 
+    def _others(self):
+        """{name: what is in it, None for what can't be read} of another run's checkpoints that lie here."""
+        if self._alone:
+            return {}
+        held = {n: checkpoint.peek(self.path(n)) for n in (LAST, PREVIOUS, NAME) if os.path.lexists(self.path(n))}
+        return {name: saved for name, saved in held.items() if saved is None or run_id_of(saved) != self.run_id}
+
     def _move_others_aside(self):
         """Give another run's checkpoints a folder of their own."""
-        if self._alone:
-            return
-        there = [name for name in (LAST, PREVIOUS, NAME) if os.path.lexists(self.path(name))]
-        held = {name: checkpoint.peek(self.path(name)) for name in there}
-        others = [name for name in there if held[name] is None or run_id_of(held[name]) != self.run_id]
-        for name in others:
+        for name, saved in self._others().items():
             # By id, so that a move that was interrupted goes on in the same folder.
-            of = "damaged" if held[name] is None else f"of-run-{run_id_of(held[name])}"
-            aside = os.path.join(self.out_dir, f"kept-{of}")
+            aside = os.path.join(self.out_dir, "kept-damaged" if saved is None else f"kept-of-run-{run_id_of(saved)}")
+            target = os.path.join(aside, name)
             try:
                 os.makedirs(aside, exist_ok=True)
-                target = os.path.join(aside, name)
                 while os.path.lexists(target):
                     target += "~"
                 os.rename(self.path(name), target)
             except OSError as e:
                 raise SaveError(f"not saved: {self.path(name)}, of another run, can't be moved ({e.strerror})") from e
-            iteration = f", of iteration {held[name]['iter_num']}," if held[name] else ""
+            iteration = f", of iteration {saved['iter_num']}," if saved else ""
             print(f"{self.path(name)}{iteration} is another run's: kept as {target}")
         self._alone = True
