@@ -9,11 +9,10 @@ from functools import partial
 
 import torch
 
-from configurator import at_least, configure, one_of
+from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime
+from nanofit import models, runtime, settings
 from nanofit.batches import Batches, RandomBatch
-from nanofit.errors import usage_errors
 from nanofit.step import dry_step, train_step, try_compile
 
 runtime.prefer_expandable_segments()  # before CUDA starts
@@ -33,35 +32,24 @@ profile = False  # write a trace for TensorBoard or Perfetto to bench_log/
 n_layer = 12
 n_head = 12
 n_embd = 768
-config, given = configure(globals())
+# a field of GPTConfig that isn't nanoGPT's is a key too
+config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
 
-at_least(1, config, "batch_size", "block_size")
-if "dtype" not in given:
-    dtype = config["dtype"] = runtime.best_dtype(device)
-one_of(tuple(runtime.DTYPES), config, "dtype")
-device = runtime.open_device(device)
-runtime.take_device(device)
+settings.at_least(1, config, "batch_size", "block_size")
+settings.one_of(settings.COMPILE_MODES, config, "compile_mode")
+dtype = config["dtype"] = settings.dtype(config, given)
+device = runtime.find_device(device)
+runtime.set_device(device)
 torch.manual_seed(seed)
-VOCAB_SIZE = 50304
-
+model_args = models.sizes_of("scratch", {**config, "dropout": 0.0}, None, None, own_fields)
 
 if real_data:
     batches = Batches(os.path.join("data", "openwebtext"), batch_size=batch_size, block_size=block_size, device=device)
-    batches.start(VOCAB_SIZE)
+    batches.start(model_args["vocab_size"])
 else:
     batches = RandomBatch(batch_size, block_size, 50257, device)
 
-with usage_errors(ValueError):
-    shape = GPTConfig(
-        block_size=block_size,
-        vocab_size=VOCAB_SIZE,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        dropout=0.0,
-        bias=bias,
-    )
-model = raw_model = GPT(shape).to(device)
+model = raw_model = models.build(GPT, GPTConfig, model_args).to(device)
 optimizer = model.configure_optimizers(
     weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type
 )
@@ -80,7 +68,7 @@ def run(steps, after_step=lambda: None):
     runtime.synchronize(device)
     start = time.perf_counter()
     for k in range(steps):
-        loss = train_step(model, optimizer, scaler, batches, autocast=autocast, micro_steps=1, grad_clip=0.0)
+        loss = train_step(model, optimizer, scaler, batches, autocast, grad_clip=0.0)
         after_step()
         print(f"{k}/{steps} loss: {loss.item():.4f}")
     runtime.synchronize(device)
@@ -108,5 +96,5 @@ else:
 peak_flops, note = runtime.peak_flops(runtime.device_name(device))
 if note:
     print(note)
-mfu = raw_model.estimate_mfu(batch_size, seconds, peak_flops)
+mfu = models.share_of_peak(raw_model, batch_size, seconds, peak_flops)
 print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu * 100:.2f}%")

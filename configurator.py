@@ -20,6 +20,9 @@ import symtable
 import sys
 import traceback
 
+if __name__ != "configurator":  # run by exec, from a script that may lie elsewhere; this file was opened from here
+    sys.path.append(os.getcwd())
+
 from nanofit.errors import UsageError, show_errors_as_sentences
 
 SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so one may name another's keys
@@ -39,12 +42,12 @@ def _shown(value, form=repr):
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def coerce(key, value, default, source, text=None):
-    """value in the type of default, where nothing is lost on the way; else a UsageError.
+def coerce(key, value, kind, default, source, text=None):
+    """value as a kind (bool, int, float or str), where nothing is lost on the way; else a UsageError.
 
-    source: where the value stands, for the message. text: the value as typed, which a str key takes as it is.
+    default, and source, where the value stands, are for the message. text: the value as typed, which a str key takes
+    as it is.
     """
-    kind = type(default)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
@@ -57,12 +60,7 @@ def coerce(key, value, default, source, text=None):
         return float(value)
     if kind is bool and _shown(value, str).lower() in ("true", "false", "1", "0"):
         return str(value).lower() in ("true", "1")
-    expected = {
-        bool: "True or False",
-        int: "a whole number",
-        float: "a number",
-        str: "a string in quotes",
-    }[kind]
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string in quotes"}[kind]
     raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {_shown(value)}")
 
 
@@ -111,9 +109,39 @@ def _run_config_file(path, namespace):
     return {name: value for name, value in after.items() if name in names | changed and not name.startswith("_")}
 
 
-def configure(namespace, argv=None):
+def _notes(script, keys):
+    """({key: the comment beside it}, {key: the comment above its group}) as they stand in a script's source."""
+    beside, groups, group = {}, {}, "keys"
+    if script and os.path.isfile(script):
+        with open(script, encoding="utf-8") as f:
+            for line in f:
+                if title := re.match(r"# (?:-+ )?(.*?)(?: -+)?$", line):
+                    group = title[1]
+                elif (found := re.match(r"(\w+) = .*?(?:  # (.*))?$", line)) and found[1] in keys:
+                    beside.setdefault(found[1], found[2] or "")
+                    groups.setdefault(found[1], group)
+    return beside, groups
+
+
+def _print_help(namespace, defaults):
+    """List the keys in their groups, with their values so far and what the script's source says of them."""
+    script = namespace.get("__file__")
+    print(f"usage: python {os.path.basename(script or 'this script')} [config/file.py ...] [--key=value ...]")
+    beside, groups = _notes(script, defaults)
+    group = None
+    for key, default in defaults.items():
+        if groups.get(key, "model.py's own") != group:
+            group = groups.get(key, "model.py's own")
+            print(f"\n{group}:")
+        changed = "" if namespace[key] == default else f" (default {default!r})"
+        about = f"{beside.get(key, '')}{changed}".strip()
+        print(f"  --{key}={namespace[key]!r:<{max(1, 34 - len(key))}} {about}".rstrip())
+
+
+def configure(namespace, more=None, argv=None):
     """Override the keys in namespace (a script's globals()) by config files and --key=value.
 
+    more: {key: (type, default)} of further keys, which are put into namespace; a default may be None.
     Returns (config, given): all keys with their final values, and the set of those that were named.
     Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file; from
     here on the script shows a UsageError as one sentence.
@@ -130,25 +158,32 @@ def configure(namespace, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     script = os.path.basename(namespace.get("__file__") or "this script")
     defaults = keys_of(namespace)
+    kinds = {key: type(default) for key, default in defaults.items()}
+    for key, (kind, default) in (more or {}).items():
+        if key in namespace and key not in defaults:
+            raise UsageError(f"model.py: the field {key} of GPTConfig has a name that {script} uses: rename it")
+        kinds.setdefault(key, kind)
+        defaults[key] = namespace.setdefault(key, default)
     given = set()
     say = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
 
+    def override(key, value, source, text=None):
+        if value is not None or defaults[key] is not None:
+            value = coerce(key, value, kinds[key], defaults[key], source, text)
+        namespace[key] = value
+        given.add(key)
+
     for arg in argv:
         if arg in ("-h", "--help"):
-            print(f"usage: python {script} [config/file.py ...] [--key=value ...]\n\nkeys and their defaults:")
-            for key, value in defaults.items():
-                print(f"  --{key}={value!r}")
-            raise SystemExit(0)
-
+            continue
         if "=" not in arg:
             if arg.startswith("-"):
-                raise UsageError(f"'{arg}' has no value: write {arg}=value, for example --batch_size=32")
+                raise UsageError(f"'{arg}' has no value: write {arg}=value, for example --{next(iter(defaults))}=...")
             # An argument that isn't UTF-8 holds lone surrogates, which can't be printed.
             say(f"Overriding config with {arg.encode(errors='backslashreplace').decode()}:")
             for key, value in _run_config_file(arg, namespace).items():
                 if key in defaults:
-                    namespace[key] = coerce(key, value, defaults[key], arg)
-                    given.add(key)
+                    override(key, value, arg)
                     say(f"  {key} = {namespace[key]!r}")
                     continue
                 # A helper of the file's own is kept, as in nanoGPT, but may not replace a name of the script.
@@ -171,24 +206,13 @@ def configure(namespace, argv=None):
             value = ast.literal_eval(text)
         except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError):
             value = text  # not a Python literal: a string without quotes
-        namespace[key] = coerce(key, value, defaults[key], "command line", text)
-        given.add(key)
+        override(key, value, "command line", text)
         say(f"Overriding: {key} = {namespace[key]!r}")
 
+    if {"-h", "--help"} & set(argv):
+        _print_help(namespace, defaults)
+        raise SystemExit(0)
     return {key: namespace[key] for key in defaults}, given
-
-
-def at_least(minimum, config, *keys):
-    """Raise a UsageError for the first of these keys whose value is below minimum."""
-    for key in keys:
-        if not config[key] >= minimum:  # a nan is not at least anything
-            raise UsageError(f"{key} must be at least {minimum}, not {config[key]}")
-
-
-def one_of(choices, config, key):
-    """Raise a UsageError if config[key] is not among choices."""
-    if config[key] not in choices:
-        raise UsageError(f"{key} must be one of {', '.join(map(repr, choices))}, not {config[key]!r}")
 
 
 if __name__ != "configurator":  # run by exec, in another script's globals

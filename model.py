@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
 LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
@@ -214,7 +213,6 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: keep only what enters a block, and compute it again in backward
         # The order in which modules are made and initialised is the order in which random numbers are
         # drawn: changing it changes the weights that a seed stands for.
         self.transformer = nn.ModuleDict(
@@ -269,10 +267,7 @@ class GPT(nn.Module):
         pos = torch.arange(seen, seen + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-            else:
-                x = block(x, cache.keys_values[i] if cache else None, seen)
+            x = block(x, cache.keys_values[i] if cache else None, seen)
         x = self.transformer.ln_f(x)
         if cache:
             cache.seen += T
@@ -357,15 +352,15 @@ class GPT(nn.Module):
         print(f"using fused AdamW: {fused}")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=A100_FLOPS):
-        """Model FLOP/s utilisation: the model's arithmetic as a share of peak_flops (FLOP/s).
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        """Model FLOP/s utilisation: the model's arithmetic as a share of what an A100 can do.
 
         fwdbwd_per_iter: sequences of block_size tokens in dt seconds. Counted as in PaLM's appendix B
         (Chowdhery et al. 2022, arXiv:2204.02311): 6 FLOP a parameter and token, and attention.
         """
         c = self.config
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / peak_flops
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / A100_FLOPS
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import at_least, configure, one_of
+from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import checkpoint as checkpoints
-from nanofit import runtime
+from nanofit import checkpoint, models, runtime, settings
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError, usage_errors
 from nanofit.step import try_compile
@@ -31,17 +30,15 @@ dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = False
 config, given = configure(globals())
 
-at_least(1, config, "num_samples", "max_new_tokens")
-at_least(0, config, "top_k")
+settings.at_least(1, config, "num_samples", "max_new_tokens")
+settings.at_least(0, config, "top_k")
 if not temperature > 0:
     raise UsageError(
         f"temperature must be above 0, not {temperature}; for the likeliest token each time, use --top_k=1"
     )
-if "dtype" not in given:
-    dtype = runtime.best_dtype(device)
-one_of(tuple(runtime.DTYPES), {"dtype": dtype}, "dtype")
-device = runtime.open_device(device)
-runtime.take_device(device)
+dtype = settings.dtype(config, given)
+device = runtime.find_device(device)
+runtime.set_device(device)
 if start.startswith("FILE:"):
     with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "):
         start = Path(start[5:]).read_text(encoding="utf-8")
@@ -51,20 +48,14 @@ if not start:
 # ---- the model and its alphabet ----------------------------------------------------------------------------
 torch.manual_seed(seed)
 data_dir = None
-with usage_errors(ValueError, OSError, ImportError):
-    if init_from == "resume":
-        saved = checkpoints.load(out_dir, required=("model", "model_args"))
-        # Others may have written the checkpoint and keep more there than these sizes.
-        model = GPT(GPTConfig(**{key: saved["model_args"][key] for key in (*checkpoints.MODEL_KEYS, "dropout")}))
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as e:  # torch lists everything that differs, one line each: the first tells enough
-            first = str(e).splitlines()[:2][-1].strip()[:200]
-            raise UsageError(f"{out_dir}/{checkpoints.NAME}: its weights don't fit its model_args: {first}") from e
-        if "dataset" in saved.get("config", {}):
-            data_dir = os.path.join("data", saved["config"]["dataset"])
-    else:
-        model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+if init_from == "resume":
+    saved = checkpoint.load(out_dir, required=("model", "model_args"))
+    model = models.build(GPT, GPTConfig, saved["model_args"])
+    models.load_weights(model, saved["model"], os.path.join(out_dir, checkpoint.NAME))
+    if "dataset" in saved.get("config", {}):
+        data_dir = os.path.join("data", saved["config"]["dataset"])
+else:
+    model = models.pretrained(GPT, init_from, dropout=0.0)
 model.eval().to(device)
 encode, decode, symbols = codec_of(data_dir)
 print(f"symbols: {symbols}")

@@ -16,16 +16,17 @@ from functools import partial
 
 import torch
 
-from configurator import at_least, configure, one_of
-from model import GPT, PRETRAINED, GPTConfig
-from nanofit import autofit, runtime
-from nanofit import checkpoint as checkpoints
+from configurator import configure
+from model import GPT, GPTConfig
+from nanofit import autofit, checkpoint, models, runtime, settings
+from nanofit.autofit.plan import Plan
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
+from nanofit.distributed import World
 from nanofit.errors import UsageError, usage_errors
-from nanofit.optimizers import OPTIMIZER_STATES, allocate_state, make_optimizer, require
+from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
-from nanofit.step import accumulate, dry_step, evaluate, mean_losses, try_compile, update
+from nanofit.step import accumulate, combine, dry_step, evaluate, mean_losses, try_compile, update
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 
@@ -71,207 +72,143 @@ device = runtime.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
 compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
-activation_checkpointing = False  # compute activations again in the backward pass: less memory, slower
+# speed for memory
+recompute = False  # blocks compute their activations again in the backward pass: less memory, slower
 optimizer_state = "float32"  # '8bit' (torchao; changes the numbers a little), 'offload' (to the machine's memory)
+loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there is
 # fitting the GPU
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
-config, given = configure(globals())
+# a field of GPTConfig that isn't nanoGPT's is a key too
+config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
 
-# ---- check what was asked for, before anything is written --------------------------------------------------
-at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps")
-at_least(1, config, "eval_interval", "eval_iters", "log_interval")
-at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
-at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2")
-if not max(beta1, beta2) < 1:
-    raise UsageError(f"beta1 and beta2 must be below 1, not {beta1} and {beta2}")
-one_of(("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"), config, "compile_mode")
-planned = dry_run and memory_limit_gb > 0 and not runtime.is_here(device)  # for a device that is elsewhere
-if "dtype" not in given:
-    dtype = config["dtype"] = "bfloat16" if planned else runtime.best_dtype(device)
-one_of(tuple(runtime.DTYPES), config, "dtype")
-one_of(OPTIMIZER_STATES, config, "optimizer_state")
-require(optimizer_state)
-if init_from not in ("scratch", "resume", *PRETRAINED) and not os.path.isdir(init_from):
-    raise UsageError(
-        f"init_from must be 'scratch', 'resume', one of {', '.join(PRETRAINED)}, or a folder that holds a Hugging "
-        f"Face GPT-2, not {init_from!r}"
-    )
-
-world = runtime.world_of_torchrun()
-if gradient_accumulation_steps % world.size:
-    below = gradient_accumulation_steps // world.size * world.size
-    nearest = [str(n) for n in (below, below + world.size) if n]
-    raise UsageError(
-        f"gradient_accumulation_steps={gradient_accumulation_steps} can't be shared equally by {world.size} ranks: "
-        f"set it to {' or '.join(nearest)}"
-    )
-if planned and world.size > 1:
-    raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
-if dry_run and not planned and not runtime.is_here(device):
-    raise UsageError(f"there is no {device} here: to plan for one, say how much memory it has: --memory_limit_gb=12")
-if not planned:
-    device = runtime.open_device(world.join(backend, device))
-    if (
-        compile
-        and device.type == "cuda"
-        and (refusal := autofit.refuse_mode(compile_mode, runtime.sm_count(device), compile_min_sms))
-    ):
-        raise UsageError(refusal)
-
+# ---- what was asked for, checked before anything is written ------------------------------------------------
+world = World.of_torchrun()
+settings.check(config, world)
+dtype = config["dtype"] = settings.dtype(config, given)
+saved = checkpoint.load(out_dir, to_go_on=True) if init_from == "resume" else None
+data_dir = os.path.join("data", dataset)
+meta = load_meta(data_dir)
+model_args = models.sizes_of(init_from, config, saved, meta, own_fields)
+trained_with = model_args["block_size"]
+if not saved or "block_size" in given:
+    model_args["block_size"] = settings.crop_to(block_size, trained_with, init_from)
+block_size = model_args["block_size"]
+iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
+if not settings.is_elsewhere(config):
+    device = world.init(backend, device)
+if not world.is_main:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
+print(f"tokens per iteration will be: {tokens_per_iter:,}")
+fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
+if dry_run:
+    fit()
+    world.destroy()
+    sys.exit(0)
 wandb = None
 if wandb_log and world.is_main:
     with usage_errors(ImportError, prefix="wandb_log=True: pip install wandb, or --wandb_log=False. "):
         import wandb
+per_rank = gradient_accumulation_steps // world.size
+batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, per_iter=per_rank)
 
-saved = checkpoints.load(out_dir, to_go_on=True) if init_from == "resume" else None
-if saved and "block_size" not in given:
-    block_size = saved["model_args"]["block_size"]
-data_dir = os.path.join("data", dataset)
-if not dry_run:
-    batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device)
-meta = load_meta(data_dir)
-
-if not world.is_main:
-    # One voice: the ranks would print the same lines.
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
-print(f"tokens per iteration will be: {tokens_per_iter:,}")
-
-# ---- model, optimizer, and where they come from ------------------------------------------------------------
-torch.manual_seed(1337 + world.rank)
-model_args = dict(
-    n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=None, dropout=dropout
-)
-iter_num, best_val_loss = 0, 1e9
-with usage_errors(ValueError, OSError, ImportError):
-    if init_from == "scratch":
-        model_args["vocab_size"] = meta["vocab_size"] if meta else 50304  # GPT-2's 50257, padded for speed
-        model = GPT(GPTConfig(**model_args))
-    elif init_from == "resume":
-        model_args |= {key: saved["model_args"][key] for key in checkpoints.MODEL_KEYS}
-        model = GPT(GPTConfig(**model_args))
-        with usage_errors(RuntimeError, prefix=f"the checkpoint in {out_dir} is not of this model: "):
-            model.load_state_dict(saved["model"])
-        iter_num, best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
-        print(f"resuming from {out_dir} at iteration {iter_num}")
-    else:
-        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        model_args |= {key: getattr(model.config, key) for key in checkpoints.MODEL_KEYS}
-    if block_size > model.config.block_size:
-        raise UsageError(
-            f"block_size={block_size} is more than the {model.config.block_size} positions that the model of "
-            f"init_from={init_from!r} was trained with: set --block_size={model.config.block_size} or less"
-        )
-if block_size < model.config.block_size:
-    model.crop_block_size(block_size)
-    model_args["block_size"] = block_size
-
-# ---- fit the device ----------------------------------------------------------------------------------------
-if world.is_main and not dry_run:
+# ---- fit the device, before there is a weight that takes memory of it --------------------------------------
+if world.is_main:
     with usage_errors(OSError, prefix=f"out_dir={out_dir!r} can't be made: "):
         os.makedirs(out_dir, exist_ok=True)
-micro_batch_size, accumulation = batch_size, gradient_accumulation_steps
-if saved and saved.get("split", {}).get("of") == [batch_size, gradient_accumulation_steps]:
-    micro_batch_size, accumulation = saved["split"]["into"]  # memory may have run out since the start
-    if "activation_checkpointing" not in given:
-        activation_checkpointing = saved["split"]["activation_checkpointing"]
-    if micro_batch_size != batch_size and not auto_fit:
-        print(f"batch_size {batch_size} is cut into {micro_batch_size}, as when the checkpoint was saved")
-limit_bytes = int(memory_limit_gb * 2**30) or None
-if auto_fit or dry_run:
-    plan = autofit.fit(world, out_dir, model_args, device, planned, config, given, max_iters + 1 - iter_num)
-    print(f"auto-fit: {plan}")
-    if dry_run:
-        world.leave()
-        sys.exit(0)
-    micro_batch_size, accumulation = plan.micro_batch_size, plan.accumulation
-    compile, limit_bytes = plan.compile, plan.limit_bytes
-    activation_checkpointing = plan.activation_checkpointing
-micro_steps = accumulation // world.size  # of this rank
+limit_bytes = int(memory_limit_gb * 2**30)
+plan = Plan(batch_size, gradient_accumulation_steps, batch_size, autofit.levers_of(config), compile, limit_bytes)
+if auto_fit:
+    plan = fit()
+elif saved:
+    plan = checkpoint.split_as_saved(saved, plan, given)
+    if plan.micro_batch_size != batch_size:
+        print(f"batch_size {batch_size} is cut into {plan.micro_batch_size}, as when the checkpoint was saved")
+runtime.set_device(device, plan.limit_bytes)
+levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device))
 
-runtime.take_device(device, limit_bytes)
+# ---- model, optimizer, and the place in the data where a run goes on ---------------------------------------
+torch.manual_seed(1337 + world.rank)
+if init_from in ("scratch", "resume"):
+    model = models.build(GPT, GPTConfig, {**model_args, "block_size": trained_with})
+else:
+    model = models.pretrained(GPT, init_from, dropout)
+    model_args |= {name: getattr(model.config, name) for name in model_args if name != "block_size"}
+if saved:
+    models.load_weights(model, saved["model"], out_dir)
+    print(f"resuming from {out_dir} at iteration {iter_num}")
+if block_size < trained_with:
+    model.crop_block_size(block_size)
+for line in models.lacks(model):
+    print(line)
 model.to(device)
-world.spread(model.parameters())  # each rank has drawn its own
-model.activation_checkpointing = activation_checkpointing
-optimizer = make_optimizer(model, optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
+world.broadcast(model.parameters())  # each rank has drawn its own
+models.apply_levers(model, levers)
+optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
-rng = None  # this rank's generators, as saved
+batches.start(model_args["vocab_size"], plan.micro_batch_size)
 if saved:
-    checkpoints.load_optimizer(optimizer, saved["optimizer"])
-    if scaler.is_enabled() and saved.get("scaler"):
-        scaler.load_state_dict(saved["scaler"])
-    if len(saved.get("rng", ())) == world.size:
-        rng = saved["rng"][world.rank]
-        runtime.set_rng_state(rng["generators"], device)
+    checkpoint.restore(saved, optimizer, scaler, batches, world, device)
     saved = None  # its tensors are a whole second model
 runtime.empty_cache(device)
-
 raw_model = model  # what is saved: without torch.compile's wrapper
-batches.start(model_args["vocab_size"], rng and rng["data"], micro_batch_size)
 
 # ---- what a run survives -----------------------------------------------------------------------------------
 
 
-def save(name=checkpoints.NAME):
-    """Write a checkpoint for the beginning of iteration iter_num; '' or why it failed. All ranks must call it."""
-    rng = world.gather(here)
-    said = ""
-    if iter_num == 0:
-        said = "nothing is trained yet, and nothing saved"
-    elif world.is_main:
-        try:
-            checkpoints.save(
-                {
-                    "model": raw_model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "model_args": model_args,
-                    "iter_num": iter_num,
-                    "best_val_loss": best_val_loss,
-                    "config": config,
-                    "scaler": scaler.state_dict(),
-                    "rng": rng,  # of each rank, as before an evaluation: resuming repeats it
-                    "split": {
-                        "of": [batch_size, gradient_accumulation_steps],
-                        "into": [recovery.micro_batch_size, recovery.micro_steps * world.size],
-                        "activation_checkpointing": activation_checkpointing,
-                    },
-                },
-                out_dir,
-                name,
-            )
-        except (checkpoints.SaveError, RuntimeError, MemoryError) as e:
-            said = f"not saved: {e}"
-    return world.gather(said)[0]  # no rank leaves before it is written
+def rng_state():
+    """Where this rank's random numbers stand."""
+    return {"data": batches.state_dict(), "generators": runtime.rng_state(device)}
+
+
+def snapshot():
+    """What a checkpoint holds: the run at the beginning of iteration iter_num. All ranks must call it."""
+    return {
+        "model": raw_model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": model_args,
+        "iter_num": iter_num,
+        "best_val_loss": best_val_loss,
+        "config": config,
+        "scaler": scaler.state_dict(),
+        "rng": world.all_gather(here),  # of each rank, as before an evaluation: resuming repeats it
+        "split": checkpoint.split_of(batches, world, levers),
+    }
 
 
 def save_where_it_stops():
-    """As save, but the best checkpoint stays where only that is kept."""
-    return save(checkpoints.NAME if always_save_checkpoint else checkpoints.LAST)
+    """A last checkpoint, beside the best one where only that is kept; what to tell of it."""
+    if iter_num == 0:
+        return "nothing is trained yet, and nothing saved"
+    try:
+        name = checkpoint.NAME if always_save_checkpoint else checkpoint.LAST
+        checkpoint.save(snapshot(), out_dir, name, world)
+    except checkpoint.SaveError as e:
+        return str(e)
+    return f"checkpoint saved to {out_dir}, --init_from=resume goes on"
 
 
-here = {"data": batches.state(), "generators": runtime.rng_state(device)}  # where this rank's iteration began
+here = rng_state()  # as this iteration began
 signals = StopSignals()
-recovery = Recovery(world, device, batches, raw_model, micro_steps, give_up=save_where_it_stops)
+recovery = Recovery(world, device, batches, raw_model, scaler, give_up=save_where_it_stops)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
-
 recovery.run(partial(allocate_state, optimizer))
-if compile:
+if plan.compile:
     print("compiling the model... (takes a minute or so)")
+    dry = partial(dry_step, batch=batches.current, autocast=autocast)
     options = dict(mode=compile_mode, dynamic=False)  # sizes are few, and each gets kernels of its own
-    model, failure = recovery.run(
-        lambda: try_compile(raw_model, partial(dry_step, batch=batches.current, autocast=autocast), device, **options)
-    )
+    [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))
     if failure:
         print(f"compile failed, training goes on without it ({failure})")
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
-def get_lr(it):
+def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
     """Learning rate of iteration it: linear warm-up, cosine decay to min_lr, then min_lr."""
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
@@ -279,11 +216,6 @@ def get_lr(it):
         return min_lr
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
-
-
-def micro_batches():
-    """Gradients of this rank's share of an iteration; returns its mean loss."""
-    return accumulate(model, scaler, batches, autocast=autocast, micro_steps=recovery.micro_steps)
 
 
 if wandb:
@@ -298,14 +230,13 @@ clock = time.perf_counter()
 
 with signals.listening():
     while True:
-        here = {"data": batches.state(), "generators": runtime.rng_state(device)}
-        if stop := world.most(signals.received):
-            how = save_where_it_stops() or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
-            print(f"{signal.Signals(stop).name} before iteration {iter_num}: {how}")
-            world.leave()
+        here = rng_state()
+        if stop := world.all_reduce_max(signals.received):
+            print(f"{signal.Signals(stop).name} before iteration {iter_num}: {save_where_it_stops()}")
+            world.destroy()
             sys.exit(128 + stop)
 
-        lr = get_lr(iter_num) if decay_lr else learning_rate
+        lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -314,40 +245,44 @@ with signals.listening():
             paused = time.perf_counter()
             watch.check()
             try:
-                shares = recovery.run(partial(evaluate, model, batches, eval_iters, autocast, world, signals.check))
+                [own] = recovery.run(partial(evaluate, model, batches, eval_iters, autocast, world, signals.check))
             except StopRequested:
                 continue  # to the beginning of the loop, where it is looked at
-            losses = mean_losses(shares, world)
+            losses = mean_losses(own, world)
             print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
             if wandb:
-                wandb.log(
-                    {
-                        "iter": iter_num, "train/loss": losses["train"], "val/loss": losses["val"],
-                        "lr": lr, "mfu": running_mfu * 100,
-                    }
-                )  # fmt: skip
+                figures = {f"{split}/loss": loss for split, loss in losses.items()}
+                wandb.log({"iter": iter_num, **figures, "lr": lr, "mfu": running_mfu * 100})
             if losses["val"] < best_val_loss or always_save_checkpoint:
                 best_val_loss = losses["val"]
                 if iter_num > 0:
                     print(f"saving checkpoint to {out_dir}")
-                    if unsaved := save():
+                    try:
+                        checkpoint.save(snapshot(), out_dir, world=world)
+                        unsaved = ""
+                    except checkpoint.SaveError as e:
+                        unsaved = str(e)
                         print(f"{unsaved}; training goes on")
             clock += time.perf_counter() - paused
         if iter_num == 0 and eval_only:
             break
 
-        loss = recovery.run(micro_batches)
-        norm = update(model, optimizer, scaler, grad_clip=grad_clip, world=world)
+        loss, norm = recovery.run(
+            partial(accumulate, model, scaler, batches, autocast),
+            partial(combine, model, optimizer, scaler, grad_clip, world),
+        )
+        recovery.update(partial(update, optimizer, scaler, norm), optimizer)
         watch.note(iter_num, norm)
 
         if iter_num % log_interval == 0:
-            mean_loss = world.mean(loss).item()  # waits for the GPU, so that the clock tells the truth
+            world.all_reduce_mean([loss])
+            mean_loss = loss.item()  # waits for the GPU, so that the clock tells the truth
             watch.check()
             now = time.perf_counter()
             seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
             clock, last_logged = now, iter_num
             if iter_num - first_iter > 5:  # the first ones warm up
-                mfu = raw_model.estimate_mfu(micro_batch_size * micro_steps, seconds, peak_flops)
+                mfu = models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops)
                 running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
             line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
             line += f", {tokens_per_iter / seconds:,.0f} tok/s"
@@ -359,6 +294,6 @@ with signals.listening():
         if iter_num > max_iters:
             break
 
-world.leave()
+world.destroy()
 if unsaved:
     raise UsageError(unsaved)

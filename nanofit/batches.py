@@ -60,9 +60,11 @@ def _fingerprint(path):
 class RandomBatch:
     """Random tokens, the same each time, where training would read a data set: for measuring."""
 
-    def __init__(self, batch_size, block_size, vocab_size, device, on_current=lambda: None):
+    def __init__(self, batch_size, block_size, vocab_size, device, micro_steps=1, on_current=lambda: None):
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocab_size, (2, batch_size, block_size), generator=generator)
+        self.micro_steps = micro_steps
+        self.generator = generator
         self._batch = tuple(tokens.to(device))
         self._on_current = on_current
 
@@ -79,39 +81,51 @@ class RandomBatch:
         """The batch, as often as this rank's share of count."""
         yield from [[self._batch]] * len(range(rank, count, ranks))
 
-    def stream(self):
-        """None: nothing is drawn."""
-
-    def set_stream(self, state):
-        """There is nothing to set."""
-
 
 class Batches:
     """A random stream of training batches, cut into micro-batches, and of evaluation batches.
 
     Offsets come from one generator: first a training batch, and each next one when the one before has been
     fetched; an evaluation draws from the same stream in between.
+
+    per_iter: batches in an iteration of this rank.
     """
 
-    def __init__(self, folder, *, batch_size, block_size, device):
+    def __init__(self, folder, *, batch_size, block_size, device, per_iter=1):
         self.folder, self.batch_size, self.block_size, self.device = folder, batch_size, block_size, device
-        self._generator = torch.Generator()
+        self.per_iter = per_iter
+        self.micro_batch_size = batch_size  # sequences, a divisor of batch_size; may change between two iterations
+        self.generator = torch.Generator()
         self._files = {}  # split: (tokens, time of the last change, fingerprint)
         for split in ("train", "val"):
             path = self._path(split)
             self._files[split] = (*_count_tokens(path, block_size), _fingerprint(path))
 
-    def start(self, vocab_size, state=None, micro_batch_size=None):
-        """Draw the first training batch, from state or else from where torch's global generator stands.
+    @property
+    def micro_steps(self):
+        """Micro-batches in an iteration of this rank."""
+        return self.per_iter * (self.batch_size // self.micro_batch_size)
 
-        micro_batch_size: sequences of a micro-batch, a divisor of batch_size (default: all of it).
-        """
+    def start(self, vocab_size, micro_batch_size=None):
+        """Draw the first training batch, from where torch's global generator stands."""
         self.vocab_size = vocab_size
         self.micro_batch_size = micro_batch_size or self.batch_size
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {micro_batch_size} does not divide batch_size {self.batch_size}")
-        self._generator.set_state(torch.get_rng_state() if state is None else state)
+        self.generator.set_state(torch.get_rng_state())
         self._fetch()
+
+    def state_dict(self):
+        """Where the stream stands between two iterations: the generator's states before and after the current batch."""
+        assert self._row == 0, "an iteration ends with its last batch"
+        return {"before": self._before, "after": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        """Go on from what state_dict gave: the current batch is read again, cut by micro_batch_size as it is now."""
+        self.generator.set_state(state["before"])
+        self._fetch()
+        if "after" in state:
+            self.generator.set_state(state["after"])
 
     def _path(self, split):
         return os.path.join(self.folder, f"{split}.bin")
@@ -126,7 +140,7 @@ class Batches:
                 "put the old file back, or start again for the new one"
             )
         self._files[split] = tokens, touched, fingerprint
-        return torch.randint(tokens - self.block_size, (self.batch_size,), generator=self._generator)
+        return torch.randint(tokens - self.block_size, (self.batch_size,), generator=self.generator)
 
     def _load(self, split, starts):
         """The batch that begins at starts: (x, y), each int64 (B, T) on the device; y is x a token later."""
@@ -150,7 +164,7 @@ class Batches:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _fetch(self):
-        self._state_before = self._generator.get_state()
+        self._before = self.generator.get_state()
         self._batch = self._load("train", self._draw_starts("train"))
         self._row = 0
 
@@ -178,30 +192,3 @@ class Batches:
             if number % ranks == rank:
                 x, y = self._load(split, starts)
                 yield list(zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size), strict=True))
-
-    def stream(self):
-        """Where the generator stands, as a uint8 tensor."""
-        return self._generator.get_state()
-
-    def set_stream(self, state):
-        """Let the generator go on from what stream() gave, on this rank or another."""
-        self._generator.set_state(state)
-
-    def mark(self):
-        """The place between two steps, for rewind."""
-        assert self._row == 0, "a step ends with its last batch"
-        return self._state_before, self.stream()
-
-    def rewind(self, mark):
-        """Go back to a mark. The current batch is fetched again, cut by micro_batch_size as it is now."""
-        before, after = mark
-        self.set_stream(before)
-        self._fetch()
-        self.set_stream(after)
-
-    def state(self):
-        """Where the stream stands, as a uint8 tensor: start(state=...) draws the current batch again.
-
-        Taken between steps and before an evaluation; what comes after replays that evaluation too.
-        """
-        return self._state_before

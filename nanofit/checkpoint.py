@@ -3,15 +3,19 @@
 import errno
 import os
 import zipfile
+from dataclasses import asdict, replace
 
 import torch
 
-from nanofit.errors import UsageError, usage_errors
+from nanofit import runtime
+from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
+from nanofit.distributed import ALONE
+from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
+from nanofit.models import SIZES
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
 LAST = "ckpt.last.pt"  # where a run stopped, if ckpt.pt is the best and must stay
-MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")  # these make the weights' shapes
 REQUIRED = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
 _IMPLEMENTATION = ("fused", "foreach", "capturable")
@@ -29,16 +33,28 @@ class SaveError(Exception):
     """A checkpoint could not be written; the one before is as it was. Its message is a sentence."""
 
 
-def save(checkpoint, out_dir, name=NAME):
+def save(checkpoint, out_dir, name=NAME, world=ALONE):
     """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
 
-    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile. Raises SaveError where the
-    disk is full or can't be written to, or where weights are not finite.
+    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile. All ranks must call it;
+    rank 0 writes, and the others wait for it. Raises SaveError on all of them where the disk is full or can't be
+    written to, or where weights are not finite.
     """
+    failure = ""
+    if world.is_main:
+        try:
+            _save(checkpoint, out_dir, name)
+        except SaveError as e:
+            failure = str(e)
+    if failure := world.all_gather(failure)[0]:
+        raise SaveError(failure)
+
+
+def _save(checkpoint, out_dir, name):
     path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
         if not all_finite(list(checkpoint["model"].values())):
-            raise SaveError("the weights are not finite; a checkpoint that is there stays as it is")
+            raise SaveError("not saved: the weights are not finite; a checkpoint that is there stays as it is")
         try:
             _write(checkpoint, path)
         except _FAILURES as e:
@@ -49,7 +65,9 @@ def save(checkpoint, out_dir, name=NAME):
         if name == NAME and os.path.exists(last):
             os.remove(last)  # it is of an earlier iteration now
     except _FAILURES as e:
-        raise SaveError(f"{path} can't be written ({_reason(e)}); a checkpoint that is there stays as it is") from e
+        raise SaveError(
+            f"not saved: {path} can't be written ({_reason(e)}); a checkpoint that is there stays as it is"
+        ) from e
 
 
 # torch.save passes on a file's own error, or fails with another one while it handles that.
@@ -71,7 +89,7 @@ def _is_full(error):
 def _reason(error):
     """What the system said, or else the error itself."""
     inner = _systems(error)
-    return (inner.strerror if inner is not None else None) or (str(error).strip().splitlines() or ["no memory"])[0]
+    return (inner.strerror if inner is not None else None) or first_line(error)
 
 
 def _write(checkpoint, path):
@@ -111,10 +129,13 @@ def _read(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # torch.load doesn't compare checksums
                     raise UsageError(f"the checksum of {damaged} is wrong")
+            # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({reason})") from e
+        if is_out_of_memory(e):
+            raise
+        raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({first_line(e)})") from e
 
 
 def load(out_dir, required=REQUIRED, to_go_on=False):
@@ -141,12 +162,12 @@ def load(out_dir, required=REQUIRED, to_go_on=False):
         raise UsageError(
             f"{e}; {previous} beside it is whole, of iteration {iteration}: to go on from there, rename it to {NAME}"
         ) from e
-    if isinstance(checkpoint, dict):  # one that was made smaller may hold None for its optimizer
-        checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
+    if isinstance(checkpoint, dict):  # one that was made smaller, to be shared, may hold None or nothing in an entry
+        checkpoint = {k: v for k, v in checkpoint.items() if v is not None and not (isinstance(v, dict) and not v)}
     missing = [k for k in required if k not in checkpoint] if isinstance(checkpoint, dict) else required
     if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
-    _check(checkpoint, path)
+    _check(checkpoint, path, required)
     checkpoint["model"] = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     return checkpoint
 
@@ -171,7 +192,7 @@ def _is_adamw(value):
 
 def _is_split(value):
     """Whether a value is how train.py cut a batch: the same product, and no remainder."""
-    if not isinstance(value, dict) or type(value.get("activation_checkpointing")) is not bool:
+    if not isinstance(value, dict) or from_dict(MemoryLevers, value.get("levers", {})) is None:
         return False
     for pair in (value.get("of"), value.get("into")):
         if not isinstance(pair, list) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
@@ -192,23 +213,62 @@ _EXPECTED = {  # what an entry must be, and whether a value is that
 }
 
 
-def _check(checkpoint, path):
+def _check(checkpoint, path, required):
     """Raise a UsageError for the first entry that is not what a training run saves."""
+    # What isn't asked for may be anything: whoever shares a checkpoint may have emptied it.
+    looked_at = checkpoint if "optimizer" in required else (*required, "config")
     for entry, (expected, fits) in _EXPECTED.items():
-        if entry in checkpoint and not fits(checkpoint[entry]):
+        if entry in checkpoint and entry in looked_at and not fits(checkpoint[entry]):
             raise UsageError(f"{path} is damaged or not a checkpoint of this model: {entry} must be {expected}")
     sizes = checkpoint["model_args"]
-    lacking = [k for k in (*MODEL_KEYS, "dropout") if k not in sizes]
+    lacking = [k for k in SIZES if k not in sizes]
     if lacking:
         raise UsageError(f"{path}: its model_args lack {', '.join(lacking)}: it is not a checkpoint of this model")
-    for key in (*MODEL_KEYS, "dropout"):
+    for key in SIZES:
         types = {"bias": (bool,), "dropout": (float, int)}.get(key, (int,))
         if type(sizes[key]) not in types:
             raise UsageError(f"{path}: {key} in its model_args must be of type {types[0].__name__}: it is damaged")
-    with usage_errors(LookupError, TypeError, RuntimeError, prefix=f"{path}: its rng is damaged: "):
+    with usage_errors(LookupError, TypeError, RuntimeError, AttributeError, prefix=f"{path}: its rng is damaged: "):
         for rank in checkpoint.get("rng", ()):
-            for state in (rank["data"], rank["generators"]["cpu"]):
+            if isinstance(rank["data"], torch.Tensor):  # as saved by version 0.1
+                rank["data"] = {"before": rank["data"]}
+            for state in (*rank["data"].values(), rank["generators"]["cpu"]):
                 torch.Generator().set_state(state)
+
+
+def restore(saved, optimizer, scaler, batches, world, device):
+    """Let a run go on where a checkpoint was made: AdamW's moments, the scaler, this rank's data and generators.
+
+    What a checkpoint lacks, as nanoGPT's does, begins anew.
+    """
+    load_optimizer(optimizer, saved["optimizer"])
+    if scaler.is_enabled() and saved.get("scaler"):
+        scaler.load_state_dict(saved["scaler"])
+    if len(saved.get("rng", ())) == world.size:
+        rng = saved["rng"][world.rank]
+        runtime.set_rng_state(rng["generators"], device)
+        batches.load_state_dict(rng["data"])
+
+
+def split_of(batches, world, levers):
+    """How the batch is cut now: [batch_size, gradient_accumulation_steps] as configured, and as they are."""
+    return {
+        "of": [batches.batch_size, batches.per_iter * world.size],
+        "into": [batches.micro_batch_size, batches.micro_steps * world.size],
+        "levers": asdict(levers),
+    }
+
+
+def split_as_saved(saved, plan, given):
+    """plan, cut as when the checkpoint was saved: memory may have run out since the start of that run.
+
+    given: the keys that the user named, which stand.
+    """
+    split = saved.get("split", {})
+    if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
+        return plan
+    chosen = {name: value for name, value in split.get("levers", {}).items() if name in FITTED and name not in given}
+    return replace(plan, micro_batch_size=split["into"][0], levers=replace(plan.levers, **chosen))
 
 
 def load_optimizer(optimizer, state):
@@ -227,8 +287,7 @@ def load_optimizer(optimizer, state):
                 kept = value[: shape[0]] if isinstance(value, torch.Tensor) else None
                 if kept is None or kept.shape != shape:
                     raise UsageError(f"{prefix}{name} of weight {index} must be a tensor of shape {tuple(shape)}")
-                if len(kept) < len(value):
-                    moments[name] = kept.clone()
+                moments[name] = kept.clone()  # of its own, and not the file's
         for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
             saved.update({k: ours[k] for k in _IMPLEMENTATION if k in ours})
         optimizer.load_state_dict(state)

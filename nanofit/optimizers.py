@@ -21,7 +21,7 @@ def require(kind):
 
 
 def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
-    """The optimizer of a model that is on device already, its groups as in GPT.configure_optimizers.
+    """The optimizer of a model that is on its device already, its groups as in GPT.configure_optimizers.
 
     kind: 'float32'; '8bit' (state of two bytes a parameter instead of eight; Dettmers et al. 2022,
     arXiv:2110.02861), which needs torchao: see require; or 'offload' (no state on the device).

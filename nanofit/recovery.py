@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from nanofit import runtime
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 SAME_SIGNAL_SECONDS = 2  # a signal may come twice: to the whole group of processes, and again from torchrun
 BAD_IN_A_ROW = 3  # iterations without a finite gradient, after which a run stops
@@ -58,49 +57,50 @@ class StopSignals:
 class Recovery:
     """Runs parts of training, again in smaller pieces where memory runs out in them.
 
-    Holds the split of the batch: micro_batch_size, and micro_steps of this rank. give_up(): saves what can be
-    saved before an error ends the run on all ranks, and tells why that failed, else ''.
+    batches: cut into smaller micro-batches, so that what they say of the split is always true. give_up(): saves what
+    can be saved before an error ends the run on all ranks; returns what to tell of it.
     """
 
-    def __init__(self, world, device, batches, model, micro_steps, give_up):
+    def __init__(self, world, device, batches, model, scaler, give_up):
         self.world, self.device, self.batches, self.model = world, device, batches, model
-        self.micro_steps, self.give_up = micro_steps, give_up
-        self._ran_out = 0  # parts in which memory ran out so far
+        self.scaler, self.give_up = scaler, give_up
+        self._ran_out = 0  # iterations and evaluations in which memory ran out so far
 
-    @property
-    def micro_batch_size(self):
-        return self.batches.micro_batch_size
+    def run(self, *parts):
+        """The values of parts, called in turn, which compute but move nothing except batches and random generators.
 
-    def run(self, part):
-        """The value of part(), which computes but moves nothing other than the batches and random generators.
-
-        All ranks must call it, and all of them try again if memory ran out on one: first as before, with what the
-        allocator kept given back, and then, or where that has happened before, with micro-batches of half the size.
-        Raises StopRequested, or a UsageError where the data can't be read or not even one sequence fits any more.
+        All ranks must call it. A part begins once the one before is through on all ranks. If memory ran out on one, all
+        of them begin again with the first: once as before, with what the allocator kept given back, and then, or
+        where that has happened before, with micro-batches of half the size. Raises StopRequested, or a UsageError where
+        the data can't be read or not even one sequence fits any more.
         """
-        mark, generators = self.batches.mark(), runtime.rng_state(self.device)
+        place, generators = self.batches.state_dict(), runtime.rng_state(self.device)
         attempts = 0
         while True:
-            value = None
-            kind, said = "", ""
-            try:
-                if attempts:
-                    self.batches.rewind(mark)
-                    runtime.set_rng_state(generators, self.device)
-                value = part()
-            except OUT_OF_MEMORY as e:
-                kind, said = "memory", (str(e).strip().splitlines() or ["out of memory"])[0]
-            except StopRequested:
-                kind = "stop"
-            except (UsageError, OSError) as e:
-                kind, said = "data", str(e)
-            # Here, behind the except block, the traceback and the tensors of its frames are gone.
-            if not self.world.most(int(bool(kind))):
-                return value
-            value = None
-            self.model.zero_grad(set_to_none=True)
-            runtime.empty_cache(self.device)
-            told = [(rank, *answer) for rank, answer in enumerate(self.world.gather((kind, said))) if answer[0]]
+            values = []
+            for part in parts:
+                kind, said = "", ""
+                try:
+                    if attempts and not values:
+                        self.batches.load_state_dict(place)
+                        runtime.set_rng_state(generators, self.device)
+                    values.append(part())
+                except StopRequested:
+                    kind = "stop"
+                except (UsageError, OSError) as e:
+                    kind, said = "data", str(e)
+                except (RuntimeError, MemoryError) as e:
+                    if not is_out_of_memory(e):
+                        raise
+                    kind, said = "memory", memory_sentence(e)
+                # Here, behind the except blocks, the traceback and the tensors of its frames are gone.
+                if self.world.all_reduce_max(int(bool(kind))):
+                    break
+            else:
+                return values
+            values = None
+            self._drop_gradients()
+            told = [(rank, *answer) for rank, answer in enumerate(self.world.all_gather((kind, said))) if answer[0]]
             kinds = {kind for _, kind, _ in told}
             if "data" in kinds:
                 self._fail(next(said for _, kind, said in told if kind == "data"))
@@ -108,28 +108,46 @@ class Recovery:
                 raise StopRequested
             rank, _, said = told[0]
             self._ran_out += not attempts
-            self._make_room(rank, said, same_size=not attempts and self._ran_out <= 2)
+            where = f"rank {rank}: {said}" if self.world.size > 1 else said
+            self._make_room(where, same_size=not attempts and self._ran_out <= 2)
             attempts += 1
 
-    def _make_room(self, rank, said, same_size):
-        size = self.micro_batch_size
-        where = f" on rank {rank}" if self.world.size > 1 else ""
+    def update(self, part, optimizer):
+        """Call part(), which moves the weights; once more if memory ran out before anything moved."""
+        try:
+            return part()
+        except (RuntimeError, MemoryError) as e:
+            # Fused AdamW counts a group's steps before it moves the group: where all counts are alike, nothing moved.
+            steps = {float(state["step"]) for state in optimizer.state.values()}
+            if not is_out_of_memory(e) or not optimizer.defaults.get("fused") or len(steps) != 1:
+                raise
+        runtime.empty_cache(self.device)
+        return part()
+
+    def _drop_gradients(self):
+        self.model.zero_grad(set_to_none=True)
+        runtime.empty_cache(self.device)
+        if self.scaler.is_enabled():
+            # It remembers for which optimizer it has unscaled gradients; to set its scale makes it forget.
+            self.scaler.scale(torch.zeros((), device=self.device))
+            self.scaler.update(self.scaler.get_scale())
+
+    def _make_room(self, what, same_size):
+        size = self.batches.micro_batch_size
         smaller = next((d for d in range(size // 2, 0, -1) if self.batches.batch_size % d == 0), None)
         if smaller is None and not same_size:
             self._fail(
-                f"memory ran out{where} at batch_size 1 ({said}; {runtime.memory_now(self.device)}): end what else "
-                "uses this device, or start with --auto_fit=True, which tries what takes less"
+                f"{what} at batch_size 1 ({runtime.memory_now(self.device)}): end what else uses this device, or start "
+                "with --auto_fit=True, which tries what takes less"
             )
         if same_size:
-            print(f"memory ran out{where} ({said}): the same batches again, at the same size")
+            print(f"{what}: the same batches again, at the same size")
             return
-        self.micro_steps = self.micro_steps * size // smaller  # exact: whole batches, of which smaller is a divisor
         self.batches.micro_batch_size = smaller
-        print(f"memory ran out{where} ({said}): the same batches again, batch_size {size} -> {smaller}")
+        print(f"{what}: the same batches again, batch_size {size} -> {smaller}")
 
     def _fail(self, sentence):
-        unsaved = self.give_up()
-        raise UsageError(f"{sentence}; {unsaved or 'a checkpoint is saved, and --init_from=resume goes on from it'}")
+        raise UsageError(f"{sentence}; {self.give_up()}")
 
 
 class Watch:

@@ -1,29 +1,23 @@
-"""Facts about the machine: device, precision, memory, speed of the hardware, ranks.
+"""Facts about the machine: device, precision, memory, speed of the hardware, random generators.
 
-The one file that calls torch.cuda, torch.mps or torch.distributed's start-up. Nothing here decides
-anything about the run; differences between torch releases live here too, one place each.
+The one file that calls torch.cuda or torch.mps. Nothing here decides anything about the run; differences between
+torch releases live here too, one place each.
 """
 
-import atexit
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from nanofit.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 A100_FLOPS = 312e12
-WORLD_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 # Dense bfloat16/float16 matrix products with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and
 # architecture white papers (the larger figures quoted there are for sparse matrices, or for float16
@@ -61,22 +55,22 @@ def best_dtype(device):
     """
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return "float32"
-    return "bfloat16" if capability(open_device(device))[0] >= 8 else "float16"
+    return "bfloat16" if capability(find_device(device))[0] >= 8 else "float16"
 
 
 def is_here(name):
     """Whether this machine has the device of this name."""
     try:
-        open_device(name)
+        find_device(name)
     except UsageError:
         return False
     return True
 
 
-def open_device(name):
+def find_device(name):
     """torch.device for a name such as 'cuda', 'cuda:1', 'mps' or 'cpu', after a look whether it is there.
 
-    Looking takes no memory of a GPU; take_device does.
+    Looking takes no memory of a GPU; set_device does.
     """
     try:
         device = torch.device(name)
@@ -102,7 +96,7 @@ def open_device(name):
     return device
 
 
-def take_device(device, limit_bytes=None):
+def set_device(device, limit_bytes=None):
     """Make device the current one. On CUDA this takes memory, for its context.
 
     limit_bytes: what tensors may take of a GPU; more raises torch.OutOfMemoryError, where otherwise some drivers
@@ -151,8 +145,8 @@ def has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
-def versions(device):
-    """What an answer about memory and speed depends on: device, its memory, driver and torch."""
+def device_info(device):
+    """What an answer about memory and speed depends on: the device, its memory, driver and torch, as a dict."""
     return {
         "device": device_name(device),
         "memory": total_memory_bytes(device),
@@ -161,7 +155,7 @@ def versions(device):
     }
 
 
-def neighbours(device):
+def gpu_processes(device):
     """Other processes that hold memory of this GPU, as far as nvidia-smi sees them: [(pid, name, MiB)]."""
     if device.type != "cuda":
         return []
@@ -330,98 +324,3 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
-
-
-# ---- ranks -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class World:
-    """Which of torchrun's processes this one is. Alone: rank 0 of 1. All ranks must call what several share."""
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-    on_host: object = None  # a group whose messages don't wait for the devices
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    def mean(self, value):
-        """The mean of a scalar tensor over all ranks, on each of them."""
-        if self.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.size
-        return value
-
-    def average(self, tensors):
-        """Replace each tensor by its mean over all ranks."""
-        if self.size > 1:
-            for pending in [dist.all_reduce(t, async_op=True) for t in tensors]:
-                pending.wait()
-            torch._foreach_div_(tensors, self.size)
-
-    def spread(self, tensors):
-        """Replace each tensor by that of rank 0."""
-        if self.size > 1:
-            with torch.no_grad():
-                for tensor in tensors:
-                    dist.broadcast(tensor, 0)
-
-    def most(self, number):
-        """The largest of the ranks' whole numbers, on each of them."""
-        if self.size == 1:
-            return number
-        number = torch.tensor(number)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.on_host)
-        return number.item()
-
-    def gather(self, value):
-        """A list of every rank's value (plain Python and tensors on the CPU), on each."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.on_host)
-        return values
-
-    def join(self, backend, device_name):
-        """Meet the other ranks; returns the name of this rank's device, the GPU of its local rank.
-
-        backend: 'nccl' (GPUs) or 'gloo' (anything). Alone, nothing happens.
-        """
-        if self.size == 1 and "RANK" not in os.environ:
-            return device_name
-        options = {}
-        if open_device(device_name).type == "cuda":
-            device_name = f"cuda:{self.local_rank}"
-            options["device_id"] = device = open_device(device_name)
-            take_device(device)
-        elif backend == "nccl":
-            backend = "gloo"
-            if self.is_main:
-                print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
-        if not dist.is_backend_available(backend):
-            raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
-        # Longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 minutes is not.
-        timeout = timedelta(hours=3)
-        dist.init_process_group(backend, timeout=timeout, **options)
-        self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        # gloo's threads give back their last tensors a moment after the call that waited for them, and need
-        # Python's lock to do so: where Python is shutting down already, the process aborts.
-        atexit.register(time.sleep, 0.1)
-        return device_name
-
-    def leave(self):
-        """Part from the other ranks, at the end of a run."""
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-ALONE = World()
-
-
-def world_of_torchrun():
-    """Which rank this process is, from what torchrun puts into the environment."""
-    return World(*(int(os.environ.get(name, default)) for name, default in WORLD_VARIABLES))

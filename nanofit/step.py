@@ -9,22 +9,25 @@ import warnings
 import torch
 
 from nanofit import runtime
-from nanofit.runtime import ALONE
+from nanofit.distributed import ALONE
+from nanofit.errors import first_line, is_out_of_memory
+from nanofit.models import loss_of
 
 
-def accumulate(model, scaler, batches, *, autocast, micro_steps):
-    """Add up the gradients of micro_steps micro-batches.
+def accumulate(model, scaler, batches, autocast):
+    """Add up the gradients of an iteration's micro-batches.
 
-    batches: has .current (x, y) and .advance(), as batches.Batches. Returns the mean loss, a scalar tensor on the
-    device: reading it waits for the GPU.
+    batches: has .current (x, y), .advance() and .micro_steps, as batches.Batches. Returns the mean loss, a scalar
+    tensor on the device: reading it waits for the GPU.
     """
+    micro_steps = batches.micro_steps
     if micro_steps > 1:
         _own_gradients(model)
     total = 0.0
     for _ in range(micro_steps):
         x, y = batches.current
         with autocast:
-            loss = model(x, y, return_logits=False)[1] / micro_steps
+            loss = loss_of(model, x, y) / micro_steps
         batches.advance()  # the GPU is still busy with the forward pass
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -42,37 +45,21 @@ def _own_gradients(model):
             p.grad = torch.zeros_like(p)
 
 
-def update(model, optimizer, scaler, *, grad_clip, world=ALONE):
-    """Share the gradients among ranks, clip them and update the weights, unless the gradients are not finite.
+def combine(model, optimizer, scaler, grad_clip, world=ALONE):
+    """Make the gradients of all ranks' micro-batches one, and clip it.
 
     grad_clip: largest gradient norm, 0 for any. Returns the norm before clipping, a scalar tensor on the device.
     """
     params = [p for p in model.parameters() if p.grad is not None]
-    world.average([p.grad for p in params])
+    world.all_reduce_mean([p.grad for p in params])
     scaler.unscale_(optimizer)
     if grad_clip:
-        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    try:
-        _move(optimizer, scaler, norm)
-        moved = True
-    except torch.OutOfMemoryError:
-        # Fused AdamW counts a group's steps before it moves the group: where all counts are alike, nothing moved.
-        steps = {float(state["step"]) for state in optimizer.state.values()}
-        if not optimizer.defaults.get("fused") or len(steps) != 1:
-            raise
-        moved = False
-    if not moved:
-        runtime.empty_cache(norm.device)
-        _move(optimizer, scaler, norm)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+        return torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    return torch.nn.utils.get_total_norm([p.grad for p in params])
 
 
-def _move(optimizer, scaler, norm):
-    """The optimizer's step, left out where norm is not finite; with float16, scaler sees to that."""
+def update(optimizer, scaler, norm):
+    """Move the weights by the gradients, which are dropped. Where norm isn't finite, the weights stay as they are."""
     if scaler.is_enabled():
         scaler.step(optimizer)
     elif optimizer.defaults.get("fused"):
@@ -82,12 +69,14 @@ def _move(optimizer, scaler, norm):
         del optimizer.found_inf
     elif torch.isfinite(norm):
         optimizer.step()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def train_step(model, optimizer, scaler, batches, *, autocast, micro_steps, grad_clip):
-    """accumulate and update: what an iteration of training computes. Returns the mean loss as accumulate."""
-    loss = accumulate(model, scaler, batches, autocast=autocast, micro_steps=micro_steps)
-    update(model, optimizer, scaler, grad_clip=grad_clip)
+def train_step(model, optimizer, scaler, batches, autocast, grad_clip):
+    """What an iteration of training computes. Returns the mean loss as accumulate."""
+    loss = accumulate(model, scaler, batches, autocast)
+    update(optimizer, scaler, combine(model, optimizer, scaler, grad_clip))
     return loss
 
 
@@ -98,8 +87,8 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
     The batches are those that rank 0 would draw alone; mean_losses makes one figure of all ranks' shares. check() is
     called before each batch, and may raise to end the evaluation.
     """
-    own = batches.stream()
-    batches.set_stream(world.gather(own)[0])
+    own = batches.generator.get_state()
+    batches.generator.set_state(world.all_gather(own)[0])
     losses = {}
     model.eval()
     try:
@@ -108,12 +97,12 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
             for pieces in batches.evaluation(split, eval_iters, world.rank, world.size):
                 check()
                 with autocast:
-                    found.append(sum(model(x, y, return_logits=False)[1] for x, y in pieces) / len(pieces))
+                    found.append(sum(loss_of(model, x, y) for x, y in pieces) / len(pieces))
             losses[split] = torch.stack(found).cpu().double() if found else torch.zeros(0, dtype=torch.double)
     finally:
         model.train()
     if not world.is_main:
-        batches.set_stream(own)  # as in nanoGPT, an evaluation moves the stream of rank 0 alone
+        batches.generator.set_state(own)  # as in nanoGPT, an evaluation moves the stream of rank 0 alone
     return losses
 
 
@@ -121,8 +110,7 @@ def mean_losses(losses, world=ALONE):
     """Means of what evaluate gave on each rank, {'train': nats, 'val': nats}, the same whatever their number."""
     means = {}
     for split in losses:
-        shares = world.gather(losses[split])
-        every = torch.cat(shares).tolist()
+        every = torch.cat(world.all_gather(losses[split])).tolist()
         means[split] = math.fsum(every) / len(every)  # exact, in whatever order the ranks have them
     return means
 
@@ -135,12 +123,12 @@ def dry_step(model, batch, autocast):
     _own_gradients(model)
     for _ in range(2):
         with autocast:
-            loss = model(*batch, return_logits=False)[1]
+            loss = loss_of(model, *batch)
         loss.backward()
     model.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad(), autocast:
-        model(*batch, return_logits=False)
+        loss_of(model, *batch)
     model.train()
 
 
@@ -149,7 +137,7 @@ def try_compile(model, trial, device, **options):
 
     Compilers fail at the first call, not before: without a C++ compiler or Triton, on old GPUs, on an
     operation that they don't know. Then the model comes back as it was, and failure is a sentence; else
-    failure is ''. Random generators are left where they were.
+    failure is ''. Random generators are left where they were. An error that says that memory ran out is raised.
     """
     state = runtime.rng_state(device)
     training = model.training
@@ -159,12 +147,12 @@ def try_compile(model, trial, device, **options):
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses parts that torch deprecates
             compiled = torch.compile(model, **options)
             trial(compiled)
-    except torch.OutOfMemoryError:
-        torch.compiler.reset()
-        model.train(training)
-        raise
     except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
-        failure = f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[0]}"
+        if is_out_of_memory(e):
+            torch.compiler.reset()
+            model.train(training)
+            raise
+        failure = f"{type(e).__name__}: {first_line(e)}"
     runtime.set_rng_state(state, device)
     if not failure:
         return compiled, ""

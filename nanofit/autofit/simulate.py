@@ -8,8 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from model import GPT, GPTConfig
-from nanofit import runtime
+from nanofit import models, runtime
 from nanofit.batches import RandomBatch
 from nanofit.step import train_step
 
@@ -49,60 +48,48 @@ def _optimizer(kind, model):
     return optimizer
 
 
-class _Run:
-    """A model whose forward pass is another function."""
-
-    def __init__(self, model, forward):
-        self.model, self.forward, self.parameters = model, forward, model.parameters
-
-    def __call__(self, x, y, return_logits):
-        self.logits, loss = self.forward(self.model, x, y)
-        return self.logits, loss
-
-
 def _snapshot(tracker, when):
     """{'Parameter': bytes, ..., 'Total': bytes}, 'current' or at the 'peak'."""
     return {str(getattr(kind, "value", kind)): n for kind, n in tracker.get_tracker_snapshot(when)[CPU].items()}
 
 
-def step_memory(job, forward=None):
+def step_memory(model_class, config_class, job, levers):
     """Bytes at the peak of a training step, by PARTS: a dict.
 
-    job: as in probe.py. forward: (model, x, y) -> (logits, loss), in place of the model's own without logits.
     What is called loss and backward is all that the peak holds beside the others: the loss's chunk of logits and
-    the gradients that it makes, or a block's temporary tensors, whichever is more.
+    the gradients that it makes, or a block's temporary tensors, whichever is more. A model without nanoGPT's
+    transformer.h has all of that and its activations in one.
     """
     with FakeTensorMode():
-        model = GPT(GPTConfig(**job["model_args"]))
-        model.activation_checkpointing = job["activation_checkpointing"]
-        for block in model.transformer.h:
-            block.attn.dropout = 0.0  # with it a CPU, unlike a GPU, would store whole attention matrices
-        optimizer = _optimizer(job["optimizer_state"], model)
+        model = models.build(model_class, config_class, job.model_args)
+        models.apply_levers(model, levers)
+        for module in model.modules():
+            # With dropout a CPU, unlike a GPU, would store whole attention matrices.
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+        optimizer = _optimizer(levers.optimizer_state, model)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
-        size = job["batch_size"], job["model_args"]["block_size"], job["model_args"]["vocab_size"]
+        size = job.micro_batch_size, job.model_args["block_size"], job.model_args["vocab_size"]
         batches = RandomBatch(*size, CPU, on_current=tracker.reset_mod_stats)  # it tracks one pass over the modules
         before_loss = {}
-        model.transformer.ln_f.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
+        for block in models.blocks_of(model)[-1:]:
+            block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
         with tracker:
             # A step finds AdamW's state, and beyond the first micro-step the gradients so far.
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             optimizer.step()
-            if job["micro_steps"] == 1:
+            if job.micro_steps == 1:
                 optimizer.zero_grad(set_to_none=True)
-            train_step(
-                model if forward is None else _Run(model, forward),
-                optimizer,
-                runtime.grad_scaler(CPU, "float32"),
-                batches,
-                autocast=runtime.autocast(CPU, job["dtype"]),
-                micro_steps=1,
-                grad_clip=job["grad_clip"],
-            )
+            scaler, autocast = runtime.grad_scaler(CPU, "float32"), runtime.autocast(CPU, job.dtype)
+            train_step(model, optimizer, scaler, batches, autocast, job.grad_clip)
         peak = _snapshot(tracker, "peak")
     held = [peak[kind] for kind in ("Parameter", "Gradient", "Optstate")]
     rest = peak["Total"] - sum(held)
-    activations = before_loss["Total"] - sum(before_loss[kind] for kind in ("Parameter", "Gradient", "Optstate"))
-    activations = min(activations, rest)
+    if before_loss:
+        activations = before_loss["Total"] - sum(before_loss[kind] for kind in ("Parameter", "Gradient", "Optstate"))
+        activations = min(activations, rest)
+    else:
+        activations = rest
     return dict(zip(PARTS, (*held, activations, rest - activations), strict=True))

@@ -1,0 +1,51 @@
+"""What to tell where nothing fits: where memory goes, and which settings would fit, each of them simulated."""
+
+from dataclasses import replace
+
+from nanofit.autofit.plan import GIB
+from nanofit.models import GPT2_SIZES
+from nanofit.optimizers import OPTIMIZER_STATES
+
+FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
+SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
+
+
+def where_it_goes(parts):
+    """One line: what each part of a simulated peak takes."""
+    shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"of {sum(parts.values()) / GIB:.2f} GiB (simulated): {shares}"
+
+
+def what_would_fit(job, limit_bytes, run_trial, may_shrink):
+    """Lines that say where a Job's memory goes and name settings that would fit.
+
+    may_shrink: whether another size of model may be proposed.
+    """
+
+    def simulated(**changes):
+        return run_trial(replace(job, simulate=True, **changes)).parts
+
+    def fits(**changes):
+        parts = simulated(**changes)
+        return bool(parts) and FRAGMENTED * sum(parts.values()) <= limit_bytes
+
+    def fits_shape(**changes):
+        return fits(model_args={**job.model_args, **changes})
+
+    parts = simulated()
+    lines = [where_it_goes(parts)] if parts else []
+    states = [kind for kind in OPTIMIZER_STATES if kind not in ("float32", job.levers.optimizer_state)]
+    options = [f"--optimizer_state={kind}" for kind in states if fits(levers=replace(job.levers, optimizer_state=kind))]
+    block_size = job.model_args["block_size"] // 2
+    while block_size >= SMALLEST_BLOCK and not fits_shape(block_size=block_size):
+        block_size //= 2
+    if block_size >= SMALLEST_BLOCK:
+        options.append(f"--block_size={block_size}")
+    smaller = [m for m in GPT2_SIZES.values() if m["n_layer"] < job.model_args["n_layer"]] if may_shrink else []
+    for sizes in reversed(smaller):
+        if fits_shape(**sizes):
+            options.append(" ".join(f"--{key}={value}" for key, value in sizes.items()))
+            break
+    if not options:
+        return [*lines, "no setting that was tried would fit: a smaller model, or more memory, is needed"]
+    return [*lines, "each of these would fit, with batch_size 1:", *(f"  {option}" for option in options)]

@@ -1,0 +1,58 @@
+"""Whether to use torch.compile. Pure: facts and measurements come in, a verdict with its reason goes out."""
+
+TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that Triton makes kernels for
+SHORT_RUN_SECONDS = 120  # compiling takes a minute or so: what it could save of a shorter run isn't worth a trial
+
+
+def may_compile(*, asked, device_type, capability, sm_count, min_sms, has_triton, platform):
+    """(verdict, why): 'yes', 'no', or 'prove' where compiling must pay for itself in a trial.
+
+    capability: CUDA compute capability (major, minor). min_sms: Inductor tunes matrix products from 68 streaming
+    multiprocessors on, and so do we take it for granted from there that compiling pays.
+    """
+    if not asked:
+        return "no", "compile=False"
+    if device_type == "mps":
+        return "no", "torch.compile on mps is a prototype"
+    if device_type == "cpu":
+        return "prove", "on a CPU compiling pays in long runs alone"
+    if capability < TRITON_CAPABILITY:
+        return "no", f"Triton needs compute capability 7.0, this GPU has {capability[0]}.{capability[1]}"
+    if not has_triton:
+        return "no", f"there is no Triton for {platform}" if platform == "win32" else "Triton is not installed"
+    if sm_count < min_sms:
+        return "prove", f"{sm_count} SMs are fewer than compile_min_sms={min_sms}"
+    return "yes", f"{sm_count} SMs, compile_min_sms={min_sms}"
+
+
+def refuse_mode(mode, sm_count, min_sms):
+    """A sentence where the GPU is too small for this mode of torch.compile, else ''."""
+    if mode.startswith("max-autotune") and sm_count < min_sms:
+        return (
+            f"compile_mode={mode!r} needs a GPU of compile_min_sms={min_sms} SMs, this one has {sm_count}: Inductor "
+            "would only warn and not tune matrix products; set compile_mode to 'default' or 'reduce-overhead'"
+        )
+    return ""
+
+
+def too_short(eager, tokens_left):
+    """Why compiling needn't even be tried, where the run takes less than it would: a sentence, else ''."""
+    seconds = tokens_left / eager.tokens_per_second
+    return f"the run takes {duration(seconds)} without" if seconds < SHORT_RUN_SECONDS else ""
+
+
+def pays_off(eager, compiled, tokens_left):
+    """(whether compiling saves more time over tokens_left than it costs, why): two Trials of one size."""
+    saved = tokens_left / eager.tokens_per_second - tokens_left / compiled.tokens_per_second
+    why = (
+        f"compiling takes {duration(compiled.compile_seconds)} and saves {duration(saved)} of "
+        f"{duration(tokens_left / eager.tokens_per_second)}"
+    )
+    return saved > compiled.compile_seconds, why
+
+
+def duration(seconds):
+    """Seconds for people: '40 s', '3.3 min', '17.5 h'."""
+    if abs(seconds) >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if abs(seconds) >= 60 else f"{seconds:.0f} s"

@@ -1,0 +1,208 @@
+"""Auto-fit for one device: which trials to run, what they mean, and what is said of them."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from nanofit.autofit.advice import what_would_fit
+from nanofit.autofit.compiling import may_compile, pays_off, too_short
+from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, Plan
+from nanofit.autofit.search import NEAR_ENOUGH, divisors, line_through, next_size, search, size_to_try_recomputed
+from nanofit.autofit.trial import run_trial
+from nanofit.errors import UsageError
+
+
+@dataclass
+class Fitter:
+    """Finds the Plan for one device, by trials of a Job."""
+
+    job: Job  # of the run as configured
+    batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int = 1
+    asked_compile: bool = False
+    compile_min_sms: int = 68
+    iterations_left: int = 1
+    may_recompute: bool = True  # recompute is ours to choose
+    may_shrink: bool = True  # the model's size is free to be proposed smaller
+    advises: bool = True  # where nothing fits, look for what would
+    say: Callable = print
+    run_trial: Callable = run_trial
+    facts: Facts | None = field(default=None, init=False)
+
+    def plan(self, remembered=None):
+        """A Plan, from trials or from an earlier one that a single trial confirms. UsageError where nothing fits."""
+        if remembered and (plan := self._confirm(remembered)):
+            return plan
+        choice, trials, why = self._search()
+        if choice is None:
+            raise UsageError(self._nothing_fits(trials))
+        use_compile, compile_why = self._compile(choice)
+        if choice.micro_batch_size < self.batch_size:
+            for pid, name, mib in self.facts.neighbours:
+                self.say(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
+        return self._plan(choice, use_compile, (*why, compile_why), trials)
+
+    def measure(self, size, compile=False, levers=None):
+        """Try one micro-batch size; says how it went. levers: None for those of the job."""
+        job = replace(self.job_of(size), compile=compile, levers=levers or self.job.levers)
+        trial = self.run_trial(replace(job, limit_bytes=self.limit), self._on_facts)
+        speed = f"   {trial.tokens_per_second:,.0f} tok/s" if trial.tokens_per_second else ""
+        peak = f"peak {trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else trial.failure
+        why = f" (the allocator ran short {trial.retries} times)" if trial.retries else ""
+        verdict = "fits" if trial.fits else f"does not fit{why}"
+        how = f"{job.levers}{', compiled' if compile else ''}"
+        self.say(f"auto-fit: batch_size {size}{how}   {peak}{speed}   {verdict}")
+        return trial
+
+    def job_of(self, size):
+        """The Job of this micro-batch size."""
+        micro_steps = self.gradient_accumulation_steps * (self.batch_size // size) // self.world_size
+        return replace(self.job, micro_batch_size=size, micro_steps=micro_steps)
+
+    @property
+    def limit(self):
+        """Bytes that training may take; 0 before the first trial has found out. All others are held to the same."""
+        return self.facts.limit_bytes if self.facts else 0
+
+    def _on_facts(self, facts):
+        if self.facts:
+            return
+        self.facts = facts
+        sms = f"{facts.sm_count} SMs, " if facts.sm_count else ""
+        simulated = ", simulated on fake tensors: nothing is measured" if self.job.simulate else ""
+        self.say(
+            f"auto-fit: {facts.name}, {sms}{facts.total_bytes / GIB:.2f} GiB, "
+            f"{facts.free_bytes / GIB:.2f} GiB free, limit {facts.limit_bytes / GIB:.2f} GiB{simulated}"
+        )
+
+    def _search(self):
+        """(choice, trials, reasons): without recompute, and with it where that helps."""
+        sizes, levers = divisors(self.batch_size), self.job.levers
+        choice, trials = self._search_sizes(sizes, levers)
+        if levers.recompute or not self.may_recompute:
+            return choice, trials, ()
+        recompute = replace(levers, recompute=True)
+        if choice is None:
+            if not self.facts:
+                return None, trials, ()  # there was no device to look at
+            choice, more = self._search_sizes(sizes, recompute)
+            why = "recompute on: not even batch_size 1 fits without it"
+        else:
+            size = size_to_try_recomputed(sizes, trials)
+            if size is None:
+                return choice, trials, ()
+            more = [self.measure(size, levers=recompute)]
+            if more[0].fits and more[0].tokens_per_second * NEAR_ENOUGH > choice.tokens_per_second:
+                why = "recompute on: larger micro-batches make up for computing activations twice"
+                choice = more[0]
+            else:
+                why = "recompute off: what fits without it is faster"
+        if choice:
+            self.say(f"auto-fit: {why}")
+        return choice, [*trials, *more], (why,)
+
+    def _search_sizes(self, sizes, levers):
+        """search(), and a word about the line once two trials have shown it."""
+        trials = []
+
+        def measure(size):
+            trials.append(self.measure(size, levers=levers))
+            if len(trials) == 2 and all(t.peak_bytes for t in trials):
+                a, k = line_through(trials)
+                following = next_size(sizes, trials, self.limit)
+                hope = f": {following} should fit" if following and following > size else ""
+                self.say(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB{hope}")
+            return trials[-1]
+
+        return search(sizes, lambda: self.limit, measure)
+
+    def check(self, plan, size, levers):
+        """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
+        known = any(
+            t.fits and t.micro_batch_size == size and t.levers.recompute == levers.recompute for t in plan.trials
+        )
+        if not known and not self.measure(size, levers=levers).fits:
+            raise UsageError(f"batch_size {size}, which another rank chose, does not fit here")
+
+    def _compile(self, choice):
+        """(use, why) for torch.compile at the chosen size, tried there if it may pay."""
+        if self.job.simulate:
+            return False, "compile: decided on the device itself"
+        facts = self.facts
+        verdict, why = may_compile(
+            asked=self.asked_compile,
+            device_type=facts.device_type,
+            capability=tuple(facts.capability),
+            sm_count=facts.sm_count,
+            min_sms=self.compile_min_sms,
+            has_triton=facts.has_triton,
+            platform=sys.platform,
+        )
+        if verdict == "prove" and (short := too_short(choice, self._tokens_left())):
+            verdict, why = "no", f"{why}, and {short}"
+        if verdict != "no":
+            compiled = self.measure(choice.micro_batch_size, compile=True, levers=choice.levers)
+            if not compiled.fits:
+                verdict, why = "no", f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
+            elif verdict == "prove":
+                worth, sums = pays_off(choice, compiled, self._tokens_left())
+                verdict, why = ("yes" if worth else "no"), f"{why}, and {sums}"
+        decision = f"compile {'on' if verdict == 'yes' else 'off'}: {why}"
+        self.say(f"auto-fit: {decision}")
+        return verdict == "yes", decision
+
+    def _tokens_left(self):
+        """Tokens that this rank has still to train."""
+        sequences = self.batch_size * self.gradient_accumulation_steps // self.world_size
+        return max(1, self.iterations_left) * sequences * self.job.model_args["block_size"]
+
+    def _plan(self, trial, use_compile, reasons, trials):
+        return Plan(
+            batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            micro_batch_size=trial.micro_batch_size,
+            levers=trial.levers,
+            compile=use_compile,
+            limit_bytes=self.limit,
+            peak_bytes=trial.peak_bytes,
+            reasons=tuple(reasons),
+            trials=tuple(trials),
+        )
+
+    def _confirm(self, kept):
+        """A Plan as the kept one, if one trial shows that it still holds; else None, with a sentence."""
+        trial = self.measure(kept.micro_batch_size, compile=kept.compile, levers=kept.levers)
+        if not trial.fits:
+            self.say("auto-fit: the answer kept beside the run does not fit any more: looking again")
+        elif abs(self.limit - kept.limit_bytes) > 0.05 * kept.limit_bytes:
+            now, then = self.limit / GIB, kept.limit_bytes / GIB
+            self.say(f"auto-fit: the limit was {then:.2f} GiB and is {now:.2f} GiB: looking again")
+        else:
+            self.say("auto-fit: the answer kept beside the run holds")
+            return self._plan(trial, kept.compile, kept.reasons, [trial])
+        self.facts = None
+        return None
+
+    def _nothing_fits(self, trials):
+        smallest = trials[-1]  # with recompute, where that was tried
+        if not self.facts:
+            return f"auto-fit could not look at the device: {smallest.failure}"
+        if smallest.failure not in ("", OUT_OF_MEMORY):
+            return (
+                f"auto-fit: the trial of batch_size 1 failed: {smallest.failure}; if that is for want of memory (the "
+                f"limit is {self.limit / GIB:.2f} GiB), set a smaller block_size or model; else start without "
+                "auto_fit to see the whole error"
+            )
+        how = smallest.failure or ("simulated" if self.job.simulate else "measured")
+        need = f"{smallest.peak_bytes / GIB:.2f} GiB" if smallest.peak_bytes else "more than there is"
+        sentence = (
+            f"auto-fit: nothing fits: batch_size 1{smallest.levers} takes {need} ({how}), the limit is "
+            f"{self.limit / GIB:.2f} GiB of {self.facts.free_bytes / GIB:.2f} GiB free"
+        )
+        if not self.advises:
+            return sentence
+        self.say("auto-fit: nothing fits: looking for settings that would, by simulation")
+        levers = replace(smallest.levers, recompute=smallest.levers.recompute or self.may_recompute)
+        job = replace(self.job_of(1), levers=levers)
+        return "\n".join([sentence, *what_would_fit(job, self.limit, self.run_trial, self.may_shrink)])

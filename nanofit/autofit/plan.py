@@ -1,0 +1,175 @@
+"""Values that auto-fit's rooms hand to each other, and to its child process as lines of JSON.
+
+Nothing of the project is imported here, so that both sides may import it.
+"""
+
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+
+GIB = 2**30
+OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
+
+
+@dataclass(frozen=True)
+class MemoryLevers:
+    """What trades speed for memory. Each field is a key of train.py of the same name."""
+
+    recompute: bool = False  # blocks compute their activations again in the backward pass
+    optimizer_state: str = "float32"  # or '8bit', 'offload': see optimizers.py
+    loss_chunk_mb: int = 0  # MiB of logits that exist at a time; 0: by the memory there is
+
+    def within(self, limit_bytes):
+        """These levers with what is left open settled for a device of so much memory (0: unknown)."""
+        if self.loss_chunk_mb:
+            return self
+        # Large chunks are faster and 1% of the memory isn't missed; below 128 MiB a chunk saves nothing that counts.
+        return replace(self, loss_chunk_mb=max(128, limit_bytes // 100 // 2**20 // 128 * 128))
+
+    def __str__(self):
+        """The levers that are moved, for messages: ', recompute'; nothing where none is."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        moved.pop("loss_chunk_mb", None)  # it is settled everywhere, and says little
+        return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
+
+
+FITTED = ("recompute", "loss_chunk_mb")  # the levers that auto-fit may move, where the user doesn't
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a trial must know of the run."""
+
+    model_file: str  # the model.py that trains
+    model_args: dict
+    device: str
+    dtype: str
+    grad_clip: float
+    levers: MemoryLevers = MemoryLevers()
+    micro_batch_size: int = 1  # sequences
+    micro_steps: int = 1  # of an iteration, on this device
+    compile: bool = False
+    compile_mode: str = "default"
+    memory_limit_gb: float = 0.0  # GiB; 0: what is free
+    limit_bytes: int = 0  # found by an earlier trial; 0: find it
+    simulate: bool = False  # on fake tensors, which take no memory and tell no time
+    confirm_steps: int = 0  # so many more, with evaluations, before memory is read
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a trial found out about its device."""
+
+    name: str
+    device_type: str = "cpu"
+    sm_count: int = 0
+    capability: tuple = (0, 0)
+    has_triton: bool = False
+    total_bytes: int = 0
+    free_bytes: int = 0
+    limit_bytes: int = 0  # what training may take
+    neighbours: tuple = ()  # (pid, name, MiB) of other processes that hold memory of this GPU
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What trying one micro-batch size showed."""
+
+    micro_batch_size: int
+    levers: MemoryLevers = MemoryLevers()
+    compiled: bool = False
+    peak_bytes: int = 0  # most that was reserved; 0 where it isn't known
+    tokens_per_second: float = 0.0  # 0 where it wasn't measured
+    failure: str = ""  # why there are no figures
+    retries: int = 0  # of the allocator, which had to give up its cache to find memory
+    compile_seconds: float = 0.0
+    parts: dict = field(default_factory=dict)  # of a simulated peak: bytes by what they are for
+    limit_bytes: int = 0
+
+    @property
+    def fits(self):
+        """Whether training may run so: within the limit, whole, and without the allocator in distress."""
+        return not self.failure and 0 < self.peak_bytes <= self.limit_bytes and not self.retries
+
+    @property
+    def out_of_memory(self):
+        """Whether it failed for want of memory and nothing else."""
+        return self.failure in ("", OUT_OF_MEMORY) and not self.fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the effective batch is split, and why."""
+
+    batch_size: int  # as configured
+    gradient_accumulation_steps: int  # as configured, of all ranks together
+    micro_batch_size: int
+    levers: MemoryLevers = MemoryLevers()
+    compile: bool = False
+    limit_bytes: int = 0
+    peak_bytes: int = 0
+    reasons: tuple = ()
+    trials: tuple = field(default=(), compare=False)
+
+    def __post_init__(self):
+        assert self.batch_size % self.micro_batch_size == 0, "a micro-batch divides the batch"
+        assert self.micro_batch_size * self.accumulation == self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def accumulation(self):
+        """Micro-steps of an iteration, of all ranks together."""
+        return self.gradient_accumulation_steps * (self.batch_size // self.micro_batch_size)
+
+    def __str__(self):
+        return (
+            f"batch_size {self.batch_size} -> {self.micro_batch_size}, gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps} -> {self.accumulation}, effective batch "
+            f"{self.batch_size * self.gradient_accumulation_steps}"
+        )
+
+
+def to_json(value):
+    """One of the values above as a line of JSON, with its kind."""
+    return json.dumps({"kind": type(value).__name__, **asdict(value)})
+
+
+def from_json(line, *kinds):
+    """The value, of one of these kinds, that to_json made this line of; None where the line is anything else."""
+    try:
+        read = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    named = read.pop("kind", None) if isinstance(read, dict) else None
+    kind = next((kind for kind in kinds if kind.__name__ == named), None)
+    return from_dict(kind, read) if kind else None
+
+
+def from_dict(kind, read):
+    """The value of this kind of which asdict gave read, its types checked; None where read is anything else."""
+    wanted = typing.get_type_hints(kind)
+    if not isinstance(read, dict) or not set(read) <= set(wanted):
+        return None
+    given = {}
+    for name, value in read.items():
+        if wanted[name] is MemoryLevers:
+            value = from_dict(MemoryLevers, value)
+        elif wanted[name] is tuple and type(value) is list:
+            value = tuple(value)
+        elif wanted[name] is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted[name]:
+            return None
+        given[name] = value
+    try:
+        return kind(**given)
+    except (TypeError, AssertionError, ZeroDivisionError):  # a field is missing, or a Plan's sizes don't divide
+        return None
+
+
+def memory_limit(free_bytes, memory_limit_gb):
+    """Bytes that training may reserve: what is free less a margin, or memory_limit_gb (GiB) if that is less.
+
+    The margin, 5% and at most 1 GiB, is for what the allocator doesn't count: libraries' workspaces, loaded kernels.
+    """
+    limit = int(free_bytes - min(0.05 * free_bytes, GIB))
+    return min(limit, int(memory_limit_gb * GIB)) if memory_limit_gb else limit

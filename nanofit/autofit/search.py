@@ -1,0 +1,108 @@
+"""Which micro-batch size to try next, and which wins. Pure: whoever calls it measures."""
+
+import math
+
+MAX_TRIALS = 5
+NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
+LEVEL = 0.9  # of the fastest: too close to tell which size is the best
+# Recomputing costs about a third more arithmetic. Where doubling the size gains so much speed, two doublings, for which
+# recomputing makes room, make up for it: 1.15 ** 2 = 1.32.
+WORTH_RECOMPUTING = 1.15
+RECOMPUTED_TIMES = 4  # as many sequences, at least, fit with recompute
+
+
+def divisors(n):
+    """All divisors of n, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def line_through(trials):
+    """(a, k) of memory = a + k x size bytes, through the smallest and the largest trial with a known peak."""
+    known = sorted((t.micro_batch_size, t.peak_bytes) for t in trials if t.peak_bytes)
+    if not known:
+        return 0.0, 0.0
+    (b0, m0), (b1, m1) = known[0], known[-1]
+    k = max(0.0, (m1 - m0) / (b1 - b0)) if b1 > b0 else 0.0
+    return m1 - k * b1, k
+
+
+def next_size(sizes, trials, limit_bytes):
+    """The micro-batch size to try next, or None where the trials so far suffice.
+
+    First the two smallest, for the line that memory follows; then the largest that the line allows; then what
+    lies between what fits and what doesn't; then the neighbours of the fastest; last, where speed is level there,
+    the middle of the sizes below.
+    """
+    tried = {t.micro_batch_size for t in trials}
+    fitting = [t for t in trials if t.fits]
+    for size in sizes[:2]:
+        if size not in tried:
+            return size
+        if sizes[0] in tried and not fitting:
+            return None
+    low = max(t.micro_batch_size for t in fitting)
+    too_large = [t.micro_batch_size for t in trials if not t.fits and t.micro_batch_size > low]
+    high = min(too_large, default=sizes[-1] + 1)
+    between = [s for s in sizes if low < s < high and s not in tried]
+    a, k = line_through(trials)
+    allowed = [s for s in between if a + k * s <= limit_bytes]
+    if allowed:
+        # A line that has been wrong twice is no guide any more.
+        return between[len(between) // 2] if len(too_large) > 1 else allowed[-1]
+    fastest = max(fitting, key=lambda t: t.tokens_per_second)
+    if not fastest.tokens_per_second:
+        return None
+    at = sizes.index(fastest.micro_batch_size)
+    for neighbour in sizes[max(0, at - 1) : at] + sizes[at + 1 : at + 2]:
+        if neighbour not in tried and neighbour < high and a + k * neighbour <= limit_bytes:
+            return neighbour
+    level = [t for t in fitting if t.tokens_per_second >= LEVEL * fastest.tokens_per_second]
+    below = [s for s in sizes if s < fastest.micro_batch_size and s not in tried]
+    return below[len(below) // 2] if below and len(level) > 1 else None
+
+
+def choose(trials):
+    """Of the trials that fit, the smallest within 2% of the fastest; the largest where speed wasn't measured.
+
+    None where nothing fits.
+    """
+    fitting = sorted((t for t in trials if t.fits), key=lambda t: t.micro_batch_size)
+    if not fitting:
+        return None
+    fastest = max(t.tokens_per_second for t in fitting)
+    if not fastest:
+        return fitting[-1]
+    return next(t for t in fitting if t.tokens_per_second >= NEAR_ENOUGH * fastest)
+
+
+def search(sizes, limit_bytes, measure):
+    """(choice, trials): at most MAX_TRIALS calls of measure(size), which gives a Trial.
+
+    sizes: ascending. limit_bytes: a function, as only the first trial finds it out. The choice is a trial that
+    was measured to fit, or None.
+    """
+    trials = []
+    while len(trials) < MAX_TRIALS:
+        size = next_size(sizes, trials, limit_bytes())
+        if size is None:
+            break
+        trials.append(measure(size))
+    return choose(trials), trials
+
+
+def size_to_try_recomputed(sizes, trials):
+    """The size at which recompute may be faster than the sizes that fit without it, or None.
+
+    That can only be where memory, not batch_size, ends the search, and where speed was still growing with the size.
+    """
+    fitting = sorted((t for t in trials if t.fits and t.tokens_per_second), key=lambda t: t.micro_batch_size)
+    if not fitting or fitting[-1].micro_batch_size == sizes[-1]:
+        return None
+    largest = fitting[-1]
+    if len(fitting) > 1:
+        smaller = fitting[-2]
+        doublings = math.log2(largest.micro_batch_size / smaller.micro_batch_size)
+        if (largest.tokens_per_second / smaller.tokens_per_second) ** (1 / doublings) < WORTH_RECOMPUTING:
+            return None
+    return max(size for size in sizes if size <= RECOMPUTED_TIMES * largest.micro_batch_size)

@@ -1,0 +1,115 @@
+"""Ranks: who they are, how they agree, how weights and gradients travel.
+
+Alone, a process is rank 0 of 1, and nothing here does anything. Otherwise all ranks must call what several share.
+"""
+
+import atexit
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nanofit import runtime
+from nanofit.errors import UsageError
+
+# Longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 minutes are not.
+TIMEOUT = timedelta(hours=3)
+
+
+@dataclass
+class World:
+    """Which of torchrun's processes this one is."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    on_host: object = None  # a group whose messages don't wait for the devices
+
+    @classmethod
+    def of_torchrun(cls):
+        """The World that torchrun's environment variables tell of."""
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+        return cls(*(int(os.environ.get(name, alone)) for name, alone in variables.items()))
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def init(self, backend, device_name):
+        """Meet the other ranks; returns this rank's torch.device: of several GPUs, that of its local rank.
+
+        backend: 'nccl' (GPUs) or 'gloo' (anything).
+        """
+        device = runtime.find_device(device_name)
+        if self.size == 1 and "RANK" not in os.environ:
+            return device
+        options = {}
+        if device.type == "cuda":
+            options["device_id"] = device = runtime.find_device(f"cuda:{self.local_rank}")
+            runtime.set_device(device)
+        elif backend == "nccl":
+            backend = "gloo"
+            if self.is_main:
+                print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
+        if not dist.is_backend_available(backend):
+            raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
+        dist.init_process_group(backend, timeout=TIMEOUT, **options)
+        self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        # gloo's threads give back their last tensors a moment after the call that waited for them, and need
+        # Python's lock to do so: where Python is shutting down already, the process aborts.
+        atexit.register(time.sleep, 0.1)
+        return device
+
+    def destroy(self):
+        """Part from the other ranks, at the end of a run."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def broadcast(self, tensors):
+        """Replace each tensor by that of rank 0."""
+        if self.size > 1:
+            with torch.no_grad():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
+
+    def all_reduce_mean(self, tensors):
+        """Replace each tensor by its mean over the ranks."""
+        if self.size > 1:
+            for pending in [dist.all_reduce(t, async_op=True) for t in tensors]:
+                pending.wait()
+            torch._foreach_div_(tensors, self.size)
+
+    def all_reduce_max(self, number):
+        """The largest of the ranks' whole numbers, on each of them."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.on_host)
+        return number.item()
+
+    def all_gather(self, value):
+        """A list of every rank's value (plain Python and tensors on the CPU), on each."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.on_host)
+        return values
+
+    def agree(self, attempt):
+        """Call attempt() on every rank; all their values, or a UsageError on all of them where it fails on any."""
+        value, failure = None, ""
+        try:
+            value = attempt()
+        except UsageError as e:
+            failure = str(e)
+        answers = self.all_gather((value, failure))
+        for rank, (_, said) in enumerate(answers):
+            if said:
+                raise UsageError(f"rank {rank}: {said}" if self.size > 1 else said)
+        return [value for value, _ in answers]
+
+
+ALONE = World()

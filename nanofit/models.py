@@ -1,0 +1,182 @@
+"""What training asks of a model, whoever wrote it.
+
+A model.py that has nanoGPT's GPTConfig and GPT trains here. What ours offers beyond these is looked for, and where it
+is missing, done without: nothing here imports a model.py that it wasn't told of.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+import os
+import sys
+import typing
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from nanofit.errors import UsageError, usage_errors
+
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
+GPT2_SIZES = {  # what OpenAI released, by the name on the Hugging Face hub
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+PADDED_VOCAB_SIZE = 50304  # GPT-2's 50257, to a multiple of 64: faster matrix products
+KEY_TYPES = (bool, int, float, str)  # of what --key=value can set
+NANOGPT_PEAK_FLOPS = 312e12  # an A100's, of which nanoGPT's estimate_mfu gives a share
+
+
+# ---- the config, and a model of it -------------------------------------------------------------------------
+
+
+def fields(config_class):
+    """The parameters of a GPTConfig: {name: inspect.Parameter}."""
+    return dict(inspect.signature(config_class).parameters)
+
+
+def own_fields(config_class):
+    """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run."""
+    hints = typing.get_type_hints(config_class)
+    own = {}
+    for name, parameter in fields(config_class).items():
+        if name in SIZES:
+            continue
+        default = parameter.default
+        # `int | None = None` stands for an int that the config works out by itself.
+        kinds = [k for k in (type(default), *(typing.get_args(hints.get(name)) or [hints.get(name)])) if k in KEY_TYPES]
+        if default is parameter.empty or not kinds:
+            raise UsageError(
+                f"model.py: the field {name} of GPTConfig must have a default and be a bool, int, float or str, so "
+                f"that --{name}=... can set it"
+            )
+        own[name] = kinds[0], default
+    return own
+
+
+def build(model_class, config_class, model_args):
+    """A model of these sizes; those that its GPTConfig doesn't have are left out."""
+    known = {name: value for name, value in model_args.items() if name in fields(config_class)}
+    with usage_errors(ValueError, AssertionError, prefix="model.py: "):
+        return model_class(config_class(**known))
+
+
+def pretrained(model_class, name, dropout):
+    """A GPT-2 with trained weights: name as in init_from."""
+    with usage_errors(ValueError, OSError, ImportError, AssertionError, prefix=f"init_from={name!r}: "):
+        return model_class.from_pretrained(name, dict(dropout=dropout))
+
+
+def load_weights(model, weights, where):
+    """Give a model a checkpoint's weights; where: what holds them, for the message where they are of another model."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:  # torch lists everything that differs, one line each: the first tells enough
+        first = str(e).splitlines()[:2][-1].strip()[:200]
+        raise UsageError(f"{where}: its weights don't fit its model_args: {first}") from e
+
+
+def file_of(model_class):
+    """Where a model was written, for a process that must build it again."""
+    return os.path.abspath(inspect.getfile(model_class))
+
+
+def from_file(path):
+    """(GPT, GPTConfig) of a model.py."""
+    sys.path.insert(0, os.path.dirname(path))
+    module = importlib.import_module(os.path.splitext(os.path.basename(path))[0])
+    return module.GPT, module.GPTConfig
+
+
+def sizes_of(init_from, config, saved, meta, own):
+    """model_args of the model that a run starts with, before a single weight is made.
+
+    config: the run's keys. saved: the checkpoint, for 'resume'. meta: the data set's meta.pkl or None. own: own_fields.
+    """
+    args = {name: config[name] for name in (*SIZES, *own) if name != "vocab_size"}
+    if init_from == "scratch":
+        args["vocab_size"] = meta["vocab_size"] if meta else PADDED_VOCAB_SIZE
+    elif init_from == "resume":
+        args |= {name: value for name, value in saved["model_args"].items() if name in (*SIZES, *own)}
+        args["dropout"] = config["dropout"]
+    else:
+        args |= _pretrained_sizes(init_from)
+    return {name: args[name] for name in (*SIZES, *own)}
+
+
+def _pretrained_sizes(name):
+    if name in GPT2_SIZES:
+        return {**GPT2_SIZES[name], "block_size": 1024, "vocab_size": 50257, "bias": True}
+    path = os.path.join(name, "config.json")
+    with usage_errors(OSError, ValueError, LookupError, TypeError, prefix=f"{path} is not the config of a GPT-2: "):
+        with open(path, encoding="utf-8") as f:
+            theirs = json.load(f)
+        sizes = {ours: theirs[ours] for ours in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        return {**sizes, "block_size": theirs["n_positions"], "bias": True}
+
+
+# ---- what it offers ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _parameters_of_forward(model_class):
+    return inspect.signature(model_class.forward).parameters
+
+
+def offers(model, parameter):
+    """Whether the forward method of a model, compiled or not, has this parameter."""
+    return parameter in _parameters_of_forward(type(getattr(model, "_orig_mod", model)))
+
+
+def loss_of(model, x, y):
+    """Mean cross-entropy in nats of predicting y, int64 (B, T), from x: without the logits, if the model can."""
+    return model(x, y, return_logits=False)[1] if offers(model, "return_logits") else model(x, y)[1]
+
+
+def blocks_of(model):
+    """The transformer's blocks, where a model keeps them as nanoGPT does; else nothing."""
+    return getattr(getattr(model, "transformer", None), "h", ())
+
+
+def lacks(model):
+    """A line for each thing that training would use and the model doesn't offer."""
+    lines = []
+    if not offers(model, "return_logits"):
+        lines.append("model.py offers no return_logits: all logits are held, and loss_chunk_mb does nothing")
+    if not blocks_of(model):
+        lines.append("model.py has no transformer.h: recompute does nothing")
+    return lines
+
+
+def share_of_peak(model, sequences, seconds, peak_flops):
+    """Model FLOP/s utilisation, by the model's own estimate_mfu: sequences forward and backward in so many seconds."""
+    return model.estimate_mfu(sequences, seconds) * NANOGPT_PEAK_FLOPS / peak_flops
+
+
+# ---- memory levers -----------------------------------------------------------------------------------------
+
+
+def apply_levers(model, levers):
+    """Let a model train with these MemoryLevers. Where AdamW's state is kept is optimizers.py's."""
+    if hasattr(model, "loss_chunk_mb"):
+        model.loss_chunk_mb = levers.loss_chunk_mb
+    if levers.recompute:
+        draws = getattr(model.config, "dropout", 1.0) > 0
+        for block in blocks_of(model):
+            block.forward = _recomputed(block.forward, draws)
+
+
+def _recomputed(forward, draws):
+    """A block's forward that keeps only what enters it, and computes the rest again in the backward pass.
+
+    draws: it draws random numbers, which must be the same again.
+    """
+
+    def call(*args, **options):
+        if not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **options)
+
+    return call

@@ -1,0 +1,91 @@
+"""What the keys of a run may be. Everything here is looked at before anything is written."""
+
+import os
+
+from nanofit import models, optimizers, runtime
+from nanofit.autofit import compiling
+from nanofit.errors import UsageError
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def at_least(minimum, config, *keys):
+    """Raise a UsageError for the first of these keys whose value is below minimum."""
+    for key in keys:
+        if not config[key] >= minimum:  # a nan is not at least anything
+            raise UsageError(f"{key} must be at least {minimum}, not {config[key]}")
+
+
+def one_of(choices, config, key):
+    """Raise a UsageError if config[key] is not among choices."""
+    if config[key] not in choices:
+        raise UsageError(f"{key} must be one of {', '.join(map(repr, choices))}, not {config[key]!r}")
+
+
+def dtype(config, given):
+    """The precision to compute in: as asked for, else the best of the device."""
+    if "dtype" not in given:
+        return "bfloat16" if is_elsewhere(config) else runtime.best_dtype(config["device"])
+    one_of(tuple(runtime.DTYPES), config, "dtype")
+    return config["dtype"]
+
+
+def is_elsewhere(config):
+    """Whether a plan is asked for, for a device that isn't in this machine."""
+    return config.get("dry_run", False) and config["memory_limit_gb"] > 0 and not runtime.is_here(config["device"])
+
+
+def check(config, world):
+    """Raise a UsageError for the first key of train.py that can't be what it is."""
+    at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps")
+    at_least(1, config, "eval_interval", "eval_iters", "log_interval")
+    at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
+    at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2", "loss_chunk_mb")
+    for key in ("beta1", "beta2"):
+        if not config[key] < 1:
+            raise UsageError(f"{key} must be below 1, not {config[key]}")
+    one_of(COMPILE_MODES, config, "compile_mode")
+    one_of(optimizers.OPTIMIZER_STATES, config, "optimizer_state")
+    optimizers.require(config["optimizer_state"])
+    init_from = config["init_from"]
+    if init_from not in ("scratch", "resume", *models.GPT2_SIZES) and not os.path.isdir(init_from):
+        raise UsageError(
+            f"init_from must be 'scratch', 'resume', one of {', '.join(models.GPT2_SIZES)}, or a folder that holds a "
+            f"Hugging Face GPT-2, not {init_from!r}"
+        )
+    steps = config["gradient_accumulation_steps"]
+    if steps % world.size:
+        below = steps // world.size * world.size
+        nearest = [str(n) for n in (below, below + world.size) if n]
+        raise UsageError(
+            f"gradient_accumulation_steps={steps} can't be shared equally by {world.size} ranks: "
+            f"set it to {' or '.join(nearest)}"
+        )
+    if is_elsewhere(config):
+        if world.size > 1:
+            raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
+    elif config["dry_run"] and not runtime.is_here(config["device"]):
+        raise UsageError(
+            f"there is no {config['device']} here: to plan for one, say how much memory it has: --memory_limit_gb=12"
+        )
+    else:
+        check_compile_mode(config)
+
+
+def check_compile_mode(config):
+    """Raise a UsageError where the GPU is too small for compile_mode."""
+    device = runtime.find_device(config["device"])
+    if config["compile"] and device.type == "cuda":
+        mode, min_sms = config["compile_mode"], config["compile_min_sms"]
+        if refusal := compiling.refuse_mode(mode, runtime.sm_count(device), min_sms):
+            raise UsageError(refusal)
+
+
+def crop_to(block_size, trained_with, init_from):
+    """The block_size to train with, of a model that has so many positions; UsageError where it has fewer."""
+    if block_size > trained_with:
+        raise UsageError(
+            f"block_size={block_size} is more than the {trained_with} positions that the model of "
+            f"init_from={init_from!r} was trained with: set --block_size={trained_with} or less"
+        )
+    return block_size
