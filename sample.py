@@ -4,9 +4,13 @@ python sample.py --out_dir=out-shakespeare-char --start="O Romeo"
 python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
 """
 
+import math
 import os
 from pathlib import Path
 
+import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+
+# isort: split
 import torch
 
 from configurator import configure
@@ -32,14 +36,16 @@ config, given = configure(globals())
 
 settings.at_least(1, config, "num_samples", "max_new_tokens")
 settings.at_least(0, config, "top_k")
-if not temperature > 0:
+if not 1e-4 <= temperature < math.inf:  # less would turn logits into infinities
     raise UsageError(
-        f"temperature must be above 0, not {temperature}; for the likeliest token each time, use --top_k=1"
+        f"temperature must be from 0.0001 on, not {temperature}; for the likeliest token each time, use --top_k=1"
     )
 dtype = settings.dtype(config, given)
 device = runtime.find_device(device)
 runtime.set_device(device)
 if start.startswith("FILE:"):
+    if os.path.exists(start[5:]) and not os.path.isfile(start[5:]):
+        raise UsageError(f"the prompt can't be read: {start[5:]} is not a file")
     with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "):
         start = Path(start[5:]).read_text(encoding="utf-8")
 if not start:
@@ -49,9 +55,15 @@ if not start:
 torch.manual_seed(seed)
 data_dir = None
 if init_from == "resume":
-    saved = checkpoint.load(out_dir, required=("model", "model_args"))
+    # A run that keeps only its best may have stopped before it had one.
+    best = os.path.isfile(os.path.join(out_dir, checkpoint.NAME))
+    name = checkpoint.NAME if best or not os.path.isfile(os.path.join(out_dir, checkpoint.LAST)) else checkpoint.LAST
+    path = os.path.join(out_dir, name)
+    saved = checkpoint.load(out_dir, name)
+    settings.check_sizes({"batch_size": 1}, GPTConfig, saved["model_args"], elsewhere=False)
     model = models.build(GPT, GPTConfig, saved["model_args"])
-    models.load_weights(model, saved["model"], os.path.join(out_dir, checkpoint.NAME))
+    models.load_weights(model, saved["model"], path)
+    print(f"{path}, of iteration {saved.get('iter_num', 'unknown')}")
     if "dataset" in saved.get("config", {}):
         data_dir = os.path.join("data", saved["config"]["dataset"])
 else:

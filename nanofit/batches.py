@@ -33,6 +33,8 @@ def _missing(folder):
 
 def _count_tokens(path, block_size):
     """(tokens of a .bin file, what tells whether it is still the same file), after a look at its size."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{path} is not a file: prepare the data again")
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist: {_missing(os.path.dirname(path))}")
     found = os.stat(path)

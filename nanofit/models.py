@@ -56,11 +56,18 @@ def own_fields(config_class):
     return own
 
 
-def build(model_class, config_class, model_args):
-    """A model of these sizes; those that its GPTConfig doesn't have are left out."""
+def config_of(config_class, model_args):
+    """A GPTConfig of these sizes; those that it doesn't have are left out. UsageError where it refuses them."""
     known = {name: value for name, value in model_args.items() if name in fields(config_class)}
+    with usage_errors(ValueError, AssertionError):
+        return config_class(**known)
+
+
+def build(model_class, config_class, model_args):
+    """A model of these sizes."""
+    config = config_of(config_class, model_args)
     with usage_errors(ValueError, AssertionError, prefix="model.py: "):
-        return model_class(config_class(**known))
+        return model_class(config)
 
 
 def pretrained(model_class, name, dropout):

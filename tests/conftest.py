@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
+RANK = ROOT / "tests" / "rank.py"  # train.py, and then a file that tells a rank's weights
 sys.path.insert(0, str(ROOT))
 
 TOY = {  # the reference runs' model, on the reference runs' data
@@ -39,10 +41,10 @@ def pytest_collection_modifyitems(items):
 
 @dataclass
 class Run:
-    """What a script printed, and its globals when it ended."""
+    """What a script printed and, if it ran in this process, its globals when it ended."""
 
     text: str
-    names: dict
+    names: dict | None = None
 
     @property
     def iter_loss(self):
@@ -61,13 +63,19 @@ def flags(**keys):
 
 
 def run_script(name, *argv):
-    """Run a script of the project as python would, in the current folder: much faster than a new process."""
+    """Run a script of the project as python would, in the current folder: much faster than a new process.
+
+    Where it ends with a SystemExit, what it had printed is that one's .text.
+    """
     out = io.StringIO()
     before = sys.argv, sys.excepthook, sys.stdout
     sys.argv = [name, *argv]
     try:
         with contextlib.redirect_stdout(out):
             names = runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as stop:
+        stop.text = out.getvalue()
+        raise
     finally:
         sys.argv, sys.excepthook, sys.stdout = before
     return Run(out.getvalue(), names)
@@ -75,6 +83,23 @@ def run_script(name, *argv):
 
 def train(*argv, **keys):
     return run_script("train.py", *argv, *flags(**{**TOY, **keys}))
+
+
+def torchrun(*arguments, check=True):
+    """What follows the word torchrun, run in the current folder: (Run, what went to standard error, exit code).
+
+    check: let the test fail where a rank did.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return Run(done.stdout), done.stderr, done.returncode
+
+
+def train_on_ranks(count, script=RANK, check=True, **keys):
+    """train.py at toy size on so many processes of this machine's CPU, as torchrun."""
+    keys = {**TOY, "backend": "gloo", **keys}
+    return torchrun("--standalone", f"--nproc_per_node={count}", str(script), *flags(**keys), check=check)
 
 
 @pytest.fixture(autouse=True)

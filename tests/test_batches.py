@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanofit.batches import Batches
+from nanofit.batches import Batches, RandomBatch
 from nanofit.codec import codec_of, load_meta
 from nanofit.errors import UsageError
 
@@ -83,14 +83,15 @@ def test_a_stream_goes_on_from_its_state():
     a = stream()
     for _ in range(3):
         a.advance()
-    state, expected = a.state(), [a.current]
+    state, expected = a.state_dict(), [a.current]
     expected += chain(*a.evaluation("val", 2))
     a.advance()
     expected.append(a.current)
 
     b = stream(start=False)
     torch.manual_seed(5)
-    b.start(65, state)
+    b.start(65)
+    b.load_state_dict(state)
     found = [b.current, *chain(*b.evaluation("val", 2))]
     b.advance()
     found.append(b.current)
@@ -173,15 +174,15 @@ def test_bpe_there_and_back(bpe):
     assert decode([15496, 50300]) == "Hello", "the padding of the vocabulary stands for nothing"
 
 
-def test_going_back_to_a_mark_repeats_the_batches_that_follow():
+def test_going_back_to_a_state_repeats_the_batches_that_follow():
     a = stream()
     list(a.evaluation("val", 3))  # which moves the generator beyond the current batch
-    mark, expected = a.mark(), []
+    state, expected = a.state_dict(), []
     for _ in range(3):
         expected.append(a.current)
         a.advance()
     a.micro_batch_size = 4
-    a.rewind(mark)
+    a.load_state_dict(state)
     found = []
     for _ in range(6):
         found.append(a.current)
@@ -197,7 +198,31 @@ def test_ranks_share_the_batches_that_one_would_draw():
     assert [len(share) for share in shares] == [2, 2, 1]
     dealt = [shares[i % 3][i // 3] for i in range(5)]
     assert all(same(a[0], b[0]) for a, b in zip(dealt, expected, strict=True))
-    assert all(torch.equal(s.stream(), alone.stream()) for s in shared)
+    assert all(torch.equal(s.generator.get_state(), alone.generator.get_state()) for s in shared)
+
+
+def test_a_state_in_the_middle_of_a_batch_is_a_mistake_of_ours():
+    a = stream(micro_batch_size=4)
+    a.advance()
+    with pytest.raises(AssertionError, match="an iteration ends with its last batch"):
+        a.state_dict()
+
+
+@pytest.mark.parametrize(("per_iter", "micro", "micro_steps"), [(1, 8, 1), (5, 8, 5), (5, 2, 20), (3, 1, 24)])
+def test_micro_steps_of_an_iteration(per_iter, micro, micro_steps):
+    assert stream(per_iter=per_iter, micro_batch_size=micro).micro_steps == micro_steps
+
+
+def test_random_batches_stand_in_for_a_data_set():
+    looks = []
+    made = RandomBatch(3, 5, 65, CPU, micro_steps=2, on_current=lambda: looks.append(1))
+    x, y = made.current
+    assert x.shape == y.shape == (3, 5)
+    assert 0 <= min(x.min(), y.min()) < max(x.max(), y.max()) < 65
+    made.advance()
+    assert same(made.current, RandomBatch(3, 5, 65, CPU).current)
+    assert len(looks) == 2
+    assert [len(list(made.evaluation("val", 5, rank, 2))) for rank in (0, 1)] == [3, 2]
 
 
 @pytest.mark.parametrize("change", ["shortened", "replaced", "removed", "cut while it is read"])
@@ -209,7 +234,7 @@ def test_data_that_changes_in_mid_run(tmp_path, monkeypatch, change):
         path.unlink()
         sentence = "train.bin does not exist"
     elif change == "cut while it is read":
-        monkeypatch.setattr("batches._count_tokens", lambda *_: a._files["train"][:2])
+        monkeypatch.setattr("nanofit.batches._count_tokens", lambda *_: a._files["train"][:2])
         path.write_bytes(b"")
         sentence = r"train.bin ends before token [\d,]+: it was cut short in mid-run"
     else:

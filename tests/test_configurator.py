@@ -1,13 +1,15 @@
 """Config files and --key=value."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, environment
 
-from configurator import at_least, configure, one_of
+from configurator import configure
 from nanofit.errors import UsageError
+from nanofit.settings import at_least, one_of
 
 
 def script(**keys):
@@ -15,9 +17,9 @@ def script(**keys):
             "out_dir": "out", "print": print, **keys}  # fmt: skip
 
 
-def configured(*argv, **keys):
+def configured(*argv, more=None, **keys):
     names = script(**keys)
-    _, given = configure(names, argv)
+    _, given = configure(names, more, argv)
     return names, given
 
 
@@ -107,29 +109,106 @@ def test_an_unknown_key_in_a_file_is_warned_about_and_another_scripts_is_not(tmp
     assert names["bacth_size"] == 3, "helpers are kept, as in nanoGPT"
 
 
-def test_nanogpts_way_by_exec(tmp_path):
-    (tmp_path / "use.py").write_text(
-        "a = 1\nb = 'x'\nkeys = [k for k in ('a', 'b')]\nexec(open(PATH).read())\nprint(a, b)\n".replace(
-            "PATH", repr(str(ROOT / "configurator.py"))
-        )
-    )
+THEIRS = """
+a = 1
+b = 'x'
+keys = [k for k in ('a', 'b')]
+exec(open('configurator.py').read())
+print(a, b, {k: globals()[k] for k in keys})
+"""
+
+
+@pytest.mark.parametrize("folder", ["checkout", "elsewhere"])
+def test_nanogpts_way_by_exec(workplace, folder):
+    """The current folder is the checkout, and the script that was written for nanoGPT in it or anywhere."""
+    (workplace / "elsewhere").mkdir()
+    checkout = workplace / "checkout"
+    checkout.mkdir()
+    for name in ("configurator.py", "nanofit", "train.py", "sample.py", "bench.py"):
+        (checkout / name).symlink_to(ROOT / name)
+    (workplace / folder / "use.py").write_text(THEIRS)
+    (checkout / "a.py").write_text("a = 3\n")
 
     def run(*argv):
-        command = [sys.executable, "use.py", *argv]
-        return subprocess.run(command, capture_output=True, text=True, env=environment(PYTHONPATH=""))
+        command = [sys.executable, str(workplace / folder / "use.py"), *argv]
+        return subprocess.run(command, capture_output=True, text=True, cwd=checkout, env=environment(PYTHONPATH=""))
 
-    done = run("--a=2", "--b=y")
-    assert done.stdout.splitlines()[-1] == "2 y"
+    done = run("a.py", "--b=y")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "3 y {'a': 3, 'b': 'y'}"
     wrong = run("--c=2")
     assert wrong.returncode == 1
-    assert "has no key 'c'" in wrong.stderr
+    assert wrong.stderr == "error: use.py has no key 'c': --help lists the keys\n"
 
 
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as stop:
         configured("--help")
     assert stop.value.code == 0
-    assert "--batch_size=12" in capsys.readouterr().out
+    listed = re.findall(r"^  --(\w+)=", capsys.readouterr().out, re.MULTILINE)
+    assert listed == ["batch_size", "learning_rate", "compile", "out_dir"]
+
+
+HELP = """\
+usage: python mine.py [config/file.py ...] [--key=value ...]
+
+how long:
+  --steps=9                             a step is a batch (default 5)
+  --rate=0.5
+
+where to:
+  --out_dir='there'                     a folder (default 'out')
+
+model.py's own:
+  --n_kv_head=None
+"""
+
+
+def test_help_shows_groups_comments_and_what_a_file_made_of_a_key(workplace, capsys):
+    source = "# how long\nsteps = 5  # a step is a batch\nrate = 0.5\n# --- where to ---\nout_dir = 'out'  # a folder\n"
+    (workplace / "mine.py").write_text(source)
+    (workplace / "a.py").write_text("steps = 3 * 3\n")
+    names = {"__file__": str(workplace / "mine.py")}
+    exec(source, names)
+    with pytest.raises(SystemExit):
+        configure(names, {"n_kv_head": (int, None)}, ["a.py", "--out_dir=there", "--help"])
+    assert capsys.readouterr().out.endswith(HELP)
+
+
+MORE = {"n_kv_head": (int, None), "rotary": (bool, False)}  # fields that a fork's GPTConfig has
+
+
+def test_a_field_of_the_models_own_is_a_key():
+    names, given = configured("--n_kv_head=2", "--rotary=1", more=MORE)
+    assert (names["n_kv_head"], names["rotary"], given) == (2, True, {"n_kv_head", "rotary"})
+    assert configure(script(), MORE, ["--n_kv_head=3"])[0]["n_kv_head"] == 3, "it is among the keys that come back"
+
+
+def test_a_field_without_a_value_stays_without_one(tmp_path):
+    assert configured(more=MORE)[0]["n_kv_head"] is None
+    assert configured("--n_kv_head=4", "--n_kv_head=None", more=MORE)[0]["n_kv_head"] is None
+    (tmp_path / "a.py").write_text("n_kv_head = None\nrotary = True\n")
+    names, given = configured("a.py", more=MORE)
+    assert (names["n_kv_head"], names["rotary"], given) == (None, True, {"n_kv_head", "rotary"})
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--n_kv_head=1.5", "command line: n_kv_head must be a whole number .its default is None., not 1.5"),
+        ("--n_kv_head=two", "n_kv_head must be a whole number .*not 'two'"),
+        ("--rotary=None", "rotary must be True or False"),
+        ("--n_kv_heads=2", "train.py has no key 'n_kv_heads': did you mean 'n_kv_head'"),
+    ],
+)
+def test_a_field_has_a_type_though_its_default_is_none(argument, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        configured(argument, more=MORE)
+
+
+def test_a_field_that_has_the_name_of_something_else():
+    with pytest.raises(UsageError, match="model.py: the field print of GPTConfig has a name that train.py uses"):
+        configured(more={"print": (int, 0)})
 
 
 def test_limits():

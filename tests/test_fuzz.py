@@ -12,6 +12,7 @@ import struct
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from hypothesis import strategies as st
 from configurator import configure
 from nanofit import checkpoint as checkpoints
 from nanofit import codec
+from nanofit.autofit.plan import MemoryLevers, Plan
 from nanofit.batches import Batches
 from nanofit.errors import UsageError
+from nanofit.models import SIZES as MODEL_KEYS
 
 CPU = torch.device("cpu")
 
@@ -109,7 +112,7 @@ def configured(argv):
     names = {"__file__": "train.py", "print": print, **DEFAULTS}
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        config, given_keys = configure(names, argv)
+        config, given_keys = configure(names, argv=argv)
     assert {key: type(value) for key, value in config.items()} == {k: type(v) for k, v in DEFAULTS.items()}
     assert given_keys <= set(DEFAULTS)
     assert names["print"] is print
@@ -391,6 +394,7 @@ def test_a_few_bytes_cannot_take_all_memory_or_all_time():
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
+LEVER_TYPES = {name: type(value) for name, value in asdict(MemoryLevers()).items()}
 SIZES = dict(n_layer=1, n_head=1, n_embd=2, block_size=4, bias=False, vocab_size=3, dropout=0.0)
 
 
@@ -409,7 +413,8 @@ def good_checkpoint():
     return {
         "model": weights, "optimizer": optimizer.state_dict(), "model_args": dict(SIZES), "iter_num": 5,
         "best_val_loss": torch.tensor(1.5), "config": {"dataset": "markov"}, "scaler": {},
-        "rng": [{"data": state, "generators": {"cpu": state}}],
+        "rng": [{"data": {"before": state, "after": state}, "generators": {"cpu": state}}],
+        "split": {"of": [8, 2], "into": [4, 4], "levers": asdict(MemoryLevers(recompute=True))},
     }  # fmt: skip
 
 
@@ -435,14 +440,18 @@ def load_and_use(data, seen):
         return
     assert set(checkpoints.REQUIRED) <= set(checkpoint)
     assert all(isinstance(w, torch.Tensor) and n[:10] != "_orig_mod." for n, w in checkpoint["model"].items())
-    assert all(type(checkpoint["model_args"][k]) is type(SIZES[k]) for k in checkpoints.MODEL_KEYS)
+    assert all(type(checkpoint["model_args"][k]) is type(SIZES[k]) for k in MODEL_KEYS)
     assert isinstance(float(checkpoint["best_val_loss"]), float)
     assert isinstance(checkpoint["iter_num"], int)
     assert isinstance(checkpoint["model_args"]["dropout"], (int, float))
     assert isinstance(checkpoint.get("scaler", {}), dict)
     assert isinstance(os.path.join("data", checkpoint["config"].get("dataset", "")), str)
     for rank in checkpoint.get("rng", ()):
-        torch.Generator().set_state(rank["data"])
+        torch.Generator().set_state(rank["data"]["before"])
+        torch.Generator().set_state(rank["data"].get("after", rank["data"]["before"]))
+    plan = checkpoints.split_as_saved(checkpoint, Plan(8, 2, 8), given=())
+    assert 8 % plan.micro_batch_size == 0
+    assert {name: type(value) for name, value in asdict(plan.levers).items()} == LEVER_TYPES
     optimizer = optimizer_of([torch.ones(4, 2), torch.ones(2)])
     result_of(seen, partial(checkpoints.load_optimizer, optimizer, checkpoint["optimizer"]), ["checkpoint's optimizer"])
     assert all(m[k].shape == p.shape for p, m in optimizer.state.items() for k in m if k != "step")
@@ -497,6 +506,8 @@ PLACES = (  # () is the whole, ("model_args", "bias") its entry "bias" in its en
     ("rng", 0, "generators"), ("rng", 0, "generators", "cpu"), ("optimizer", "param_groups"),
     ("optimizer", "param_groups", 0), ("optimizer", "param_groups", 0, "params"), ("optimizer", "state"),
     *(("optimizer", "state", *key) for key in ((0,), (0, "exp_avg"), (0, "step"), (7,), ("x",))),
+    ("rng", 0, "data", "before"), ("rng", 0, "data", "after"), ("split",), ("split", "of"), ("split", "into"),
+    ("split", "levers"), ("split", "levers", "recompute"), ("split", "levers", "loss_chunk_mb"),
 )  # fmt: skip
 
 
@@ -519,8 +530,9 @@ def test_a_checkpoint_with_an_odd_entry_loads_or_is_refused():
     assert min(seen["works"], seen["refused"]) >= 20
 
 
-def test_a_checkpoint_without_its_optimizer_is_enough_for_sampling():
-    Path("ckpt.pt").write_bytes(saved({**good_checkpoint(), "optimizer": None, "config": None, "rng": None}))
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_checkpoint_without_its_optimizer_is_enough_for_sampling(nothing):
+    Path("ckpt.pt").write_bytes(saved({**good_checkpoint(), "optimizer": nothing, "config": nothing, "rng": None}))
     with pytest.raises(UsageError, match="it lacks optimizer, config"):
         checkpoints.load(".")
     for_sampling = checkpoints.load(".", required=("model", "model_args"))

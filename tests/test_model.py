@@ -124,10 +124,9 @@ def test_what_decays_and_what_does_not():
     assert sum(p.numel() for g in (decay, rest) for p in g["params"]) == model.get_num_params(False)
 
 
-def test_mfu_is_the_share_of_the_peak():
+def test_mfu_is_the_share_of_an_a100():
     model = toy()
     flops_per_token = 6 * model.get_num_params() + 12 * 2 * 32 * 16
-    assert model.estimate_mfu(4, 0.5, peak_flops=1e9) == pytest.approx(flops_per_token * 16 * 4 / 0.5 / 1e9)
     assert model.estimate_mfu(4, 0.5) == pytest.approx(flops_per_token * 16 * 4 / 0.5 / 312e12)
 
 
@@ -278,30 +277,6 @@ def test_the_loss_never_holds_all_logits():
         h, weight = torch.randn(65536, 64, requires_grad=True), torch.randn(50304, 64, requires_grad=True)
         loss_and_gradients(head_loss, h, weight, torch.zeros(65536, dtype=torch.long))
     assert largest.elements <= 65536 * 50304 / model_module.LOSS_CHUNKS
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_no_bit(dropout):
-    model = toy(dropout=dropout).train()
-    idx = torch.randint(65, (3, 16))
-    found = []
-    for model.activation_checkpointing in (False, True):
-        torch.manual_seed(1)
-        loss = model(idx, idx, return_logits=False)[1]
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters())), torch.rand(1)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_activation_checkpointing_keeps_less_for_the_backward_pass():
-    model = toy(n_layer=4)
-    idx = torch.randint(65, (3, 16))
-    kept = []
-    for model.activation_checkpointing in (False, True):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
-            model(idx, idx, return_logits=False)
-        kept.append(sum(sizes))
-    assert kept[1] < 0.5 * kept[0]
 
 
 def without_cache(model, idx, max_new_tokens, temperature, top_k):

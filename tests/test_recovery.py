@@ -14,12 +14,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, train, weights_of_ranks
+from conftest import RANK as TOLD_BY_RANK
+from conftest import ROOT, TOY, environment, flags, train, train_on_ranks, weights_of_ranks
 
 from model import GPT
 from nanofit import checkpoint as checkpoints
 from nanofit import recovery, runtime, step
 from nanofit.batches import Batches
+from nanofit.distributed import World
 from nanofit.errors import UsageError
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 
@@ -266,9 +268,11 @@ def test_a_stop_leaves_the_best_checkpoint_where_only_the_best_is_kept(monkeypat
 
 def test_a_signal_before_anything_is_trained_saves_nothing(monkeypatch):
     stopped_at(monkeypatch, evaluation=1)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         train(max_iters=12)
-    assert not os.path.exists("out/ckpt.pt")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM before iteration 0: nothing is trained yet, and nothing saved" in stop.value.text
+    assert os.listdir("out") == []
 
 
 def test_a_second_signal_ends_it_at_once():
@@ -309,23 +313,43 @@ def test_handlers_are_put_back():
 # ---- memory that vanishes ----------------------------------------------------------------------------------
 
 # Places of an iteration with two micro-steps in which memory can run out.
-PLACES = ["forward 1", "forward 2", "backward 1", "backward 2", "optimizer", "evaluation"]
+PLACES = ["forward 1", "forward 2", "backward 1", "backward 2", "clipping", "optimizer", "evaluation"]
+# What torch raises on a GPU, where cuBLAS gets no memory, and on a CPU; and what a user reads of it.
+ENDS = {
+    "GPU": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.\nmore words"),
+        "memory ran out on asking for 6.14 GiB",
+    ),
+    "cuBLAS": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "memory ran out",
+    ),
+    "CPU": (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 34359738368 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        "memory ran out on asking for 32.00 GiB",
+    ),
+    "Python": (MemoryError(), "memory ran out"),
+}
 
 
 class Thief:
     """Lets memory run out in chosen places of an iteration, so many times."""
 
-    def __init__(self, monkeypatch, place, iteration, times=1):
-        self.place, self.times, self.taken = place, times, 0
+    def __init__(self, monkeypatch, place, iteration, times=1, error=ENDS["GPU"][0]):
+        self.place, self.times, self.taken, self.error = place, times, 0, error
         self.iteration, self.count = iteration, {}
         forward, backward, move = GPT.forward, torch.Tensor.backward, torch.optim.AdamW.step
+        clip = torch.nn.utils.clip_grad_norm_
         self.updates = 0
 
         def steal(name):
             if name == self.place and self.updates == self.iteration and self.taken < self.times:
                 self.taken += 1
                 self.count = {}
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.\nmore words")
+                raise self.error
 
         def number(name):
             self.count[name] = self.count.get(name, 0) + 1
@@ -339,6 +363,11 @@ class Thief:
             backward(tensor, *args, **options)  # the gradients are there already
             steal(number("backward"))
 
+        def new_clip(*args):
+            norm = clip(*args)  # the gradients are clipped already
+            steal("clipping")
+            return norm
+
         def new_step(optimizer, *args, **options):
             steal("optimizer")
             self.updates += 1
@@ -347,23 +376,58 @@ class Thief:
 
         monkeypatch.setattr(GPT, "forward", new_forward)
         monkeypatch.setattr(torch.Tensor, "backward", new_backward)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", new_clip)
         monkeypatch.setattr(torch.optim.AdamW, "step", new_step)
+
+
+def scaled_on_the_cpu(monkeypatch):
+    """float16's scaler at work where train.py has none, with a scale that changes while the run goes on."""
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
+    monkeypatch.setattr(runtime, "grad_scaler", lambda device, dtype: scaler())
+
+
+def weights_are_alike(run, other):
+    pairs = zip(run.names["raw_model"].parameters(), other.names["raw_model"].parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 RUN = dict(max_iters=8, eval_interval=4, gradient_accumulation_steps=2, eval_iters=2)
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("place", PLACES)
-def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place):
+def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place, scaled):
+    if scaled:
+        scaled_on_the_cpu(monkeypatch)
     whole = train(**RUN, dropout=0.2)
     thief = Thief(monkeypatch, place, iteration=4)
     run = train(**RUN, dropout=0.2)
     assert thief.taken == 1
     assert run.iter_loss == whole.iter_loss
     assert run.eval_loss == whole.eval_loss
-    assert thief.updates == 9, "one an iteration"
-    weights = zip(run.names["raw_model"].parameters(), whole.names["raw_model"].parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in weights)
+    assert len(run.iter_loss) == thief.updates == 9, "one an iteration"
+    assert weights_are_alike(run, whole)
+    scalers = [r.names["scaler"].state_dict() for r in (run, whole)]
+    assert scalers[0] == scalers[1]
+    assert scalers[0].get("scale") == (8192.0 if scaled else None)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whoever_says_that_memory_ran_out_is_understood(monkeypatch, end):
+    error, sentence = ENDS[end]
+    whole = train(**RUN)
+    thief = Thief(monkeypatch, "backward 2", iteration=4, error=error)
+    run = train(**RUN)
+    assert thief.taken == 1
+    assert f"\n{sentence}: the same batches again, at the same size\n" in run.text
+    assert run.iter_loss == whole.iter_loss
+    assert weights_are_alike(run, whole)
+
+
+def test_another_error_ends_the_run_with_its_traceback(monkeypatch):
+    Thief(monkeypatch, "backward 2", iteration=4, error=RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="^shapes cannot be multiplied$"):
+        train(**RUN)
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "optimizer"])
@@ -372,17 +436,18 @@ def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, plac
     thief = Thief(monkeypatch, place, iteration=4, times=3)
     run = train(**RUN)
     assert thief.taken == 3
-    assert "Tried to allocate 6.14 GiB.): the same batches again, at the same size" in run.text
+    assert "\nmemory ran out on asking for 6.14 GiB: the same batches again, at the same size\n" in run.text
     assert "the same batches again, batch_size 8 -> 4" in run.text
     assert "the same batches again, batch_size 4 -> 2" in run.text
-    assert run.names["recovery"].micro_steps == 8
+    assert run.names["batches"].micro_steps == 8
     assert run.iter_loss == pytest.approx(whole.iter_loss, abs=1e-4)  # four digits are printed
+    assert list(run.eval_loss) == list(whole.eval_loss) == [0, 4, 8]
     for i in whole.eval_loss:
         assert run.eval_loss[i] == pytest.approx(whole.eval_loss[i], abs=1e-4)
     for a, b in zip(run.names["raw_model"].parameters(), whole.names["raw_model"].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)  # AdamW's first steps magnify rounding
     resumed = train(**{**RUN, "max_iters": 10}, init_from="resume")
-    assert resumed.names["recovery"].micro_batch_size == 2
+    assert resumed.names["batches"].micro_batch_size == 2
     assert "batch_size 8 is cut into 2, as when the checkpoint was saved" in resumed.text
 
 
@@ -391,8 +456,8 @@ def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(
     with monkeypatch.context() as patch:
         Thief(patch, "forward 1", iteration=6, times=10**9)
         sentence = (
-            r"memory ran out at batch_size 1 \(CUDA out of memory. Tried to allocate 6.14 GiB.; on cpu\): end what "
-            "else uses this device.* a checkpoint is saved, and --init_from=resume goes on"
+            r"^memory ran out on asking for 6.14 GiB at batch_size 1 \(on cpu\): end what else uses this device, or "
+            "start with --auto_fit=True.*; checkpoint saved to out, --init_from=resume goes on$"
         )
         with pytest.raises(UsageError, match=sentence):
             train(**RUN)
@@ -461,44 +526,39 @@ if rank == {failing}:
 """
 
 
-def two_ranks(workplace, script, **keys):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    keys = {**TOY, "backend": "gloo", **RUN, **keys}
-    done = subprocess.run(
-        [*launcher, str(script), *flags(**keys)], capture_output=True, text=True, timeout=120, env=environment()
-    )
-    weights = {told["digest"]: told["sum"] for told in weights_of_ranks()}
-    losses = [line.split(", time")[0] for line in done.stdout.splitlines() if line.startswith(("iter ", "step "))]
-    return done, weights, losses
+def two_ranks(**keys):
+    """(what two ranks printed, {digest of a rank's weights: their sum})."""
+    run, _, _ = train_on_ranks(2, **{**RUN, **keys})
+    return run, {told["digest"]: told["sum"] for told in weights_of_ranks()}
 
 
 @pytest.mark.slow
 def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace):
     keys = dict(gradient_accumulation_steps=2)  # the only micro-step of each rank
-    _, expected, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", **keys)
-    tests = str(ROOT / "tests")
-    for place, times in (("backward 1", 1), ("forward 1", 2)):
+    peace, expected = two_ranks(**keys)
+    assert len(peace.iter_loss) == 9
+    for place, times in (("backward 1", 1), ("clipping", 1), ("forward 1", 2)):
         script = workplace / "rank.py"
-        script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=f"{tests}/rank.py"))
-        done, weights, found = two_ranks(workplace, script, **keys)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "memory ran out on rank 1" in done.stdout
+        tests = str(ROOT / "tests")
+        script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=str(TOLD_BY_RANK)))
+        run, weights = two_ranks(script=script, **keys)
+        assert "rank 1: memory ran out on asking for 6.14 GiB: the same batches again, at the same size" in run.text
         assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
         if times == 1:
             assert weights == expected
-            assert found == losses
+            assert (run.iter_loss, run.eval_loss) == (peace.iter_loss, peace.eval_loss)
         else:
             assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
-            assert "batch_size 8 -> 4" in done.stdout
+            assert "batch_size 8 -> 4" in run.text
 
 
 @pytest.mark.slow
-def test_ranks_share_an_evaluation_and_stop_together(workplace):
+def test_ranks_share_an_evaluation_and_stop_together():
     one = train(**RUN, eval_only=True)
-    done, _, losses = two_ranks(workplace, ROOT / "tests" / "rank.py", eval_only=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    train_loss, val_loss = one.eval_loss[0]
-    assert losses == [f"step 0: train loss {train_loss:.4f}, val loss {val_loss:.4f}"]
+    run, _ = two_ranks(eval_only=True)
+    assert run.eval_loss == one.eval_loss
+    assert list(run.eval_loss) == [0]
+    assert not run.iter_loss
 
 
 @pytest.mark.slow
@@ -509,12 +569,12 @@ def test_a_signal_to_one_rank_ends_both_with_one_checkpoint(workplace):
         "    threading.Timer(6, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
-    done, _, _ = two_ranks(workplace, workplace / "rank.py", max_iters=10**6, eval_interval=10**6)
-    assert done.returncode != 0
-    assert "SIGUSR1 before iteration" in done.stdout
+    keys = {**RUN, "max_iters": 10**6, "eval_interval": 10**6}
+    run, _, code = train_on_ranks(2, script=workplace / "rank.py", check=False, **keys)
+    assert code != 0
     saved = torch.load("out/ckpt.pt", weights_only=True)
     assert len(saved["rng"]) == 2
-    assert f"SIGUSR1 before iteration {saved['iter_num']}: checkpoint saved" in done.stdout
+    assert f"SIGUSR1 before iteration {saved['iter_num']}: checkpoint saved" in run.text
 
 
 # ---- numbers that go bad -----------------------------------------------------------------------------------
@@ -541,6 +601,7 @@ def test_two_bad_gradients_are_named_and_leave_the_weights_alone(monkeypatch):
     run = train(max_iters=9)
     for i in (4, 5):
         assert f"iteration {i}: the gradient's norm is nan: the weights stay as they were" in run.text
+    assert len(run.iter_loss) == 10
     assert all(math.isfinite(v) for v in run.iter_loss.values())
     steps = {float(s["step"]) for s in run.names["optimizer"].state_dict()["state"].values()}
     assert steps == {8.0}
@@ -574,7 +635,9 @@ def test_a_bad_gradient_moves_nothing(kind):
         model(*batch(2))[1].backward()
         if bad:
             next(model.parameters()).grad[0, 0] = float("inf")
-        norm = step.update(model, optimizer, runtime.grad_scaler(CPU, "float32"), grad_clip=0.0)
+        scaler = runtime.grad_scaler(CPU, "float32")
+        norm = step.combine(model, optimizer, scaler, grad_clip=0.0)
+        step.update(optimizer, scaler, norm)
         assert math.isfinite(norm) != bad
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == bad
@@ -622,7 +685,7 @@ def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace
 
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "_draw_starts", draw_starts)
-        sentence = "train.bin has changed since the run began.*a checkpoint is saved, and --init_from=resume goes on"
+        sentence = "train.bin has changed since the run began.*; checkpoint saved to out, --init_from=resume goes on"
         with pytest.raises(UsageError, match=sentence):
             train(**{**RUN, "max_iters": 12}, dropout=0.2)
     path.write_bytes(content)
@@ -634,36 +697,42 @@ def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace
 # ---- the parts ---------------------------------------------------------------------------------------------
 
 
+def recovery_of(batches):
+    scaler = runtime.grad_scaler(CPU, "float32")
+    return Recovery(World(), CPU, batches, torch.nn.Linear(1, 1), scaler, give_up=lambda: "")
+
+
 def test_what_is_no_lack_of_memory_is_passed_on():
     batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
     batches.start(65)
-    made = Recovery(runtime.World(), CPU, batches, torch.nn.Linear(1, 1), 1, give_up=lambda: "")
+    made = recovery_of(batches)
 
     def bug():
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError):
         made.run(bug)
-    assert made.run(lambda: 3) == 3
+    assert made.run(lambda: 3, lambda: 4) == [3, 4]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 12, 30, 45])
 def test_smaller_micro_batches_keep_the_effective_batch(batch_size):
     """Down to one sequence, through sizes such as 15, of which the next, 6, is no divisor."""
-    batches = Batches("data/markov", batch_size=batch_size, block_size=8, device=CPU)
+    batches = Batches("data/markov", batch_size=batch_size, block_size=8, device=CPU, per_iter=3)
     batches.start(65)
-    made = Recovery(runtime.World(), CPU, batches, torch.nn.Linear(1, 1), 3, give_up=lambda: "")
+    made = recovery_of(batches)
     seen = []
 
     def part():
-        seen.append(made.micro_batch_size)
-        assert batch_size % made.micro_batch_size == 0
-        assert made.micro_batch_size * made.micro_steps == 3 * batch_size
-        if made.micro_batch_size > 1 or len(seen) == 1:
+        seen.append(batches.micro_batch_size)
+        assert batch_size % batches.micro_batch_size == 0
+        assert batches.micro_batch_size * batches.micro_steps == 3 * batch_size
+        if batches.micro_batch_size > 1 or len(seen) == 1:
             raise torch.OutOfMemoryError("full")
         return "done"
 
-    assert made.run(part) == "done"
+    assert made.run(part) == ["done"]
+    assert len(seen) >= 2
     assert seen[0] == batch_size
     assert seen[-1] == 1
     assert all(b <= max(1, a // 2) for a, b in pairwise(seen[1:]))
@@ -675,7 +744,7 @@ def test_memory_is_not_held_by_the_error_that_told_of_its_end():
 
     batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
     batches.start(65)
-    made = Recovery(runtime.World(), CPU, batches, torch.nn.Linear(1, 1), 1, give_up=lambda: "")
+    made = recovery_of(batches)
     held = []
 
     def part():
@@ -685,7 +754,27 @@ def test_memory_is_not_held_by_the_error_that_told_of_its_end():
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("full")
 
-    assert made.run(part)
+    assert made.run(part) == [True]
+
+
+def test_the_parts_before_are_done_again_with_the_same_batches_and_random_numbers():
+    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
+    batches.start(65)
+    made = recovery_of(batches)
+    seen = []
+
+    def first():
+        seen.append((batches.current[0].clone(), torch.rand(3)))
+        batches.advance()
+        return "first"
+
+    def second():
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("full")
+        return "second"
+
+    assert made.run(first, second) == ["first", "second"]
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")

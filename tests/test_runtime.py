@@ -40,9 +40,9 @@ def test_mps_comes_before_cpu(monkeypatch):
 def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     fake_gpu((8, 0))
     with pytest.raises(UsageError, match="device='cuda:2', but there are 2 GPUs, numbered from 0"):
-        runtime.open_device("cuda:2")
-    assert runtime.open_device("cuda") == torch.device("cuda", 0), "set_device refuses a device without a number"
-    assert runtime.open_device("cuda:1") == torch.device("cuda", 1)
+        runtime.find_device("cuda:2")
+    assert runtime.find_device("cuda") == torch.device("cuda", 0), "set_device refuses a device without a number"
+    assert runtime.find_device("cuda:1") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,13 @@ def test_nvidia_smi_may_answer_anything(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     lines = ["GPU-12-34, 77, python, train.py, 4300", "GPU-99, 78, python, 1", "GPU-12-34, 79, x, [N/A]", "?"]
     monkeypatch.setattr(runtime, "_nvidia_smi", lambda query: lines)
-    assert runtime.neighbours(torch.device("cuda", 0)) == [(77, "python, train.py", 4300)]
+    assert runtime.gpu_processes(torch.device("cuda", 0)) == [(77, "python, train.py", 4300)]
+
+
+@pytest.mark.parametrize(("name", "here"), [("cpu", True), ("cuda:1", True), ("cuda:2", False), ("gpu", False)])
+def test_whether_a_device_is_here(fake_gpu, name, here):
+    fake_gpu((8, 0))
+    assert runtime.is_here(name) == here
 
 
 def test_an_unknown_gpu_says_so_and_falls_back():
@@ -105,12 +111,3 @@ def test_generators_are_put_back():
     first = torch.rand(3)
     runtime.set_rng_state(state, cpu)
     assert torch.equal(torch.rand(3), first)
-
-
-def test_one_process_is_a_world_of_its_own():
-    world = runtime.world_of_torchrun()
-    assert (world.rank, world.size, world.is_main) == (0, 1, True)
-    assert world.join("nccl", "cpu") == "cpu"
-    assert world.gather({"a": 1}) == [{"a": 1}]
-    assert world.mean(torch.tensor(2.0)) == 2
-    world.leave()

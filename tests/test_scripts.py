@@ -1,5 +1,6 @@
 """sample.py and bench.py as their users meet them."""
 
+import json
 import os
 import re
 
@@ -91,6 +92,21 @@ def test_weights_of_another_model():
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("nothing", ["missing", None, {}], ids=str)
+def test_a_checkpoint_that_was_stripped_for_sharing_samples(nothing):
+    train(max_iters=10)
+    before = printed(1)
+    saved = torch.load("out/ckpt.pt")
+    for entry in ("optimizer", "scaler", "rng", "iter_num", "best_val_loss", "split"):
+        if nothing == "missing":
+            del saved[entry]
+        else:
+            saved[entry] = nothing
+    torch.save(saved, "out/ckpt.pt")
+    assert printed(1) == before
+    assert len(before[0]) == 31
+
+
 def test_a_prompt_from_a_file(workplace):
     train(max_iters=10)
     (workplace / "prompt.txt").write_text("ABCD")
@@ -170,4 +186,5 @@ def test_bench_on_real_data(workplace):
 
 def test_bench_writes_a_profile(workplace):
     run_script("bench.py", *flags(**BENCH, real_data=False, profile=True))
-    assert list((workplace / "bench_log").glob("*.json"))
+    [trace] = (workplace / "bench_log").glob("*.json*")
+    assert json.loads(trace.read_text())["traceEvents"]

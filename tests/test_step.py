@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from nanofit.step import evaluate, mean_losses, train_step, try_compile
+from nanofit.step import dry_step, evaluate, mean_losses, train_step, try_compile
 
 CPU = torch.device("cpu")
 
@@ -14,8 +14,9 @@ CPU = torch.device("cpu")
 class Listed:
     """Batches from a list."""
 
-    def __init__(self, *batches):
-        self.batches = list(batches)
+    def __init__(self, *batches, micro_steps=1):
+        self.batches, self.micro_steps = list(batches), micro_steps
+        self.generator = torch.Generator()
 
     @property
     def current(self):
@@ -26,12 +27,6 @@ class Listed:
 
     def evaluation(self, split, count, rank=0, ranks=1):
         yield from ([batch] for batch in self.batches[:count])
-
-    def stream(self):
-        return None
-
-    def set_stream(self, state):
-        assert state is None
 
 
 def toy(seed=0):
@@ -44,21 +39,19 @@ def batch(rows, seed=0):
     return torch.randint(65, (rows, 8), generator=g), torch.randint(65, (rows, 8), generator=g)
 
 
-def one_step(model, batches, micro_steps, grad_clip=1.0):
+def one_step(model, batches, grad_clip=1.0):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return train_step(
-        model, optimizer, scaler, batches, autocast=nullcontext(), micro_steps=micro_steps, grad_clip=grad_clip
-    )
+    return train_step(model, optimizer, scaler, batches, nullcontext(), grad_clip)
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.01, 1e9])
 def test_micro_steps_are_one_step_over_the_whole_batch(grad_clip):
     x, y = batch(6)
     whole, cut = toy(), toy()
-    loss = one_step(whole, Listed((x, y)), 1, grad_clip)
+    loss = one_step(whole, Listed((x, y)), grad_clip)
     pieces = zip(x.split(2), y.split(2), strict=True)
-    mean = one_step(cut, Listed(*pieces), 3, grad_clip)
+    mean = one_step(cut, Listed(*pieces, micro_steps=3), grad_clip)
     torch.testing.assert_close(mean, loss)
     for (name, a), b in zip(whole.named_parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
@@ -68,20 +61,20 @@ def test_the_loss_is_the_mean_of_the_micro_steps():
     a, b = batch(2, seed=1), batch(2, seed=2)
     model = toy()
     expected = (model(*a)[1].item() + model(*b)[1].item()) / 2
-    assert one_step(model, Listed(a, b), 2).item() == pytest.approx(expected, abs=1e-6)
+    assert one_step(model, Listed(a, b, micro_steps=2)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_clipping_bounds_the_step():
     before, model = toy(), toy()
-    one_step(model, Listed(batch(4)), 1, grad_clip=0.01)
+    one_step(model, Listed(batch(4)), grad_clip=0.01)
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_no_gradient_is_left_and_the_batches_have_moved_on():
-    model, batches = toy(), Listed(*(batch(2, seed=s) for s in range(3)))
+    model, batches = toy(), Listed(*(batch(2, seed=s) for s in range(3)), micro_steps=2)
     expected = batches.batches[2]
-    one_step(model, batches, 2)
+    one_step(model, batches)
     assert all(p.grad is None for p in model.parameters())
     assert batches.current is expected
 
@@ -123,3 +116,24 @@ def test_out_of_memory_is_no_failure_of_the_compiler():
 
     with pytest.raises(torch.OutOfMemoryError):
         try_compile(toy(), trial, CPU)
+
+
+def test_a_trial_of_the_compiler_is_all_that_training_asks_and_leaves_the_model_as_it_was():
+    model, calls = toy().train(), []
+    before = [p.clone() for p in model.parameters()]
+    model.register_forward_pre_hook(lambda model, args: calls.append((model.training, torch.is_grad_enabled())))
+    dry_step(model, batch(2), nullcontext())
+    assert calls == [(True, True), (True, True), (False, False)], "two micro-steps and an evaluation"
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_check_ends_an_evaluation_and_leaves_training_on():
+    def stop():
+        raise KeyboardInterrupt
+
+    model = toy().train()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, Listed(batch(2)), 1, nullcontext(), check=stop)
+    assert model.training
