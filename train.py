@@ -214,7 +214,7 @@ watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 recovery.run(partial(allocate_state, optimizer))
 if plan.compile:
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
-    dry = partial(dry_step, batch=batches.current, autocast=autocast)
+    dry = partial(dry_step, batch=batches.like_current, autocast=autocast)
     options = dict(mode=compile_mode, dynamic=False)  # sizes are few, and each gets kernels of its own
     with waiting("compiling"):
         [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from nanofit import runtime
+from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -134,7 +135,8 @@ class Recovery:
 
     def _make_room(self, what, same_size):
         size = self.batches.micro_batch_size
-        smaller = next((d for d in range(size // 2, 0, -1) if self.batches.batch_size % d == 0), None)
+        sizes = micro_batch_sizes(self.batches.batch_size, self.batches.per_iter)
+        smaller = max((s for s in sizes if s <= size // 2), default=None)
         if smaller is None and not same_size:
             self._fail(
                 f"{what} at batch_size 1 ({runtime.memory_now(self.device)}): end what else uses this device, or start "
