@@ -7,6 +7,9 @@ import os
 import time
 from functools import partial
 
+import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+
+# isort: split
 import torch
 
 from configurator import configure
@@ -93,8 +96,9 @@ else:
     run(10)  # warm up
     seconds = run(20)
 
-peak_flops, note = runtime.peak_flops(runtime.device_name(device))
+peak_flops, note = runtime.peak_flops(device, dtype)
 if note:
     print(note)
 mfu = models.share_of_peak(raw_model, batch_size, seconds, peak_flops)
+print(f"{batch_size * block_size / seconds:,.0f} tokens per second")
 print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu * 100:.2f}%")

@@ -52,6 +52,8 @@ def coerce(key, value, kind, default, source, text=None):
         value = int(value)
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
         raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {_shown(value)}")
+    if kind is str and "\0" in str(value):
+        raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
     if type(value) is kind:
         return value
     if kind is str and text is not None:
@@ -89,13 +91,16 @@ def _run_config_file(path, namespace):
         there = [f for f in os.listdir(folder) if f.endswith(".py")] if readable else []
         near = difflib.get_close_matches(os.path.basename(path), there, n=1)
         hint = f"; did you mean '{os.path.join(folder, near[0])}'?" if near else ""
-        raise UsageError(f"config file '{path}' does not exist{hint} (a key is set by --key=value)")
+        what = "is not a file" if os.path.exists(path) else "does not exist"
+        raise UsageError(f"config file '{path}' {what}{hint} (a key is set by --key=value)")
     after = dict(namespace)
     try:
         with open(path, encoding="utf-8") as f:
             text = f.read()
         symbols = symtable.symtable(text, path, "exec").get_symbols()
         exec(compile(text, path, "exec"), after)
+    except SystemExit as e:
+        raise UsageError(f"{path} ends the program (sys.exit): a config file is Python that assigns keys") from e
     except SyntaxError as e:
         where = f"{path}, line {e.lineno}" if e.lineno else path
         raise UsageError(f"{where}: {e.msg}: a config file is Python that assigns keys") from e

@@ -14,6 +14,9 @@ import sys
 import time
 from functools import partial
 
+import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+
+# isort: split
 import torch
 
 from configurator import configure
@@ -23,8 +26,10 @@ from nanofit.autofit.plan import Plan
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.distributed import World
-from nanofit.errors import UsageError, usage_errors
+from nanofit.errors import PatientOutput, UsageError, usage_errors
+from nanofit.folder import RunFolder
 from nanofit.optimizers import allocate_state, make_optimizer
+from nanofit.progress import waiting
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.step import accumulate, combine, dry_step, evaluate, mean_losses, try_compile, update
 
@@ -82,13 +87,15 @@ memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 # a field of GPTConfig that isn't nanoGPT's is a key too
+sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
 config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
 
 # ---- what was asked for, checked before anything is written ------------------------------------------------
 world = World.of_torchrun()
 settings.check(config, world)
 dtype = config["dtype"] = settings.dtype(config, given)
-saved = checkpoint.load(out_dir, to_go_on=True) if init_from == "resume" else None
+folder = RunFolder(out_dir, world)
+saved = folder.load() if init_from == "resume" else None
 data_dir = os.path.join("data", dataset)
 meta = load_meta(data_dir)
 model_args = models.sizes_of(init_from, config, saved, meta, own_fields)
@@ -96,14 +103,14 @@ trained_with = model_args["block_size"]
 if not saved or "block_size" in given:
     model_args["block_size"] = settings.crop_to(block_size, trained_with, init_from)
 block_size = model_args["block_size"]
-models.config_of(GPTConfig, model_args)  # which may refuse them
+settings.check_sizes(config, GPTConfig, model_args, settings.is_elsewhere(config))
 iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
 if not settings.is_elsewhere(config):
     device = world.init(backend, device)
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
-print(f"tokens per iteration will be: {tokens_per_iter:,}")
+print(*settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter), sep="\n")
 fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 if dry_run:
     fit()
@@ -117,9 +124,8 @@ per_rank = gradient_accumulation_steps // world.size
 batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, per_iter=per_rank)
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
-if world.is_main:
-    with usage_errors(OSError, prefix=f"out_dir={out_dir!r} can't be made: "):
-        os.makedirs(out_dir, exist_ok=True)
+if not eval_only:  # which changes no file
+    folder.take()
 limit_bytes = int(memory_limit_gb * 2**30)
 plan = Plan(batch_size, gradient_accumulation_steps, batch_size, autofit.levers_of(config), compile, limit_bytes)
 if auto_fit:
@@ -140,9 +146,11 @@ else:
     model_args |= {name: getattr(model.config, name) for name in model_args if name != "block_size"}
 if saved:
     models.load_weights(model, saved["model"], out_dir)
-    print(f"resuming from {out_dir} at iteration {iter_num}")
+    print(f"resuming from {out_dir} at iteration {iter_num}", *settings.differences(saved, config, given), sep="\n")
 if block_size < trained_with:
     model.crop_block_size(block_size)
+    folder.begin_anew()
+    print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 for line in models.lacks(model):
     print(line)
 model.to(device)
@@ -175,22 +183,28 @@ def snapshot():
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
+        "data": batches.fingerprints,
         "scaler": scaler.state_dict(),
         "rng": world.all_gather(here),  # of each rank, as before an evaluation: resuming repeats it
         "split": checkpoint.split_of(batches, world, levers),
     }
 
 
+def save(name=checkpoint.NAME):
+    """Write a checkpoint; '' or why that failed. All ranks must call it."""
+    try:
+        folder.save(snapshot(), name)
+    except checkpoint.SaveError as e:
+        return str(e)
+    return ""
+
+
 def save_where_it_stops():
     """A last checkpoint, beside the best one where only that is kept; what to tell of it."""
     if iter_num == 0:
         return "nothing is trained yet, and nothing saved"
-    try:
-        name = checkpoint.NAME if always_save_checkpoint else checkpoint.LAST
-        checkpoint.save(snapshot(), out_dir, name, world)
-    except checkpoint.SaveError as e:
-        return str(e)
-    return f"checkpoint saved to {out_dir}, --init_from=resume goes on"
+    failure = save(checkpoint.NAME if always_save_checkpoint else checkpoint.LAST)
+    return failure or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
 
 
 here = rng_state()  # as this iteration began
@@ -199,10 +213,11 @@ recovery = Recovery(world, device, batches, raw_model, scaler, give_up=save_wher
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 recovery.run(partial(allocate_state, optimizer))
 if plan.compile:
-    print("compiling the model... (takes a minute or so)")
+    print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     dry = partial(dry_step, batch=batches.current, autocast=autocast)
     options = dict(mode=compile_mode, dynamic=False)  # sizes are few, and each gets kernels of its own
-    [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))
+    with waiting("compiling"):
+        [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))
     if failure:
         print(f"compile failed, training goes on without it ({failure})")
 
@@ -221,16 +236,16 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
 
 if wandb:
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-peak_flops, note = runtime.peak_flops(runtime.device_name(device))
+peak_flops, note = runtime.peak_flops(device, dtype)
 if note:
     print(note)
 running_mfu = -1.0
 unsaved = ""  # why the last checkpoint could not be written
-first_iter = last_logged = iter_num - 1
+first_iter = last_logged = saved_iter = iter_num - 1  # saved_iter: of the last checkpoint
 clock = time.perf_counter()
 
 with signals.listening():
-    while True:
+    while eval_only or iter_num <= max_iters:
         here = rng_state()
         if stop := world.all_reduce_max(signals.received):
             print(f"{signal.Signals(stop).name} before iteration {iter_num}: {save_where_it_stops()}")
@@ -241,7 +256,7 @@ with signals.listening():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        if iter_num % eval_interval == 0:
+        if eval_only or iter_num % eval_interval == 0:
             runtime.synchronize(device)
             paused = time.perf_counter()
             watch.check()
@@ -254,19 +269,17 @@ with signals.listening():
             if wandb:
                 figures = {f"{split}/loss": loss for split, loss in losses.items()}
                 wandb.log({"iter": iter_num, **figures, "lr": lr, "mfu": running_mfu * 100})
+            if eval_only:
+                break
             if losses["val"] < best_val_loss or always_save_checkpoint:
                 best_val_loss = losses["val"]
                 if iter_num > 0:
                     print(f"saving checkpoint to {out_dir}")
-                    try:
-                        checkpoint.save(snapshot(), out_dir, world=world)
-                        unsaved = ""
-                    except checkpoint.SaveError as e:
-                        unsaved = str(e)
+                    if unsaved := save():
                         print(f"{unsaved}; training goes on")
+                    else:
+                        saved_iter = iter_num
             clock += time.perf_counter() - paused
-        if iter_num == 0 and eval_only:
-            break
 
         loss, norm = recovery.run(
             partial(accumulate, model, scaler, batches, autocast),
@@ -282,9 +295,10 @@ with signals.listening():
             now = time.perf_counter()
             seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
             clock, last_logged = now, iter_num
-            if iter_num - first_iter > 5:  # the first ones warm up
-                mfu = models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops)
-                running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+            mfu = models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops)
+            running_mfu = (
+                mfu if running_mfu < 0 or iter_num - first_iter <= 6 else 0.9 * running_mfu + 0.1 * mfu
+            )  # the first ones warm up
             line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
             line += f", {tokens_per_iter / seconds:,.0f} tok/s"
             if peak := runtime.peak_memory_bytes(device):
@@ -292,9 +306,12 @@ with signals.listening():
             print(line)
 
         iter_num += 1
-        if iter_num > max_iters:
-            break
+    watch.check_at_the_end()
+    if not eval_only and saved_iter < max_iters:
+        here = rng_state()
+        print(f"iteration {max_iters} was the last: {save_where_it_stops()}")
 
+folder.release()
 world.destroy()
-if unsaved:
-    raise UsageError(unsaved)
+if unsaved or output.failure:
+    raise UsageError(unsaved or f"standard output could not be written ({output.failure}); all else was done")

@@ -1,1 +1,8 @@
-"""What the scripts in the root use. Arrows point down: a script uses this package, which is handed its model."""
+"""What the scripts in the root use. Arrows point down: a script uses this package, which is handed its model.
+
+Scripts import it before torch, which takes seconds: what goes wrong meanwhile is told as a sentence already.
+"""
+
+from nanofit.errors import show_errors_as_sentences
+
+show_errors_as_sentences()

@@ -33,6 +33,8 @@ def _missing(folder):
 
 def _count_tokens(path, block_size):
     """(tokens of a .bin file, what tells whether it is still the same file), after a look at its size."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{path} is not a file: prepare the data again")
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist: {_missing(os.path.dirname(path))}")
     found = os.stat(path)
@@ -100,6 +102,11 @@ class Batches:
         for split in ("train", "val"):
             path = self._path(split)
             self._files[split] = (*_count_tokens(path, block_size), _fingerprint(path))
+
+    @property
+    def fingerprints(self):
+        """{split: [tokens, checksum]}, by which a file is known again."""
+        return {split: [tokens, checksum] for split, (tokens, _, checksum) in self._files.items()}
 
     @property
     def micro_steps(self):

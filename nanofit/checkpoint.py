@@ -1,7 +1,10 @@
 """ckpt.pt: written whole or not at all, read whether nanoGPT or this project wrote it."""
 
 import errno
+import math
 import os
+import pickle
+import tempfile
 import zipfile
 from dataclasses import asdict, replace
 
@@ -9,23 +12,21 @@ import torch
 
 from nanofit import runtime
 from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
-from nanofit.distributed import ALONE
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
 from nanofit.models import SIZES
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
 LAST = "ckpt.last.pt"  # where a run stopped, if ckpt.pt is the best and must stay
-REQUIRED = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
+REQUIRED = ("model", "model_args", "optimizer", "iter_num", "best_val_loss", "config")  # the first two make a model
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
 _IMPLEMENTATION = ("fused", "foreach", "capturable")
+_ANOTHER_OPTIMIZER = ("maximize", "amsgrad", "differentiable")
 
 
 def all_finite(tensors):
     """Whether no tensor holds an infinite number or a nan."""
-    extremes = [
-        x.float() for t in tensors if t.numel() for x in torch.aminmax(t)
-    ]  # which takes no memory, unlike a mask
+    extremes = [x.float() for t in tensors if t.numel() for x in torch.aminmax(t)]  # takes no memory, unlike a mask
     return bool(torch.isfinite(torch.stack(extremes)).all()) if extremes else True
 
 
@@ -33,35 +34,24 @@ class SaveError(Exception):
     """A checkpoint could not be written; the one before is as it was. Its message is a sentence."""
 
 
-def save(checkpoint, out_dir, name=NAME, world=ALONE):
+def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours=True):
     """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
 
-    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile. All ranks must call it;
-    rank 0 writes, and the others wait for it. Raises SaveError on all of them where the disk is full or can't be
-    written to, or where weights are not finite.
+    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile; then make_way() is called,
+    which may move what isn't to be replaced. previous_is_ours: ckpt.prev.pt may go where the disk is full. Raises
+    SaveError where the disk is full or can't be written to, or where weights are not finite.
     """
-    failure = ""
-    if world.is_main:
-        try:
-            _save(checkpoint, out_dir, name)
-        except SaveError as e:
-            failure = str(e)
-    if failure := world.all_gather(failure)[0]:
-        raise SaveError(failure)
-
-
-def _save(checkpoint, out_dir, name):
     path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
-        if not all_finite(list(checkpoint["model"].values())):
+        if not all_finite(checkpoint["model"].values()):
             raise SaveError("not saved: the weights are not finite; a checkpoint that is there stays as it is")
         try:
-            _write(checkpoint, path)
+            _write(checkpoint, path, make_way)
         except _FAILURES as e:
-            if not _is_full(e) or not os.path.exists(previous):
+            if not (_is_full(e) and previous_is_ours and os.path.exists(previous)):
                 raise
             os.remove(previous)  # it makes room
-            _write(checkpoint, path)
+            _write(checkpoint, path, make_way)
         if name == NAME and os.path.exists(last):
             os.remove(last)  # it is of an earlier iteration now
     except _FAILURES as e:
@@ -92,14 +82,18 @@ def _reason(error):
     return (inner.strerror if inner is not None else None) or first_line(error)
 
 
-def _write(checkpoint, path):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have removed it in mid-run
-    part = path + ".part"
+def _write(checkpoint, path, make_way):
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)  # somebody may have removed it in mid-run
+    # A name that nobody has: what lies there may be a link to somebody's file.
+    handle, part = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", suffix=".part", dir=folder)
     try:
-        with open(part, "wb") as f:
+        with open(handle, "wb") as f:
+            os.chmod(part, 0o666 & ~_umask())  # mkstemp's files are their owner's alone
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        make_way()
         if os.path.basename(path) == NAME:
             _keep_previous(path)
         os.replace(part, path)
@@ -107,6 +101,12 @@ def _write(checkpoint, path):
         if os.path.exists(part):
             os.remove(part)
         raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _keep_previous(path):
@@ -129,57 +129,77 @@ def _read(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # torch.load doesn't compare checksums
                     raise UsageError(f"the checksum of {damaged} is wrong")
-            # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _open(path)
     except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
         if is_out_of_memory(e):
             raise
-        raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({first_line(e)})") from e
+        # torch advises to load what isn't plain data all the same, which would run it.
+        said = "it holds more than plain data" if isinstance(e, pickle.UnpicklingError) else first_line(e)[:200]
+        raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({said})") from e
 
 
-def load(out_dir, required=REQUIRED, to_go_on=False):
-    """out_dir/ckpt.pt with its tensors on the CPU, and torch.compile's prefix taken off its names.
+def _open(path):
+    # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
-    to_go_on: prefer ckpt.last.pt, where there is one.
 
-    Raises UsageError where there is none, where it is damaged, or where a required entry is missing.
+def peek(path, whole=False):
+    """What a checkpoint file holds, its weights not read, or None where it is damaged or no checkpoint.
+
+    whole: look at every byte.
     """
-    path, previous, last = (os.path.join(out_dir, n) for n in (NAME, PREVIOUS, LAST))
-    if to_go_on and os.path.isfile(last):
-        path = last
+    if not os.path.isfile(path):
+        return None
+    try:
+        held = _read(path) if whole else _open(path)
+        return held if type(held.get("iter_num")) is int and isinstance(held.get("config", {}), dict) else None
+    except Exception as e:  # as in _read
+        if is_out_of_memory(e):
+            raise
+        return None
+
+
+def load(out_dir, name=NAME, for_training=False):
+    """A checkpoint file in out_dir with its tensors on the CPU, and torch.compile's prefix taken off its names.
+
+    for_training: with all that a run goes on with, and not just a model. Raises UsageError where there is none, where
+    it is damaged, or where an entry is missing or isn't what training saves.
+    """
+    path, previous = os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS)
     try:
         if not os.path.isfile(path):
             raise UsageError(f"there is no checkpoint {path}: train with --out_dir={out_dir} first, or set out_dir")
         checkpoint = _read(path)
     except UsageError as e:
-        if not os.path.isfile(previous):
+        if not (before := peek(previous, whole=True)):
             raise
-        try:
-            iteration = _read(previous)["iter_num"]
-        except (UsageError, TypeError, KeyError):
-            raise e from None
         raise UsageError(
-            f"{e}; {previous} beside it is whole, of iteration {iteration}: to go on from there, rename it to {NAME}"
+            f"{e}; {previous} beside it is whole, of iteration {before['iter_num']}: to go on from there, rename it to "
+            f"{NAME}"
         ) from e
     if isinstance(checkpoint, dict):  # one that was made smaller, to be shared, may hold None or nothing in an entry
         checkpoint = {k: v for k, v in checkpoint.items() if v is not None and not (isinstance(v, dict) and not v)}
+    required = REQUIRED if for_training else REQUIRED[:2]
     missing = [k for k in required if k not in checkpoint] if isinstance(checkpoint, dict) else required
     if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
-    _check(checkpoint, path, required)
+    _check(checkpoint, path, for_training)
     checkpoint["model"] = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     return checkpoint
+
+
+# ---- what a checkpoint may hold ----------------------------------------------------------------------------
 
 
 def _maps(value, keys, values):
     return isinstance(value, dict) and all(isinstance(k, keys) and isinstance(v, values) for k, v in value.items())
 
 
-def _is_number(value):
-    if isinstance(value, torch.Tensor):  # nanoGPT saves its loss so
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, (int, float))
+def _is_finite(value):
+    """Whether a value is a number, or a tensor of one as nanoGPT saves its loss, and not a nan."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex() and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_adamw(value):
@@ -205,21 +225,27 @@ _EXPECTED = {  # what an entry must be, and whether a value is that
     "model": ("tensors by name", lambda value: _maps(value, str, torch.Tensor)),
     "optimizer": ("the state_dict of AdamW", _is_adamw),
     "model_args": ("a dict of sizes", lambda value: _maps(value, str, object)),
-    "iter_num": ("a whole number", lambda value: isinstance(value, int)),
-    "best_val_loss": ("a number", _is_number),
+    "iter_num": ("a whole number from 0 on", lambda value: type(value) is int and value >= 0),
+    "best_val_loss": ("a finite number", _is_finite),
     "config": ("a dict of keys", lambda value: _maps(value, str, object) and isinstance(value.get("dataset", ""), str)),
     "scaler": ("a dict", lambda value: isinstance(value, dict)),
+    "data": ("a dict", lambda value: isinstance(value, dict)),
     "split": ("two pairs of whole numbers", lambda value: _is_split(value)),
 }
 
 
-def _check(checkpoint, path, required):
-    """Raise a UsageError for the first entry that is not what a training run saves."""
+def _check(checkpoint, path, for_training):
+    """Raise a UsageError for the first entry that is not what a training run saves, contents included."""
     # What isn't asked for may be anything: whoever shares a checkpoint may have emptied it.
-    looked_at = checkpoint if "optimizer" in required else (*required, "config")
+    looked_at = checkpoint if for_training else ("model", "model_args", "config")
     for entry, (expected, fits) in _EXPECTED.items():
         if entry in checkpoint and entry in looked_at and not fits(checkpoint[entry]):
             raise UsageError(f"{path} is damaged or not a checkpoint of this model: {entry} must be {expected}")
+    weights = checkpoint["model"].values()
+    if any(w.is_complex() for w in weights) or not all_finite(weights):
+        raise UsageError(f"{path} holds weights that are not finite: {_elsewhere(path)}")
+    if for_training:
+        _check_moments(checkpoint["optimizer"], path)
     sizes = checkpoint["model_args"]
     lacking = [k for k in SIZES if k not in sizes]
     if lacking:
@@ -228,6 +254,8 @@ def _check(checkpoint, path, required):
         types = {"bias": (bool,), "dropout": (float, int)}.get(key, (int,))
         if type(sizes[key]) not in types:
             raise UsageError(f"{path}: {key} in its model_args must be of type {types[0].__name__}: it is damaged")
+    if not for_training:
+        return
     with usage_errors(LookupError, TypeError, RuntimeError, AttributeError, prefix=f"{path}: its rng is damaged: "):
         for rank in checkpoint.get("rng", ()):
             if isinstance(rank["data"], torch.Tensor):  # as saved by version 0.1
@@ -236,11 +264,35 @@ def _check(checkpoint, path, required):
                 torch.Generator().set_state(state)
 
 
+def _elsewhere(path):
+    return f"take an earlier one, such as {PREVIOUS} beside it" if os.path.basename(path) == NAME else "take another"
+
+
+def _check_moments(optimizer, path):
+    """Raise a UsageError where AdamW's state can't come from training: it would be believed, and spoil the weights."""
+    for group in optimizer["param_groups"]:
+        for option in _ANOTHER_OPTIMIZER:
+            if group.get(option):
+                raise UsageError(f"{path}: its optimizer has {option} set, which no training run here does")
+        for name, value in group.items():
+            if name in ("lr", "eps", "weight_decay") and not _is_finite(value):
+                raise UsageError(f"{path}: its optimizer has {name}={value}, which is not a finite number")
+    for index, moments in optimizer["state"].items():
+        for name, value in moments.items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(0.0)
+            below = name in ("step", "exp_avg_sq") and tensor.numel() and not tensor.is_complex() and tensor.min() < 0
+            if tensor.is_complex() or below or not all_finite([tensor]):
+                raise UsageError(f"{path}: {name} of weight {index} in its optimizer is negative or not finite")
+
+
 def restore(saved, optimizer, scaler, batches, world, device):
     """Let a run go on where a checkpoint was made: AdamW's moments, the scaler, this rank's data and generators.
 
     What a checkpoint lacks, as nanoGPT's does, begins anew.
     """
+    for split, known in batches.fingerprints.items():
+        if saved.get("data", {}).get(split, known) != known:
+            print(f"{split}.bin is not what it was when the checkpoint was saved: the run goes on with what is there")
     load_optimizer(optimizer, saved["optimizer"])
     if scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])

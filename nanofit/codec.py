@@ -43,6 +43,8 @@ def load_meta(folder):
     path = os.path.join(folder, "meta.pkl")
     if not os.path.exists(path):
         return None
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is not a file: prepare the data again")
     try:
         with open(path, "rb") as f:
             meta = _unpickle(f.read())
@@ -96,9 +98,10 @@ def codec_of(folder):
     def encode(text):
         unknown = sorted(set(text) - set(stoi))
         if unknown:
+            several = f"characters {', '.join(map(repr, unknown[:20]))}, which are" if unknown[1:] else ""
             raise UsageError(
-                f"the prompt has the character {unknown[0]!r}, which is not among the {len(stoi)} symbols of "
-                f"{path}: use only {''.join(stoi)!r}"
+                f"the prompt has the {several or f'character {unknown[0]!r}, which is'} not among the {len(stoi)} "
+                f"symbols of {path}: use only {''.join(stoi)[:300]!r}"
             )
         return [stoi[c] for c in text]
 

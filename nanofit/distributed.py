@@ -31,9 +31,16 @@ class World:
     @classmethod
     def of_torchrun(cls):
         """The World that torchrun's environment variables tell of."""
-        return cls(
-            *(int(os.environ.get(n, default)) for n, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-        )
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+        told = {name: os.environ.get(name, str(alone)) for name, alone in variables.items()}
+        sound = all(value.isdecimal() for value in told.values())
+        world = cls(*map(int, told.values())) if sound else cls()
+        if not sound or not 0 <= world.local_rank <= world.rank < world.size:
+            raise UsageError(
+                f"{', '.join(f'{name}={value!r}' for name, value in told.items())} in the environment are not what "
+                "torchrun sets: start with torchrun, or unset them"
+            )
+        return world
 
     @property
     def is_main(self):
@@ -49,7 +56,10 @@ class World:
             return device
         options = {}
         if device.type == "cuda":
-            options["device_id"] = device = runtime.find_device(f"cuda:{self.local_rank}")
+            try:
+                options["device_id"] = device = runtime.find_device(f"cuda:{self.local_rank}")
+            except UsageError as e:
+                raise UsageError(f"rank {self.rank}: {e}", of_rank=True) from e
             runtime.set_device(device)
         elif backend == "nccl":
             backend = "gloo"

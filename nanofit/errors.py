@@ -1,8 +1,11 @@
-"""What a user reads when something goes wrong, and the one place that knows how memory ends."""
+"""What a user reads when something goes wrong: the top frame of every script, and how memory ends."""
 
+import contextlib
+import errno
+import os
 import re
+import signal
 import sys
-from contextlib import contextmanager
 
 # What torch and the libraries below it say, in a plain RuntimeError, where memory ran out.
 _OUT_OF_MEMORY = (
@@ -15,10 +18,17 @@ _OUT_OF_MEMORY = (
 
 
 class UsageError(ValueError):
-    """A mistake in what the user gave. Its message is a sentence, shown without a traceback."""
+    """A mistake in what the user gave. Its message is a sentence, shown without a traceback.
+
+    of_rank: it is this rank's alone. All others happen on every rank, of which one tells.
+    """
+
+    def __init__(self, sentence, of_rank=False):
+        super().__init__(sentence)
+        self.of_rank = of_rank
 
 
-@contextmanager
+@contextlib.contextmanager
 def usage_errors(*kinds, prefix=""):
     """Turn exceptions of these kinds, raised by a library about what the user asked for, into UsageErrors."""
     try:
@@ -52,18 +62,81 @@ def _rounded(amount):
     return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else amount
 
 
-def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
-    """From here on an uncaught UsageError ends the program with its sentence and exit code 1.
+# ---- the top frame -----------------------------------------------------------------------------------------
 
-    So does an error that says that memory ran out, with when_memory_ends(): what to do then.
+
+def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
+    """From here on, what a user's input, files, disk, terminal or memory can cause ends the program with a sentence.
+
+    The exit code is 1, or 130 after Ctrl-C. An error of any other kind is our own mistake: it keeps its traceback.
+    when_memory_ends() says what to do then.
     """
 
     def show(kind, error, trace):
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
+        if issubclass(kind, KeyboardInterrupt):
+            if speaks:
+                _tell("interrupted")
+            _flush()
+            os._exit(128 + signal.SIGINT)
         if issubclass(kind, UsageError):
-            print(f"error: {error}", file=sys.stderr)
+            if speaks or error.of_rank:
+                _tell(f"error: {error}")
         elif is_out_of_memory(error):
-            print(f"error: {memory_sentence(error)}\n{when_memory_ends()}", file=sys.stderr)
+            _tell(f"error: {memory_sentence(error)}\n{when_memory_ends()}")
+        elif issubclass(kind, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what reads us is gone, and isn't told again at the end
+            _tell("error: standard output was closed before all of it was written")
+        elif issubclass(kind, OSError) and error.errno:
+            where = f" ({error.filename})" if error.filename else ""
+            _tell(f"error: {os.strerror(error.errno)}{where}")
         else:
             sys.__excepthook__(kind, error, trace)
+            _tell("This is a mistake of the program's: please report it, with all that is printed above.")
 
     sys.excepthook = show
+
+
+def _tell(sentence):
+    with contextlib.suppress(OSError, ValueError):  # standard error may be gone as well; the exit code still tells
+        print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def _flush():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+class PatientOutput:
+    """A standard output that gives up, instead of raising, where it can't be written: a full disk, a closed terminal.
+
+    failure: why it gave up, or ''.
+    """
+
+    def __init__(self, stream):
+        self._stream, self.failure = stream, ""
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # characters that the locale lacks
+
+    def write(self, text):
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, act):
+        if self.failure:
+            return
+        try:
+            act()
+        except (OSError, ValueError) as e:
+            self.failure = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
+            if isinstance(e, OSError) and e.errno == errno.EPIPE:
+                self.failure = "its reader has gone"
+            with contextlib.suppress(OSError):  # what is buffered would be tried again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)

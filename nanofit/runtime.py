@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -178,8 +179,21 @@ def _nvidia_smi(query):
     return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
-def peak_flops(name):
-    """(FLOP/s, note) of the device of this name: dense 16-bit products; note says where it is a guess."""
+def peak_flops(device, dtype):
+    """(FLOP/s, note) that the device can do: dense 16-bit products of a GPU; note says where it isn't from a table.
+
+    A CPU's is measured, as what a large matrix product in dtype reaches.
+    """
+    if device.type == "cpu":
+        a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - start)
+        flops = 2 * 1024**3 / min(seconds)
+        return flops, f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
+    name = device_name(device)
     for known, tflops in PEAK_TFLOPS:
         if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
             return tflops * 1e12, ""
@@ -213,6 +227,19 @@ def total_memory_bytes(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return _proc("meminfo", "MemTotal")
+
+
+def host_memory_bytes():
+    """All memory of this machine; a number that nothing exceeds where the system doesn't tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has other ways
+        return sys.maxsize
+
+
+def process_bytes(device):
+    """What this process alone takes of what a limit counts: on a CPU Python, torch and libraries; nothing of a GPU."""
+    return _proc("self/status", "VmHWM") if device.type == "cpu" else 0
 
 
 def free_memory_bytes(device):

@@ -1,19 +1,24 @@
 """What the keys of a run may be. Everything here is looked at before anything is written."""
 
+import math
 import os
 
 from nanofit import models, optimizers, runtime
 from nanofit.autofit import compiling
 from nanofit.errors import UsageError
 
+BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
+BATCH_BYTES = 18  # that a token of a batch takes there: as it is stored, and twice as int64
+# What a resumed run takes from its checkpoint, as nanoGPT's: the model's shape, and AdamW's own numbers.
+OF_THE_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "weight_decay", "beta1", "beta2")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def at_least(minimum, config, *keys):
-    """Raise a UsageError for the first of these keys whose value is below minimum."""
+    """Raise a UsageError for the first of these keys whose value is below minimum, or not finite."""
     for key in keys:
-        if not config[key] >= minimum:  # a nan is not at least anything
-            raise UsageError(f"{key} must be at least {minimum}, not {config[key]}")
+        if not minimum <= config[key] < math.inf:
+            raise UsageError(f"{key} must be at least {minimum} and finite, not {config[key]}")
 
 
 def one_of(choices, config, key):
@@ -79,6 +84,53 @@ def check_compile_mode(config):
         mode, min_sms = config["compile_mode"], config["compile_min_sms"]
         if refusal := compiling.refuse_mode(mode, runtime.sm_count(device), min_sms):
             raise UsageError(refusal)
+
+
+def check_sizes(config, config_class, model_args, elsewhere):
+    """Raise a UsageError where the model refuses its sizes, or it or a batch can't be in this machine's memory."""
+    at_least(1, model_args, *(name for name in models.SIZES if name not in ("bias", "dropout")))
+    models.config_of(config_class, model_args)
+    layers, width, there = model_args["n_layer"], model_args["n_embd"], runtime.host_memory_bytes()
+    weights = 4 * (layers * 12 * width**2 + (model_args["vocab_size"] + model_args["block_size"]) * width)
+    need = {
+        f"a model of n_layer={layers}, n_embd={width}, vocab_size={model_args['vocab_size']}, "
+        f"block_size={model_args['block_size']}": layers * BLOCK_BYTES + (0 if elsewhere else weights),
+        f"a batch of batch_size={config['batch_size']}, block_size={model_args['block_size']}": config["batch_size"]
+        * (model_args["block_size"] + 1)
+        * BATCH_BYTES,
+    }
+    for what, needed in need.items():
+        if needed > there:
+            raise UsageError(
+                f"{what} takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:.1f}: make it smaller"
+            )
+
+
+def opening_lines(config, given, device, dtype, model_args, tokens_per_iter):
+    """What a run tells first: where it computes, and on what."""
+    where = f"device {device}{'' if 'device' in given else ' (the best one here)'}"
+    how = f"dtype {dtype}{'' if 'dtype' in given else ' (the best for it)'}"
+    limit = config["memory_limit_gb"] and not config["auto_fit"] and str(device) in ("cpu", "mps")
+    return [
+        f"{where}, {how}, vocab_size {model_args['vocab_size']}",
+        *([f"memory_limit_gb: without auto_fit nothing holds a run to it on {device}"] if limit else []),
+        f"tokens per iteration will be: {tokens_per_iter:,}",
+    ]
+
+
+def differences(saved, config, given):
+    """Lines on the keys that differ from the checkpoint's, and what becomes of each. saved: a checkpoint."""
+    taken, ignored = [], []
+    for key, value in config.items():
+        before = saved["config"].get(key, value)
+        if key in models.SIZES and key not in ("dropout", "block_size"):
+            before = saved["model_args"].get(key, value)
+        if before == value or key in ("out_dir", "init_from") or key not in given:
+            continue
+        kept = key in OF_THE_CHECKPOINT
+        (ignored if kept else taken).append(f"{key} {before}, not {value}" if kept else f"{key} {before} -> {value}")
+    lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
+    return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
 
 
 def crop_to(block_size, trained_with, init_from):

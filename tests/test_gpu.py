@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from conftest import ROOT, TOY, environment, flags, run_script, train
 import model as model_module
 from model import GPT, GPTConfig
 from nanofit import autofit, runtime
+from nanofit.autofit.plan import OUT_OF_MEMORY, Job, MemoryLevers, Plan, from_dict
+from nanofit.autofit.trial import run_trial
 from nanofit.batches import Batches
-from nanofit.step import dry_step, try_compile, update
+from nanofit.step import combine, dry_step, try_compile, update
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -28,8 +31,8 @@ def gpu_only_while_it_lasts():
 
 def test_facts_about_the_gpu():
     assert runtime.best_device() == "cuda"
-    assert runtime.open_device("cuda") == GPU
-    runtime.take_device(GPU)
+    assert runtime.find_device("cuda") == GPU
+    runtime.set_device(GPU)
     assert torch.cuda.current_device() == 0
     assert runtime.device_name(GPU) == torch.cuda.get_device_name()
     assert runtime.best_dtype("cuda") in ("bfloat16", "float16")
@@ -54,8 +57,8 @@ def test_facts_about_memory():
     assert runtime.sm_count(GPU) > 0
     assert runtime.capability(GPU) >= (5, 0)
     assert 0 < runtime.free_memory_bytes(GPU) <= runtime.total_memory_bytes(GPU)
-    assert runtime.versions(GPU)["device"] == torch.cuda.get_device_name()
-    assert all(pid > 0 and mib >= 0 for pid, _, mib in runtime.neighbours(GPU))
+    assert runtime.device_info(GPU)["device"] == torch.cuda.get_device_name()
+    assert all(pid > 0 and mib >= 0 for pid, _, mib in runtime.gpu_processes(GPU))
 
 
 def test_peaks_count_what_the_allocator_reserves():
@@ -73,7 +76,7 @@ def test_peaks_count_what_the_allocator_reserves():
 
 def test_a_cap_makes_an_overrun_an_error():
     runtime.empty_cache(GPU)
-    runtime.take_device(GPU, 512 * 2**20)
+    runtime.set_device(GPU, 512 * 2**20)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**30, dtype=torch.uint8, device=GPU)
@@ -81,27 +84,26 @@ def test_a_cap_makes_an_overrun_an_error():
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-PROBE = dict(
+JOB = Job(
+    model_file=str(ROOT / "model.py"),
     model_args=dict(n_layer=3, n_head=4, n_embd=256, block_size=256, bias=False, vocab_size=8192, dropout=0.0),
-    activation_checkpointing=False, optimizer_state="float32", dtype="bfloat16", device="cuda",
-    grad_clip=1.0, batch_size=16, micro_steps=4,
-    compile=False, simulate=False, memory_limit_gb=2.0,
+    device="cuda", dtype="bfloat16", grad_clip=1.0, micro_batch_size=16, micro_steps=4, memory_limit_gb=2.0,
 )  # fmt: skip
 
 
 def test_the_simulation_agrees_with_the_gpu():
-    [measured], failure = autofit.run_probe(PROBE)
-    assert not failure
-    assert not measured["failure"]
-    assert measured["allocated_bytes"] <= measured["peak_bytes"] <= 2 * 2**30
-    [simulated], _ = autofit.run_probe({**PROBE, "simulate": True})
-    assert simulated["peak_bytes"] == pytest.approx(measured["allocated_bytes"], rel=0.1)
+    measured = run_trial(JOB)
+    assert not measured.failure
+    assert measured.fits
+    assert measured.peak_bytes <= 2 * 2**30
+    simulated = run_trial(replace(JOB, simulate=True)).peak_bytes
+    # What is measured is what the allocator reserved: a few percent more than what tensors hold.
+    assert 0.95 * simulated <= measured.peak_bytes <= 1.15 * simulated
 
 
 def test_a_size_beyond_the_limit_ends_in_the_probe_alone():
-    [result], failure = autofit.run_probe({**PROBE, "batch_size": 4096, "memory_limit_gb": 1.0})
-    assert not failure
-    assert result["failure"] == "out of memory"
+    tried = run_trial(replace(JOB, micro_batch_size=4096, memory_limit_gb=1.0))
+    assert tried.failure == OUT_OF_MEMORY
 
 
 def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkeypatch, workplace):
@@ -110,8 +112,9 @@ def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkey
     keys = dict(device="cuda", auto_fit=True, memory_limit_gb=1.5, batch_size=16, max_iters=12, dropout=0.1)
     try:
         fitted = train(**keys)
-        micro = json.loads((workplace / "out" / "auto_fit.json").read_text())["choice"]["micro_batch_size"]
-        plan = autofit.Plan(16, 1, micro, False, int(1.5 * 2**30))
+        kept = json.loads((workplace / "out" / "auto_fit.json").read_text())["plan"]
+        levers = from_dict(MemoryLevers, kept["levers"])
+        plan = Plan(16, 1, kept["micro_batch_size"], levers, limit_bytes=int(1.5 * 2**30))
         monkeypatch.setattr(autofit, "fit", lambda *_: plan)
         by_hand = train(**keys)
     finally:
@@ -215,7 +218,8 @@ def test_a_bad_gradient_is_left_out_without_waiting():
             warnings.simplefilter("error")
             torch.cuda.set_sync_debug_mode("error")  # waiting for the GPU is an error here
             try:
-                update(model, optimizer, runtime.grad_scaler(GPU, "float32"), grad_clip=1.0)
+                scaler = runtime.grad_scaler(GPU, "float32")
+                update(optimizer, scaler, combine(model, optimizer, scaler, grad_clip=1.0))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == bad
@@ -252,12 +256,12 @@ def test_the_optimizers_state_elsewhere(kind):
     assert run.iter_loss == pytest.approx(plain.iter_loss, abs=0.02)
 
 
-def test_activation_checkpointing_takes_less_and_changes_nothing():
+def test_recompute_takes_less_and_changes_nothing():
     keys = dict(device="cuda", n_layer=6, n_embd=256, n_head=4, block_size=256, batch_size=32, max_iters=3, dropout=0.1)
     peaks, losses = [], []
     for on in (False, True):
         torch.cuda.reset_peak_memory_stats()
-        losses.append(train(**keys, activation_checkpointing=on).iter_loss)
+        losses.append(train(**keys, recompute=on).iter_loss)
         peaks.append(torch.cuda.max_memory_allocated())
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     assert peaks[1] < 0.6 * peaks[0]

@@ -23,6 +23,7 @@ from nanofit import recovery, runtime, step
 from nanofit.batches import Batches
 from nanofit.distributed import World
 from nanofit.errors import UsageError
+from nanofit.folder import RunFolder
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 
 CPU = torch.device("cpu")
@@ -122,7 +123,9 @@ def test_a_kill_before_the_file_gets_its_name_leaves_the_checkpoint_before(workp
     assert kept() == 1
     checkpoints.save(small(3), "out")  # what was left lying about doesn't matter
     assert (kept(), kept("ckpt.prev.pt")) == (3, 1)
-    assert sorted(os.listdir("out")) == ["ckpt.prev.pt", "ckpt.pt"]
+    assert len(os.listdir("out")) == 3
+    RunFolder("out").take()
+    assert sorted(os.listdir("out")) == ["ckpt.prev.pt", "ckpt.pt", "run.lock"], "what was left lying about is removed"
 
 
 def test_weights_that_are_not_finite_overwrite_nothing():
@@ -272,7 +275,7 @@ def test_a_signal_before_anything_is_trained_saves_nothing(monkeypatch):
         train(max_iters=12)
     assert stop.value.code == 128 + signal.SIGTERM
     assert "SIGTERM before iteration 0: nothing is trained yet, and nothing saved" in stop.value.text
-    assert os.listdir("out") == []
+    assert os.listdir("out") == ["run.lock"]
 
 
 def test_a_second_signal_ends_it_at_once():

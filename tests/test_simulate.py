@@ -3,35 +3,43 @@
 import pytest
 import torch
 
-from model import PRETRAINED
+from model import GPT, GPTConfig
+from nanofit.autofit.plan import GIB, Job, MemoryLevers
 from nanofit.autofit.simulate import PARTS, step_memory
+from nanofit.models import GPT2_SIZES
 
-GIB = 2**30
+
+class NanoGPTsWay(GPT):
+    """All logits in memory, and held on to as nanoGPT's loop does."""
+
+    def forward(self, idx, targets=None):
+        self.logits, loss = super().forward(idx, targets)
+        return self.logits, loss
 
 
-def take(name="gpt2", batch_size=1, forward=None, checkpointing=False, state="float32", micro_steps=2, **sizes):
-    """GiB by part for a step of a GPT-2 in bfloat16."""
-    shape = dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False, **{**PRETRAINED[name], **sizes})
-    job = dict(
-        model_args=shape, batch_size=batch_size, micro_steps=micro_steps, dtype="bfloat16", grad_clip=1.0,
-        activation_checkpointing=checkpointing, optimizer_state=state,
+RECOMPUTE = {"recompute": True}
+
+
+def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None, **sizes):
+    """GiB by part for a step of a GPT-2 in bfloat16. levers: fields of MemoryLevers."""
+    shape = dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False, **{**GPT2_SIZES[name], **sizes})
+    job = Job(
+        model_file="model.py", model_args=shape, device="cuda", dtype="bfloat16", grad_clip=1.0,
+        micro_batch_size=micro_batch_size, micro_steps=micro_steps,
     )  # fmt: skip
-    return {part: size / GIB for part, size in step_memory(job, forward).items()}
-
-
-def as_nanogpt(model, x, y):
-    return model(x, y)
+    levers = MemoryLevers(**levers or {}).within(0)
+    return {part: size / GIB for part, size in step_memory(model, GPTConfig, job, levers).items()}
 
 
 def test_the_logits_take_no_memory_and_blocks_little():
     """124M at 64 x 1024, of which nanoGPT's way takes 65 GiB."""
-    theirs = sum(take(batch_size=64, forward=as_nanogpt).values())
-    assert sum(take(batch_size=64).values()) <= 0.40 * theirs
-    assert sum(take(batch_size=64, checkpointing=True).values()) <= 0.11 * theirs
+    theirs = sum(take(micro_batch_size=64, model=NanoGPTsWay).values())
+    assert sum(take(micro_batch_size=64).values()) <= 0.40 * theirs
+    assert sum(take(micro_batch_size=64, levers=RECOMPUTE).values()) <= 0.11 * theirs
 
 
 def test_a_single_sequence_takes_no_more_than_in_nanogpts_way():
-    assert sum(take().values()) <= 1.03 * sum(take(forward=as_nanogpt).values())
+    assert sum(take().values()) <= 1.03 * sum(take(model=NanoGPTsWay).values())
 
 
 def test_parts_are_what_their_names_say():
@@ -41,17 +49,41 @@ def test_parts_are_what_their_names_say():
     assert parts["weights"] == pytest.approx(parameters, rel=0.01)
     assert parts["gradients"] == pytest.approx(parameters, rel=0.01)
     assert parts["optimizer state"] == pytest.approx(2 * parameters, rel=0.01)
-    assert parts["activations"] > 5 * take(n_layer=2, checkpointing=True)["activations"]
+    assert parts["activations"] > 5 * take(n_layer=2, levers=RECOMPUTE)["activations"]
     alone = take(n_layer=2, micro_steps=1)
     assert alone["gradients"] < parts["gradients"], "without accumulation, the forward pass finds none"
-    assert take(n_layer=2, state="offload")["optimizer state"] == 0
-    assert take(n_layer=2, state="8bit")["optimizer state"] == pytest.approx(parts["optimizer state"] / 4, rel=0.05)
+    assert take(n_layer=2, levers={"optimizer_state": "offload"})["optimizer state"] == 0
+    compact = take(n_layer=2, levers={"optimizer_state": "8bit"})["optimizer state"]
+    assert compact == pytest.approx(parts["optimizer state"] / 4, rel=0.05)
 
 
 @pytest.mark.slow
 def test_350m_fits_a_card_of_8_gb():
     limit = (8 - 0.5) * 0.95  # less CUDA's context and the margin
-    assert sum(take("gpt2-medium", checkpointing=True).values()) < limit
+    assert sum(take("gpt2-medium", levers=RECOMPUTE).values()) < limit
+
+
+class Bare(torch.nn.Module):
+    """A model of somebody else's, which has nothing but what training asks of every model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.inner = config, GPT(config)
+
+    def forward(self, idx, targets=None):
+        return self.inner(idx, targets)
+
+    def configure_optimizers(self, *arguments):
+        return self.inner.configure_optimizers(*arguments)
+
+
+def test_a_model_that_is_built_otherwise_is_simulated_with_its_activations_and_loss_in_one():
+    ours, theirs = take(n_layer=2), take(n_layer=2, model=Bare, levers=RECOMPUTE)
+    for part in ("weights", "gradients", "optimizer state"):
+        assert theirs[part] == pytest.approx(ours[part], rel=0.01)
+    assert theirs["loss and backward"] == 0
+    whole_logits = 1024 * 50304 * 4 / GIB
+    assert theirs["activations"] > ours["activations"] + whole_logits
 
 
 def test_the_stand_in_for_8_bits_is_the_size_of_the_real_state():

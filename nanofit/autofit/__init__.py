@@ -80,8 +80,8 @@ def fit(world, device, config, given, model_args, model_class, iterations_left):
     if world.is_main and dry_run:
         parts = fitter.run_trial(replace(fitter.job_of(plan.micro_batch_size), levers=plan.levers, simulate=True)).parts
         print(f"auto-fit: {advice.where_it_goes(parts)}" if parts else "auto-fit: where memory goes is not known")
-    elif world.is_main:
-        cache.remember(config["out_dir"], key, plan)
+    elif world.is_main and not config["eval_only"] and (why := cache.remember(config["out_dir"], key, plan)):
+        print(f"auto-fit: {why}")
     print(f"auto-fit: {plan}")
     return plan
 

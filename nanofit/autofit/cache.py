@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from dataclasses import asdict
 
 from nanofit.autofit.plan import Plan, from_dict
@@ -15,6 +16,8 @@ def recall(out_dir, key):
     if not os.path.exists(path):
         return None, ""
     try:
+        if not os.path.isfile(path):
+            raise ValueError("a folder or a pipe")
         with open(path, encoding="utf-8") as f:
             kept = json.load(f)
         if differs := [name for name in key if kept["key"].get(name) != json.loads(json.dumps(key[name]))]:
@@ -29,12 +32,20 @@ def recall(out_dir, key):
 
 
 def remember(out_dir, key, plan):
-    """Keep a plan in out_dir, whole or not at all."""
-    os.makedirs(out_dir, exist_ok=True)
+    """Keep a plan in out_dir, whole or not at all; '' or why that failed."""
     path = os.path.join(out_dir, NAME)
     kept = asdict(plan)
     trials = kept.pop("trials")
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump({"key": key, "plan": kept, "trials": trials}, f, indent=2)
-        f.write("\n")
-    os.replace(path + ".part", path)
+    part = ""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f"{NAME}.", suffix=".part", dir=out_dir)
+        with open(handle, "w", encoding="utf-8") as f:
+            json.dump({"key": key, "plan": kept, "trials": trials}, f, indent=2)
+            f.write("\n")
+        os.replace(part, path)
+    except OSError as e:
+        if os.path.exists(part):
+            os.remove(part)
+        return f"{path} can't be written ({e.strerror}): the next start will look again"
+    return ""

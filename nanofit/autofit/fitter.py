@@ -70,10 +70,12 @@ class Fitter:
             return
         self.facts = facts
         sms = f"{facts.sm_count} SMs, " if facts.sm_count else ""
+        limits = self.job.memory_limit_gb and not self.job.simulate  # of a planned card it is the size, not a limit
+        asked = " (memory_limit_gb)" if limits and facts.limit_bytes == int(self.job.memory_limit_gb * GIB) else ""
         simulated = ", simulated on fake tensors: nothing is measured" if self.job.simulate else ""
         self.say(
             f"auto-fit: {facts.name}, {sms}{facts.total_bytes / GIB:.2f} GiB, "
-            f"{facts.free_bytes / GIB:.2f} GiB free, limit {facts.limit_bytes / GIB:.2f} GiB{simulated}"
+            f"{facts.free_bytes / GIB:.2f} GiB free, limit {facts.limit_bytes / GIB:.2f} GiB{asked}{simulated}"
         )
 
     def _search(self):
@@ -200,9 +202,14 @@ class Fitter:
             f"auto-fit: nothing fits: batch_size 1{smallest.levers} takes {need} ({how}), the limit is "
             f"{self.limit / GIB:.2f} GiB of {self.facts.free_bytes / GIB:.2f} GiB free"
         )
+        process = self.facts.process_bytes
+        if process:
+            sentence += f"; the process alone, Python and torch, takes {process / GIB:.2f} GiB"
+        if process >= self.limit:
+            return f"{sentence}: no setting helps, memory_limit_gb must be more than that"
         if not self.advises:
             return sentence
         self.say("auto-fit: nothing fits: looking for settings that would, by simulation")
         levers = replace(smallest.levers, recompute=smallest.levers.recompute or self.may_recompute)
         job = replace(self.job_of(1), levers=levers)
-        return "\n".join([sentence, *what_would_fit(job, self.limit, self.run_trial, self.may_shrink)])
+        return "\n".join([sentence, *what_would_fit(job, self.facts, self.run_trial, self.may_shrink)])

@@ -4,6 +4,7 @@ Nothing of the project is imported here, so that both sides may import it.
 """
 
 import json
+import sys
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -68,6 +69,7 @@ class Facts:
     total_bytes: int = 0
     free_bytes: int = 0
     limit_bytes: int = 0  # what training may take
+    process_bytes: int = 0  # of it, what a process takes before it has a model
     neighbours: tuple = ()  # (pid, name, MiB) of other processes that hold memory of this GPU
 
 
@@ -112,6 +114,7 @@ class Plan:
     trials: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
+        assert self.micro_batch_size > 0, "a micro-batch holds a sequence"
         assert self.batch_size % self.micro_batch_size == 0, "a micro-batch divides the batch"
         assert self.micro_batch_size * self.accumulation == self.batch_size * self.gradient_accumulation_steps
 
@@ -154,15 +157,15 @@ def from_dict(kind, read):
         if wanted[name] is MemoryLevers:
             value = from_dict(MemoryLevers, value)
         elif wanted[name] is tuple and type(value) is list:
-            value = tuple(value)
-        elif wanted[name] is float and type(value) is int:
+            value = tuple(tuple(v) if type(v) is list else v for v in value)  # neighbours are tuples in one
+        elif wanted[name] is float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
         if type(value) is not wanted[name]:
             return None
         given[name] = value
     try:
         return kind(**given)
-    except (TypeError, AssertionError, ZeroDivisionError):  # a field is missing, or a Plan's sizes don't divide
+    except (TypeError, AssertionError):  # a field is missing, or a Plan's sizes don't divide
         return None
 
 

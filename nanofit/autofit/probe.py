@@ -47,6 +47,7 @@ def measure(job):
             total_bytes=runtime.total_memory_bytes(device),
             free_bytes=free,
             limit_bytes=limit,
+            process_bytes=runtime.process_bytes(device),
             neighbours=() if job.limit_bytes else tuple(runtime.gpu_processes(device)),
         )
     )

@@ -44,7 +44,11 @@ def _optimizer(kind, model):
         optimizer = Compact8bit(optimizer.param_groups)
     elif kind == "offload":  # the device holds no state at all, as with plain SGD
         optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
-    optimizer.defaults["fused"] = True  # a step doesn't look at gradients first, which fake ones don't have
+    # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
+    optimizer.defaults["fused"] = True
+    if isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["fused"] = True
     return optimizer
 
 

@@ -1,0 +1,145 @@
+"""A run's folder: held by one run at a time, and never written over by another.
+
+ckpt.pt is the run's checkpoint, the best where only that is kept; ckpt.prev.pt the one before; ckpt.last.pt, where a
+run stopped whose ckpt.pt is the best and must stay. All three are of one run, told by the id that they carry. Those
+of another run are moved aside, whole, before this one writes its first.
+"""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import re
+import socket
+import time
+import uuid
+
+from nanofit import checkpoint
+from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
+from nanofit.distributed import ALONE
+from nanofit.errors import UsageError, usage_errors
+
+LOCK = "run.lock"
+
+
+def run_id_of(saved):
+    """The id of the run that a checkpoint belongs to. nanoGPT's have none: theirs is made of what they hold."""
+    if re.fullmatch("[0-9a-f]{8}", str(saved.get("run_id"))):  # it becomes part of a file's name
+        return saved["run_id"]
+    told = [saved.get("iter_num"), saved.get("best_val_loss"), sorted(map(repr, saved.get("config", {}).items()))]
+    return hashlib.sha256(repr(told).encode(errors="replace")).hexdigest()[:8]
+
+
+class RunFolder:
+    """out_dir as one run sees it. run_id: of the run that goes on, or a new one."""
+
+    def __init__(self, out_dir, world=ALONE):
+        self.out_dir, self.world = out_dir, world
+        self.begin_anew()
+        self._lock = None
+        self._alone = False  # what lies in the folder is of this run
+
+    def path(self, name=NAME):
+        return os.path.join(self.out_dir, name)
+
+    def load(self):
+        """The checkpoint to go on from: where the run stopped last. Raises UsageError as checkpoint.load."""
+        name = NAME
+        if os.path.isfile(self.path(LAST)):
+            last, best = (checkpoint.peek(self.path(n), whole=True) for n in (LAST, NAME))
+            if last is None and best is not None:
+                raise UsageError(
+                    f"{self.path(LAST)}, where the run stopped, is damaged; {self.path()} is whole, of iteration "
+                    f"{best['iter_num']}: to go on from there, remove {self.path(LAST)}"
+                )
+            if last and best and run_id_of(last) != run_id_of(best):
+                print(f"{self.path(LAST)} is of another run than {self.path()} and is left alone")
+            elif last and (not best or last["iter_num"] >= best["iter_num"]):
+                name = LAST
+        saved = checkpoint.load(self.out_dir, name, for_training=True)
+        self.run_id = run_id_of(saved)
+        return saved
+
+    def begin_anew(self):
+        """What is saved from here on is another run's than what was loaded, which will be kept beside it."""
+        self.run_id = uuid.uuid4().hex[:8]
+
+    def take(self):
+        """Make the folder and hold it until this process ends. All ranks must call it; rank 0 holds."""
+        self.world.agree(self._take if self.world.is_main else lambda: None)
+
+    def _take(self):
+        with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be made: "):
+            os.makedirs(self.out_dir, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            return  # Windows has other locks; there, two runs in one folder are the user's to avoid
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
+            self._lock = os.open(self.path(LOCK), flags, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
+                raise UsageError(
+                    f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir"
+                ) from e
+            print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
+            return
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+        for part in glob.glob(glob.escape(self.out_dir) + "/*.part"):  # of a run that was killed while it wrote
+            with contextlib.suppress(OSError):
+                os.remove(part)
+
+    def release(self):
+        """Let another run have the folder; when a process ends, that happens by itself."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def save(self, snapshot, name=NAME):
+        """Write a checkpoint of this run. All ranks must call it; rank 0 writes, and the others wait for it.
+
+        Raises SaveError on all of them where that fails: what was there is as it was.
+        """
+        failure = ""
+        if self.world.is_main:
+            try:
+                whole = {**snapshot, "run_id": self.run_id}
+                checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others())
+            except SaveError as e:
+                failure = str(e)
+        if failure := self.world.all_gather(failure)[0]:
+            raise SaveError(failure)
+
+    def _others(self):
+        """{name: what is in it, None for what can't be read} of another run's checkpoints that lie here."""
+        if self._alone:
+            return {}
+        held = {n: checkpoint.peek(self.path(n)) for n in (LAST, PREVIOUS, NAME) if os.path.lexists(self.path(n))}
+        return {name: saved for name, saved in held.items() if saved is None or run_id_of(saved) != self.run_id}
+
+    def _move_others_aside(self):
+        """Give another run's checkpoints a folder of their own."""
+        for name, saved in self._others().items():
+            # By id, so that a move that was interrupted goes on in the same folder.
+            aside = os.path.join(self.out_dir, "kept-damaged" if saved is None else f"kept-of-run-{run_id_of(saved)}")
+            target = os.path.join(aside, name)
+            try:
+                os.makedirs(aside, exist_ok=True)
+                while os.path.lexists(target):
+                    target += "~"
+                os.rename(self.path(name), target)
+            except OSError as e:
+                raise SaveError(f"not saved: {self.path(name)}, of another run, can't be moved ({e.strerror})") from e
+            iteration = f", of iteration {saved['iter_num']}," if saved else ""
+            print(f"{self.path(name)}{iteration} is another run's: kept as {target}")
+        self._alone = True

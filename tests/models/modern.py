@@ -1,0 +1,155 @@
+"""A stand-in for a fork of nanoGPT's model.py: RMSNorm, rotary positions, SwiGLU, grouped heads, nothing pretrained.
+
+tests/test_models.py puts it in the place of model.py. Of nanoGPT's names for modules it keeps transformer.h, where
+the blocks are, and renames what its author liked to; its GPTConfig has two fields more.
+
+Shapes: B sequences, T tokens of each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = C // nh, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False  # never used
+    n_kv_head: int = None  # heads of keys and values, each shared by as many heads of queries; None: n_head
+    rope_base: float = 10000.0  # the longest wavelength of positions, over 2 pi
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich 2019, arXiv:1910.07467."""
+
+    def __init__(self, ndim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of features by its position's angles. x: (B, heads, T, hs); cos, sin: (T, hs // 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), grouped heads (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_size = config.n_embd // config.n_head
+        self.to_q = nn.Linear(config.n_embd, self.n_head * self.head_size, bias=False)
+        self.to_kv = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_size, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)  # a module, where nanoGPT keeps a number under this name
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        q = self.to_q(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
+        k, v = self.to_kv(x).view(B, T, 2 * self.n_kv_head, self.head_size).transpose(1, 2).chunk(2, dim=1)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, nh, T, hs)
+        dropout = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_and_up = nn.Linear(config.n_embd, 6 * config.n_embd, bias=False)
+        self.down = nn.Linear(3 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm_1, self.norm_2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
+        self.attention, self.feed_forward = Attention(config), SwiGLU(config)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attention(self.norm_1(x), cos, sin)
+        return x + self.feed_forward(self.norm_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        modules = dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            norm=RMSNorm(config.n_embd),
+        )
+        self.transformer = nn.ModuleDict(modules)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied
+        for p in self.parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02)
+        half = config.n_embd // config.n_head // 2
+        wavelengths = config.rope_base ** (torch.arange(half) / half)
+        angles = torch.arange(config.block_size)[:, None] / wavelengths  # (block_size, hs // 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
+
+    def get_num_params(self, non_embedding=True):
+        embedding = self.transformer.wte.weight.numel() if non_embedding else 0
+        return sum(p.numel() for p in self.parameters()) - embedding
+
+    def forward(self, idx, targets=None):
+        T = idx.shape[1]
+        assert self.config.block_size >= T
+        x = self.transformer.wte(idx)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, self.cos[:T], self.sin[:T])
+        x = self.transformer.norm(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None  # (B, 1, V)
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def crop_block_size(self, block_size):
+        self.config.block_size = block_size  # no weight belongs to a position
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        groups = [
+            dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay),
+            dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0),
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == "cuda")
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / 312e12
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1] / temperature  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)), dim=1)
+        return idx

@@ -1,0 +1,72 @@
+"""What users read when something goes wrong, and which errors say that memory ran out."""
+
+import pytest
+import torch
+
+from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
+
+
+def raised(attempt):
+    """The error that attempt() raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # which one is the question
+        attempt()
+    return caught.value
+
+
+def torchs_own_on_a_cpu():
+    return raised(lambda: torch.empty(2**60, dtype=torch.uint8))
+
+
+def pythons_own():
+    return raised(lambda: bytearray(2**62))
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 6.14 GiB. GPU 0 has a total capacity of 11.69 GiB of which 1.20 GiB is "
+    "free. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF\nSee documentation"
+)
+MPS = "MPS backend out of memory (MPS allocated: 17.93 GiB, max allowed: 18.13 GiB). Tried to allocate 500.00 MiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError(CUDA), "memory ran out on asking for 6.14 GiB"),
+        (RuntimeError(CUDA), "memory ran out on asking for 6.14 GiB"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), "memory ran out"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory ran out"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "memory ran out"),
+        (RuntimeError(MPS), "memory ran out on asking for 500.00 MiB"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8589934592 bytes."),
+         "memory ran out on asking for 8.00 GiB"),
+        (MemoryError(), "memory ran out"),
+        (torchs_own_on_a_cpu(), "memory ran out on asking for 1073741824.00 GiB"),
+        (pythons_own(), "memory ran out"),
+    ],
+    ids=["torch", "cuda", "driver", "cublas", "cudnn", "mps", "windows", "python", "the-cpu", "python-itself"],
+)  # fmt: skip
+def test_a_want_of_memory_is_known_and_told_in_one_short_line(error, sentence):
+    assert is_out_of_memory(error)
+    assert memory_sentence(error) == sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 80
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        RuntimeError("a tensor whose memory was freed"),
+        RuntimeError(),
+        UsageError("out of memory"),
+        ValueError("out of memory"),
+        OSError(12, "Cannot allocate memory"),
+        KeyboardInterrupt("out of memory"),
+        raised(lambda: torch.zeros(2) @ torch.zeros(3)),
+    ],
+    ids=lambda error: f"{type(error).__name__}-{error}"[:40],
+)
+def test_other_errors_are_not_a_want_of_memory(error):
+    assert not is_out_of_memory(error)

@@ -1,0 +1,123 @@
+"""A memory lever is one value: a key of train.py, a part of a trial's job, and what training and simulation do by it.
+
+A field that is added to MemoryLevers and not to one of these places fails here.
+"""
+
+import ast
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from conftest import ROOT, train
+
+from model import GPT, GPTConfig
+from nanofit import autofit, models, runtime
+from nanofit.autofit.plan import FITTED, Job, MemoryLevers, to_json
+from nanofit.autofit.simulate import step_memory
+from nanofit.optimizers import make_optimizer
+
+CPU = torch.device("cpu")
+SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
+JOB = Job(str(ROOT / "model.py"), SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2)
+MOVED = {"recompute": True, "optimizer_state": "offload", "loss_chunk_mb": 256}  # another value of each lever
+PLAIN = MemoryLevers().within(0)  # as a trial and a run settle them
+
+lever = pytest.mark.parametrize("name", [field.name for field in fields(MemoryLevers)])
+
+
+def moved(name):
+    assert name in MOVED, "a new lever gets a value here that isn't its default"
+    assert getattr(PLAIN, name) != MOVED[name]
+    return replace(PLAIN, **{name: MOVED[name]})
+
+
+class WithChunks(GPT):
+    """Stands for a model that holds so many MiB of logits at a time."""
+
+    loss_chunk_mb = 0
+
+    def forward(self, idx, targets=None, return_logits=True):
+        found = super().forward(idx, targets, return_logits)
+        self.chunk = torch.empty(self.loss_chunk_mb * 2**20, dtype=torch.uint8)
+        return found
+
+
+def keys_of_train():
+    """The keys of train.py with their defaults, as its source has them."""
+    found = {}
+    for node in ast.parse((ROOT / "train.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found.setdefault(node.targets[0].id, ast.literal_eval(node.value))
+            except ValueError:
+                continue  # computed: not a plain key
+    return found
+
+
+@lever
+def test_it_is_a_key_of_train_with_the_same_default(name):
+    default = asdict(MemoryLevers())[name]
+    key = keys_of_train()[name]
+    assert (type(key), key) == (type(default), default)
+    config = {**asdict(PLAIN), name: MOVED[name], "batch_size": 3}
+    assert autofit.levers_of(config) == moved(name), "and the run's key is what auto-fit begins with"
+
+
+@lever
+def test_it_goes_with_a_trials_job(name):
+    assert to_json(replace(JOB, levers=moved(name))) != to_json(JOB)
+    assert json.loads(to_json(replace(JOB, levers=moved(name))))["levers"][name] == MOVED[name]
+
+
+def applied(levers):
+    """What training with these levers is: bytes that a forward pass saves, the model's chunk, the optimizer's kind."""
+    torch.manual_seed(0)
+    model = models.build(WithChunks, GPTConfig, SIZES)
+    models.apply_levers(model, levers)
+    saved = {}
+    x = torch.zeros((4, 64), dtype=torch.int64)
+
+    def keep(tensor):
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = models.loss_of(model, x, x)
+    loss.backward()
+    optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 1e-3, (0.9, 0.95), CPU)
+    return sum(saved.values()), model.loss_chunk_mb, type(optimizer).__name__, loss.item()
+
+
+@lever
+def test_it_changes_how_training_computes_and_not_what(name):
+    (*plain, loss), (*changed, same_loss) = applied(PLAIN), applied(moved(name))
+    assert changed != plain
+    assert same_loss == loss
+
+
+@lever
+def test_it_changes_what_is_simulated(name):
+    plain = step_memory(WithChunks, GPTConfig, JOB, PLAIN)
+    assert step_memory(WithChunks, GPTConfig, JOB, moved(name)) != plain
+
+
+@lever
+def test_a_run_with_it_says_so_in_its_checkpoint(name, workplace):
+    train(**{name: MOVED[name]}, max_iters=2, eval_interval=2)
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    asked = MemoryLevers(**{name: MOVED[name]})
+    assert saved["split"]["levers"] == asdict(asked.within(runtime.total_memory_bytes(CPU)))
+
+
+def test_what_auto_fit_may_move_are_levers():
+    assert set(FITTED) <= {field.name for field in fields(MemoryLevers)}
+
+
+def test_a_model_without_a_lever_goes_without_it():
+    class Bare(torch.nn.Module):
+        config = GPTConfig(**SIZES)
+
+    model = Bare()
+    models.apply_levers(model, MemoryLevers(recompute=True, loss_chunk_mb=7))
+    assert not hasattr(model, "loss_chunk_mb")

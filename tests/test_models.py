@@ -1,0 +1,399 @@
+"""A model that users bring: model.py replaced by another, and the scripts run as they are.
+
+tests/models/ holds nanoGPT's interface as nanoGPT has it, and a fork with other blocks and a GPTConfig of its own.
+Each is put beside copies of the scripts. One process makes many runs, as starting it takes longer than they do.
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REFERENCE, ROOT, TOY, Run, environment, flags, run_script
+
+TOLERANCE = 3e-4  # of a printed loss, between processors
+LACKS_RETURN_LOGITS = r"^model\.py offers no return_logits.*all logits are held.*$"
+
+# Runs scripts of its folder, in turn, and writes what became of each. What the user would meet as a sentence is its
+# sentence; any other error is kept with its type. kept: elements that the forward passes kept for the backward
+# ones, weights aside.
+DRIVER = """
+import contextlib, io, json, runpy, sys
+import torch
+from nanofit.errors import UsageError
+
+def is_weight(tensor):
+    base = tensor if tensor._base is None else tensor._base
+    return base.is_leaf and base.requires_grad
+
+runs, results = json.load(sys.stdin), []
+for script, argv in runs:
+    out, err, kept, sentence, code, names = io.StringIO(), io.StringIO(), [0], None, 0, {}
+    def keep(tensor):
+        kept[0] += 0 if is_weight(tensor) else tensor.numel()
+        return tensor
+    sys.argv, hook, stdout = [script, *argv], sys.excepthook, sys.stdout
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                names = runpy.run_path(script, run_name="__main__")
+    except UsageError as e:
+        sentence = str(e)
+    except SystemExit as e:
+        code = e.code
+    except BaseException as e:
+        sentence = f"{type(e).__name__}, which no user should meet: {e}"
+    sys.excepthook, sys.stdout = hook, stdout
+    model = names.get("raw_model", names.get("model"))
+    shape = vars(model.config) if model is not None else None
+    told = dict(stderr=err.getvalue(), sentence=sentence, code=code, kept=kept[0], shape=shape)
+    results.append([out.getvalue(), told])
+with open("results.json", "w") as f:
+    json.dump(results, f)
+"""
+
+
+class Checkout:
+    """A checkout of this project in which somebody replaced model.py, with the toy data."""
+
+    def __init__(self, folder, model):
+        self.folder = folder
+        folder.mkdir()
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, folder)
+        for package in ("nanofit", "config"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "tests" / "models" / model, folder / "model.py")
+        (folder / "drive.py").write_text(DRIVER)
+        shutil.copytree(REFERENCE / "markov", folder / "data" / "markov")
+
+    def run(self, runs):
+        """{name: Run} for {name: (script, argument, ...)}, made in turn in one process."""
+        done = subprocess.run(
+            [sys.executable, "drive.py"],
+            input=json.dumps([(script, argv) for script, *argv in runs.values()]),
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env={k: v for k, v in environment().items() if k not in ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE")},
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads((self.folder / "results.json").read_text())
+        return {name: Run(*result) for name, result in zip(runs, results, strict=True)}
+
+    def checkpoint(self, out_dir):
+        return torch.load(self.folder / out_dir / "ckpt.pt", weights_only=True)
+
+
+def training(*argv, **keys):
+    return "train.py", *argv, *flags(**{**TOY, **keys})
+
+
+def sampling(out_dir, *argv):
+    keys = dict(out_dir=out_dir, device="cpu", num_samples=2, max_new_tokens=40, start="AB", top_k=5, seed=7)
+    return "sample.py", *argv, *flags(**keys)
+
+
+def benching(**keys):
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2)
+    return "bench.py", *flags(**sizes, real_data=False, compile=False, device="cpu", **keys)
+
+
+def ended_well(run):
+    assert run.names["sentence"] is None
+    assert run.names["code"] == 0
+    assert "no script knows" not in run.names["stderr"]
+    return run
+
+
+def assert_same_run(a, b, start=0):
+    """That b is a, from iteration start on."""
+    ended_well(a), ended_well(b)
+    assert b.iter_loss, b.text
+    assert b.iter_loss == {i: loss for i, loss in a.iter_loss.items() if i >= start}
+    assert b.eval_loss == {i: loss for i, loss in a.eval_loss.items() if i >= start}
+
+
+def assert_same_weights(a, b):
+    assert list(a["model"]) == list(b["model"])
+    for name, weight in a["model"].items():
+        assert torch.equal(weight, b["model"][name]), name
+
+
+def samples(run):
+    return re.findall(r"^(AB.{40})\n-{15}$", ended_well(run).text, re.MULTILINE | re.DOTALL)
+
+
+def split_of(run):
+    """(batch_size, accumulation) as configured, and as auto-fit split them."""
+    line = r"^auto-fit: batch_size (\d+) -> (\d+), gradient_accumulation_steps (\d+) -> (\d+), effective batch (\d+)$"
+    [found] = re.findall(line, ended_well(run).text, re.MULTILINE)
+    batch, micro, steps, micro_steps, effective = map(int, found)
+    assert batch * steps == micro * micro_steps == effective
+    return (batch, steps), (micro, micro_steps)
+
+
+# ---- nanoGPT's own -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nanogpt(tmp_path_factory):
+    """(checkout, runs) with a model.py of nanoGPT's interface."""
+    checkout = Checkout(tmp_path_factory.mktemp("nanogpt") / "checkout", "nanogpt_like.py")
+    reference = json.loads((REFERENCE / "losses.json").read_text())
+    (checkout.folder / "out-resumed").mkdir()
+    shutil.copy(REFERENCE / "upstream_ckpt.pt", checkout.folder / "out-resumed" / "ckpt.pt")
+    (checkout.folder / "theirs").mkdir()
+    shutil.copy(REFERENCE / "upstream_ckpt.pt", checkout.folder / "theirs" / "ckpt.pt")
+    runs = {name: ("train.py", *flags(**expected["args"])) for name, expected in reference.items()}
+    runs["whole"] = training(max_iters=23, out_dir="whole", dropout=0.1)
+    runs["part"] = training(max_iters=17, out_dir="parts", dropout=0.1)
+    runs["rest"] = training(max_iters=23, out_dir="parts", dropout=0.1, init_from="resume")
+    runs["cropped"] = training(max_iters=12, out_dir="parts", init_from="resume", block_size=16)
+    runs["recomputed"] = training(**{**reference["plain"]["args"], "out_dir": "recomputed"}, recompute=True)
+    runs["sampled"] = sampling("theirs")
+    runs["benched"] = benching()
+    runs["no such pretrained"] = training(init_from="gpt3")
+    return checkout, checkout.run(runs)
+
+
+in_one_process = pytest.mark.xdist_group("nanogpt-like")
+
+
+@in_one_process
+@pytest.mark.parametrize("name", ["plain", "to_resume", "resumed", "biased", "accumulated"])
+def test_nanogpts_model_trains_as_in_nanogpt(nanogpt, reference, name):
+    run, expected = ended_well(nanogpt[1][name]), reference[name]
+    assert set(run.eval_loss) == {int(i) for i in expected["eval_loss"]}
+    for i, losses in expected["eval_loss"].items():
+        assert run.eval_loss[int(i)] == pytest.approx(losses, abs=TOLERANCE), f"evaluation at {i}"
+    assert set(run.iter_loss) == {int(i) for i in expected["iter_loss"]}
+    if expected["args"]["gradient_accumulation_steps"] == 1:  # else nanoGPT prints the last micro-batch's loss alone
+        for i, loss in expected["iter_loss"].items():
+            assert run.iter_loss[int(i)] == pytest.approx(loss, abs=TOLERANCE), f"iteration {i}"
+
+
+@in_one_process
+def test_one_line_says_what_nanogpts_model_lacks(nanogpt):
+    text = nanogpt[1]["plain"].text
+    assert len(re.findall(LACKS_RETURN_LOGITS, text, re.MULTILINE)) == 1
+    assert text.count("model.py offers") == 1
+
+
+def test_nothing_is_said_to_lack_in_ours():
+    run = run_script("train.py", *flags(**{**TOY, "max_iters": 0}))
+    assert "model.py offers" not in run.text
+
+
+@in_one_process
+def test_nanogpts_model_resumes_bit_for_bit(nanogpt):
+    checkout, runs = nanogpt
+    assert_same_run(runs["whole"], runs["rest"], start=10)
+    assert checkout.checkpoint("whole")["iter_num"] == 20
+    assert set(checkout.checkpoint("whole")["model_args"]) == set(torch.load(
+        REFERENCE / "upstream_ckpt.pt", weights_only=True)["model_args"])  # fmt: skip
+    assert_same_weights(checkout.checkpoint("whole"), checkout.checkpoint("parts"))
+
+
+@in_one_process
+def test_nanogpts_model_goes_on_with_a_shorter_block(nanogpt):
+    run = ended_well(nanogpt[1]["cropped"])
+    assert run.names["shape"]["block_size"] == 16
+    assert "tokens per iteration will be: 128\n" in run.text
+    assert {11, 12} <= set(run.iter_loss)
+
+
+@in_one_process
+def test_nanogpts_blocks_are_recomputed_from_outside(nanogpt):
+    checkout, runs = nanogpt
+    assert_same_run(runs["plain"], runs["recomputed"])
+    assert_same_weights(checkout.checkpoint("out-plain"), checkout.checkpoint("recomputed"))
+    assert runs["recomputed"].names["kept"] < 0.5 * runs["plain"].names["kept"]
+
+
+@in_one_process
+def test_nanogpts_model_samples_what_ours_samples(nanogpt, workplace):
+    shutil.copytree(nanogpt[0].folder / "theirs", workplace / "theirs")
+    script, *argv = sampling("theirs")
+    texts = samples(nanogpt[1]["sampled"])
+    assert len(texts) == 2
+    assert texts == re.findall(r"^(AB.{40})\n-{15}$", run_script(script, *argv).text, re.MULTILINE | re.DOTALL)
+
+
+@in_one_process
+def test_nanogpts_model_is_timed(nanogpt):
+    run = ended_well(nanogpt[1]["benched"])
+    assert re.fullmatch(r"time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d\d%", run.text.splitlines()[-1])
+
+
+@in_one_process
+def test_only_what_nanogpts_model_knows_is_pretrained(nanogpt):
+    assert re.match("init_from must be 'scratch', 'resume', .*gpt2-xl.*not 'gpt3'",
+                    nanogpt[1]["no such pretrained"].names["sentence"])  # fmt: skip
+
+
+# A vocabulary of 50304, as the data set has no meta.pkl: a token's logits and their gradient take 0.6 MB.
+LARGE = dict(dataset="openwebtext", n_layer=1, n_embd=32, max_iters=0, eval_iters=1, auto_fit=True)
+FITTED = dict(batch_size=4, block_size=256, memory_limit_gb=0.85, **LARGE)  # of which torch takes 0.3
+PLANNED = dict(batch_size=1, block_size=2048, device="cuda", memory_limit_gb=3, dry_run=True, **LARGE)
+
+
+def assert_fitted(run):
+    """That FITTED was split, trained and evaluated."""
+    configured, found = split_of(run)
+    assert configured == (4, 1)
+    assert found in ((1, 4), (2, 2))
+    assert set(run.iter_loss) == set(run.eval_loss) == {0}
+    assert run.iter_loss[0] == pytest.approx(math.log(50304), abs=0.05), "nats, as nothing is learnt yet"
+
+
+def assert_planned(run):
+    """That PLANNED was planned, with the logits that the model holds."""
+    assert split_of(run) == ((1, 1), (1, 1))
+    assert "simulated on fake tensors: nothing is measured" in run.text
+    [parts] = re.findall(r"^auto-fit: of [\d.]+ GiB \(simulated\): (.*)$", run.text, re.MULTILINE)
+    gib = {part: float(size) for part, size in re.findall(r"([a-z ]+?) ([\d.]+)(?:, |$)", parts)}
+    assert gib["loss and backward"] > 2 * 2048 * 50304 * 4 / 2**30, "logits and their gradient in float32"
+
+
+def without_alphabet(checkout):
+    """Give a checkout a data set that has no meta.pkl."""
+    (checkout.folder / "data" / "openwebtext").mkdir()
+    for name in ("train.bin", "val.bin"):
+        shutil.copy(REFERENCE / "markov" / name, checkout.folder / "data" / "openwebtext")
+
+
+@pytest.mark.slow
+def test_nanogpts_model_is_fitted(tmp_path):
+    checkout = Checkout(tmp_path / "checkout", "nanogpt_like.py")
+    without_alphabet(checkout)
+    run = checkout.run({"fitted": training(**FITTED)})["fitted"]
+    assert_fitted(run)
+    assert len(re.findall(LACKS_RETURN_LOGITS, run.text, re.MULTILINE)) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_nanogpts_model_is_planned_for(tmp_path):
+    run = Checkout(tmp_path / "checkout", "nanogpt_like.py").run({"planned": training(**PLANNED)})["planned"]
+    assert_planned(run)
+    assert len(re.findall(LACKS_RETURN_LOGITS, run.text, re.MULTILINE)) == 1
+
+
+# ---- a fork ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """(checkout, runs) with a model.py of other blocks and two fields more."""
+    checkout = Checkout(tmp_path_factory.mktemp("fork") / "checkout", "modern.py")
+    (checkout.folder / "mine.py").write_text("n_kv_head = 1\nrope_base = 5e3\n")
+    fields = dict(n_kv_head=1, rope_base=5000.0)
+    runs = {
+        "whole": training("mine.py", max_iters=23, out_dir="whole", dropout=0.1),
+        "part": training(max_iters=17, out_dir="parts", dropout=0.1, **fields),
+        "rest": training(max_iters=23, out_dir="parts", dropout=0.1, init_from="resume"),
+        "sampled": sampling("parts", "mine.py"),
+        "cropped": training(max_iters=22, out_dir="parts", init_from="resume", block_size=16),
+        "kept": training(max_iters=10, out_dir="kept"),
+        "recomputed": training(max_iters=10, out_dir="recomputed", recompute=True),
+        "benched": benching(n_kv_head=1),
+        "benched with as many": benching(n_kv_head=2),
+        "help": ("train.py", "--help"),
+        "no number": training(n_kv_head="two"),
+        "a word": training(rope_base="long"),
+        "typo": training(n_kv_heads=1),
+        "pretrained": training(init_from="gpt2"),
+    }
+    return checkout, checkout.run(runs)
+
+
+in_another_process = pytest.mark.xdist_group("fork")
+
+
+@in_another_process
+def test_a_fork_trains_and_resumes_bit_for_bit(fork):
+    """Fields given by a config file or by flags, and after that taken from the checkpoint."""
+    checkout, runs = fork
+    assert set(runs["whole"].iter_loss) == set(range(24))
+    assert_same_run(runs["whole"], runs["rest"], start=10)
+    assert_same_weights(checkout.checkpoint("whole"), checkout.checkpoint("parts"))
+    for run in (runs["part"], runs["rest"]):
+        assert run.names["shape"]["n_kv_head"] == 1
+        assert run.names["shape"]["rope_base"] == 5000.0
+
+
+@in_another_process
+def test_a_forks_fields_are_kept_in_the_checkpoint(fork):
+    args = fork[0].checkpoint("whole")["model_args"]
+    assert args == fork[1]["whole"].names["shape"]
+    assert args["n_kv_head"] == 1
+    untouched = fork[0].checkpoint("kept")
+    assert untouched["model_args"]["n_kv_head"] is None
+    assert untouched["model_args"]["rope_base"] == 10000.0
+    assert untouched["model"]["transformer.h.0.attention.to_kv.weight"].shape == (128, 64), "as many as n_head"
+    assert {"n_kv_head", "rope_base"} <= set(untouched["config"])
+
+
+@in_another_process
+def test_a_forks_fields_are_keys_like_any_other(fork):
+    runs = fork[1]
+    assert runs["help"].names["code"] == 0
+    assert re.search(r"--n_kv_head\b.*None", runs["help"].text)
+    assert re.search(r"--rope_base\b.*10000\.0", runs["help"].text)
+    assert "n_kv_head must be a whole number" in runs["no number"].names["sentence"]
+    assert "not 'two'" in runs["no number"].names["sentence"]
+    assert "rope_base must be a number" in runs["a word"].names["sentence"]
+    assert "train.py has no key 'n_kv_heads': did you mean 'n_kv_head'?" in runs["typo"].names["sentence"]
+
+
+@in_another_process
+def test_a_fork_samples_as_its_checkpoint_says(fork):
+    run = fork[1]["sampled"]
+    assert len(set(samples(run))) == 2
+    assert (run.names["shape"]["n_kv_head"], run.names["shape"]["rope_base"]) == (1, 5000.0)
+
+
+@in_another_process
+def test_a_fork_goes_on_with_a_shorter_block(fork):
+    run = ended_well(fork[1]["cropped"])
+    assert run.names["shape"]["block_size"] == 16
+    assert {21, 22} <= set(run.iter_loss)
+
+
+@in_another_process
+def test_a_forks_blocks_are_recomputed_from_outside(fork):
+    checkout, runs = fork
+    assert_same_run(runs["kept"], runs["recomputed"])
+    assert_same_weights(checkout.checkpoint("kept"), checkout.checkpoint("recomputed"))
+    assert runs["recomputed"].names["kept"] < 0.5 * runs["kept"].names["kept"]
+
+
+@in_another_process
+def test_a_fork_is_timed(fork):
+    for heads, name in ((1, "benched"), (2, "benched with as many")):
+        run = ended_well(fork[1][name])
+        assert run.names["shape"]["n_kv_head"] == heads
+        assert re.fullmatch(r"time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d\d%", run.text.splitlines()[-1])
+
+
+@in_another_process
+def test_a_fork_that_has_nothing_pretrained_says_so(fork):
+    assert "from_pretrained" in fork[1]["pretrained"].names["sentence"]
+    assert "no user should meet" not in fork[1]["pretrained"].names["sentence"]
+
+
+@pytest.mark.slow
+def test_a_fork_is_fitted(tmp_path):
+    checkout = Checkout(tmp_path / "checkout", "modern.py")
+    without_alphabet(checkout)
+    assert_fitted(checkout.run({"fitted": training(**FITTED, n_kv_head=1)})["fitted"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_a_fork_is_planned_for(tmp_path):
+    runs = {"one": training(**PLANNED, n_kv_head=1)}
+    assert_planned(Checkout(tmp_path / "checkout", "modern.py").run(runs)["one"])

@@ -1,0 +1,181 @@
+"""The values that auto-fit's rooms hand to each other, and their way through JSON."""
+
+import json
+import typing
+from dataclasses import MISSING, fields
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanofit.autofit.plan import GIB, Facts, Job, MemoryLevers, Plan, Trial, from_dict, from_json, memory_limit, to_json
+from nanofit.autofit.search import divisors
+
+KINDS = (MemoryLevers, Job, Facts, Trial, Plan)
+
+# ---- values as they may be, and what JSON can hold ---------------------------------------------------------
+
+numbers = st.floats(allow_nan=False)
+scalars = st.none() | st.booleans() | st.integers() | numbers | st.text(max_size=8)
+json_values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+BY_TYPE = {
+    str: st.text(max_size=20),
+    int: st.integers(),
+    bool: st.booleans(),
+    float: numbers,
+    dict: st.dictionaries(st.text(max_size=8), scalars, max_size=4),
+    tuple: st.lists(scalars | st.lists(scalars, max_size=3).map(tuple), max_size=3).map(tuple),
+}
+
+
+def any_of(kind):
+    """Any value of a kind, all its fields filled by their types."""
+    by_type = BY_TYPE if kind is MemoryLevers else {**BY_TYPE, MemoryLevers: any_of(MemoryLevers)}
+    drawn = {name: by_type[wanted] for name, wanted in typing.get_type_hints(kind).items()}
+    if kind is not Plan:
+        return st.builds(kind, **drawn)
+    del drawn["batch_size"], drawn["micro_batch_size"]
+    drawn["gradient_accumulation_steps"] = st.integers(1, 64)
+    splits = st.integers(1, 512).flatmap(lambda n: st.tuples(st.just(n), st.sampled_from(divisors(n))))
+    return st.builds(
+        lambda split, **rest: Plan(batch_size=split[0], micro_batch_size=split[1], **rest), splits, **drawn
+    )
+
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+@kinds
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_value_comes_back_from_its_line(kind, data):
+    value = data.draw(any_of(kind))
+    line = to_json(value)
+    assert "\n" not in line
+    assert from_json(line, *KINDS) == value
+    assert from_json(line, kind) == value
+    assert from_json(line, *(other for other in KINDS if other is not kind)) is None, "that kind isn't expected"
+
+
+@kinds
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_field_of_the_wrong_type_is_no_value(kind, data):
+    told = json.loads(to_json(data.draw(any_of(kind))))
+    name = data.draw(st.sampled_from([field.name for field in fields(kind)]))
+    wanted = typing.get_type_hints(kind)[name]
+    fitting = {tuple: (list,), float: (int, float), MemoryLevers: (dict,)}.get(wanted, (wanted,))
+    told[name] = data.draw(json_values.filter(lambda value: type(value) not in fitting))
+    assert from_json(json.dumps(told), *KINDS) is None
+
+
+@kinds
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_field_too_many_or_too_few_is_no_value(kind, data):
+    told = json.loads(to_json(data.draw(any_of(kind))))
+    name = data.draw(st.text(max_size=8).filter(lambda name: name not in told))
+    assert from_json(json.dumps({**told, name: 1}), *KINDS) is None
+    for field in fields(kind):
+        less = json.dumps({key: value for key, value in told.items() if key != field.name})
+        needed = field.default is MISSING and field.default_factory is MISSING
+        assert (from_json(less, *KINDS) is None) == needed
+
+
+@kinds
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_line_that_was_cut_is_no_value(kind, data):
+    line = to_json(data.draw(any_of(kind)))
+    assert from_json(line[: data.draw(st.integers(0, len(line) - 1))], *KINDS) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text() | json_values.map(json.dumps))
+def test_garbage_is_no_value(line):
+    assert from_json(line, *KINDS) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "", "null", "3", "[]", "{}", '{"kind": "Trial"}', '{"kind": ["Trial"]}', '{"kind": "int"}', "[" * 100_000,
+        '{"kind": "Trial", "micro_batch_size": true}',
+        '{"kind": "Trial", "micro_batch_size": 1, "tokens_per_second": 1' + 400 * "0" + "}",  # more than a float holds
+        '{"kind": "Trial", "micro_batch_size": 1' + 5000 * "0" + "}",
+        '{"kind": "Trial", "micro_batch_size": 1, "levers": {"recompute": 1}}',
+        '{"kind": "Trial", "micro_batch_size": 1, "levers": {"recompute": true, "turbo": true}}',
+        '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": 5}',
+        '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": 0}',
+        '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": -8}',
+    ],
+    ids=lambda line: line[:60],
+)  # fmt: skip
+def test_what_looks_like_a_value_and_is_none(line):
+    assert from_json(line, *KINDS) is None
+
+
+@given(json_values)
+def test_a_dict_that_is_no_plan_is_none(read):
+    assert from_dict(Plan, read) is None
+
+
+# ---- what they say -----------------------------------------------------------------------------------------
+
+
+def test_a_trial_fits_only_within_its_limit_whole_and_without_distress():
+    fits = dict(micro_batch_size=1, peak_bytes=10, limit_bytes=10)
+    assert Trial(**fits).fits
+    assert not Trial(**fits).out_of_memory
+    for change in (dict(peak_bytes=11), dict(retries=1), dict(failure="out of memory"), dict(peak_bytes=0)):
+        assert not Trial(**{**fits, **change}).fits
+        assert Trial(**{**fits, **change}).out_of_memory
+    crashed = Trial(**{**fits, "failure": "was killed"})
+    assert not crashed.fits
+    assert not crashed.out_of_memory
+
+
+def test_levers_name_what_was_moved():
+    assert str(MemoryLevers()) == ""
+    assert str(MemoryLevers(recompute=True)) == ", recompute"
+    assert str(MemoryLevers(recompute=True, optimizer_state="8bit")) == ", recompute, optimizer_state 8bit"
+    assert str(MemoryLevers(loss_chunk_mb=128)) == "", "it is settled for every run"
+
+
+def test_the_losss_chunk_follows_the_memory_unless_it_is_given():
+    assert MemoryLevers().within(0).loss_chunk_mb == 128
+    assert MemoryLevers().within(8 * GIB).loss_chunk_mb == 128
+    assert MemoryLevers().within(80 * GIB).loss_chunk_mb == 768, "about 1%, in steps of 128 MiB"
+    assert MemoryLevers(loss_chunk_mb=5).within(80 * GIB).loss_chunk_mb == 5
+    moved = MemoryLevers(recompute=True, optimizer_state="offload")
+    assert moved.within(GIB) == MemoryLevers(recompute=True, optimizer_state="offload", loss_chunk_mb=128)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 8), st.data())
+def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
+    accumulation = per_rank * world_size
+    micro = data.draw(st.sampled_from(divisors(batch_size)))
+    plan = Plan(batch_size, accumulation, micro)
+    assert plan.micro_batch_size * plan.accumulation == batch_size * accumulation
+    assert plan.accumulation % world_size == 0, "every rank takes as many micro-steps"
+    assert str(plan) == (
+        f"batch_size {batch_size} -> {micro}, gradient_accumulation_steps {accumulation} -> {plan.accumulation}, "
+        f"effective batch {batch_size * accumulation}"
+    )
+
+
+@pytest.mark.parametrize(("size", "why"), [(5, "divides the batch"), (128, "divides the batch"), (0, "holds"),
+                                           (-8, "holds")])  # fmt: skip
+def test_a_split_that_drifts_cannot_be_planned(size, why):
+    with pytest.raises(AssertionError, match=why):
+        Plan(64, 1, size)
+
+
+def test_the_limit():
+    assert memory_limit(100, 0.0) == 95
+    assert memory_limit(100 * GIB, 0.0) == 99 * GIB, "the margin is at most 1 GiB"
+    assert memory_limit(100 * GIB, 12.0) == 12 * GIB
+    assert memory_limit(10 * GIB, 12.0) == pytest.approx(9.5 * GIB, abs=1)

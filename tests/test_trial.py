@@ -1,0 +1,156 @@
+"""Trials in real child processes: whatever becomes of one is a Trial."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT, environment
+
+from nanofit.autofit import trial
+from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, MemoryLevers, Trial, to_json
+from nanofit.autofit.trial import run_trial
+
+GOOD = to_json(Trial(1, peak_bytes=5, tokens_per_second=1.0))
+JOB = Job(
+    model_file=str(ROOT / "model.py"),
+    model_args=dict(n_layer=2, n_head=2, n_embd=64, block_size=32, bias=False, vocab_size=65, dropout=0.1),
+    device="cpu", dtype="float32", grad_clip=1.0, micro_batch_size=8, micro_steps=4, memory_limit_gb=4.0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def child(workplace, monkeypatch):
+    """Let a script be the child of a trial."""
+
+    def be(script):
+        (workplace / "fake.py").write_text(script)
+        monkeypatch.setattr(trial, "COMMAND", [sys.executable, str(workplace / "fake.py")])
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+         "was killed by signal 9, as the system does when memory runs out"),
+        (f"import os; print('''{GOOD}''', flush=True); os.kill(os.getpid(), 9)", "was killed by signal 9"),
+        ("import time; time.sleep(60)", "took longer than 1 s"),
+        ("import subprocess; subprocess.run(['sleep', '60'])", "took longer than 1 s"),
+        ("print('garbage'); print('{'); print('[1]'); print('3')", "gave no answer (no message)"),
+        ("import sys; sys.stdout.buffer.write(bytes(range(256)) + b'\\n')", "gave no answer (no message)"),
+        ("print('{\"kind\": \"Trial\", \"peak_bytes\": 1}')", "gave no answer (no message)"),
+        (f"import sys; sys.stdout.write('''{GOOD}''')", "gave no answer (no message)"),  # no line end: it may be cut
+        ("raise SystemExit('error: no such GPU')", "ended with exit code 1 and no answer (no such GPU)"),
+        ("import os; os.close(0); raise SystemExit(3)", "ended with exit code 3 and no answer (no message)"),
+    ],
+)  # fmt: skip
+def test_a_child_that_ends_badly_is_a_sentence(child, script, sentence):
+    child(script)
+    tried = replace(JOB, levers=MemoryLevers(recompute=True), compile=True)
+    answer = run_trial(tried, seconds=1 if "longer" in sentence else 20)
+    assert not answer.fits
+    assert answer.failure.startswith(f"the probe {sentence}")
+    assert (answer.micro_batch_size, answer.levers, answer.compiled) == (8, tried.levers, True), (
+        "it says what was tried"
+    )
+    assert not answer.out_of_memory
+
+
+def test_noise_around_an_answer_does_not_matter(child):
+    child(f"print('hello'); print('''{GOOD}'''); print('bye')")
+    assert run_trial(replace(JOB, limit_bytes=7)) == Trial(1, peak_bytes=5, tokens_per_second=1.0, limit_bytes=7)
+
+
+def test_facts_are_told_at_once_and_their_limit_is_the_trials(child):
+    facts = Facts("a card", limit_bytes=9, neighbours=((1, "x", 2),))
+    child(f"print('''{to_json(facts)}'''); print('''{GOOD}''')")
+    told = []
+    assert run_trial(JOB, told.append).limit_bytes == 9
+    assert told == [facts]
+
+
+def test_a_child_gets_the_job_the_project_and_no_rank(child, workplace, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    child("import os, json, sys; open('got', 'w').write(json.dumps(dict(os.environ)) + '\\n' + sys.stdin.readline())")
+    run_trial(JOB)
+    environ, job = (workplace / "got").read_text().splitlines()
+    assert '"RANK"' not in environ
+    assert '"LOCAL_RANK"' not in environ
+    assert '"WORLD_SIZE"' not in environ
+    assert f'"PYTHONPATH": "{ROOT}{os.pathsep}mine"' in environ
+    assert job == to_json(JOB)
+
+
+def test_a_probe_ends_when_nobody_waits_any_more():
+    """Its parent may be killed: then standard input ends."""
+    probe = subprocess.Popen(trial.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    probe.stdin.write(to_json(replace(JOB, confirm_steps=10**9)) + "\n")
+    probe.stdin.flush()
+    assert '"kind": "Facts"' in probe.stdout.readline()
+    probe.stdin.close()
+    assert probe.wait(timeout=30) == 1
+    probe.stdout.close()
+
+
+def test_a_probe_measures_memory_and_speed(workplace):
+    for name in ("torch", "json", "model"):
+        (workplace / f"{name}.py").write_text("raise SystemExit('the wrong one')")  # of the folder it is started in
+    facts = []
+    measured = run_trial(JOB, facts.append)
+    assert measured.failure == ""
+    assert measured.fits
+    assert 0 < facts[0].limit_bytes <= 4 * GIB
+    assert measured.limit_bytes == facts[0].limit_bytes
+    assert 0.1 * GIB < measured.peak_bytes < 2 * GIB
+    assert measured.tokens_per_second > 100
+    assert measured.levers == JOB.levers.within(measured.limit_bytes), "what was left open is settled"
+
+
+@pytest.mark.slow
+def test_dropout_costs_a_plan_no_attention_matrices():
+    peaks = []
+    for dropout in (0.0, 0.2):
+        shape = {**JOB.model_args, "block_size": 256, "dropout": dropout}
+        peaks.append(run_trial(replace(JOB, model_args=shape, simulate=True)).peak_bytes)
+    assert 0 < peaks[0] < peaks[1] < 1.25 * peaks[0], "masks are a byte for each value that they drop"
+
+
+def test_a_size_far_beyond_the_limit_ends_in_the_probe_alone():
+    tried = run_trial(replace(JOB, micro_batch_size=200_000, memory_limit_gb=0.5))
+    assert tried.failure == OUT_OF_MEMORY
+    assert tried.peak_bytes == 0
+    assert tried.out_of_memory
+
+
+@pytest.fixture
+def large_blocks_go_back(monkeypatch):
+    """glibc keeps freed blocks of less than 32 MiB for later, up to a third more than the tensors take.
+
+    Then a process takes what its tensors take, as under a GPU's allocator with expandable segments, which is
+    what the simulation stands for. It costs speed, so that only this comparison asks for it.
+    """
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
+
+
+@pytest.fixture(scope="module")
+def a_process_takes():
+    """Bytes of a probe with a model of next to nothing: Python, torch and its libraries."""
+    return run_trial(JOB).peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(2, 128, 16384, 128), (3, 256, 8192, 256), (1, 512, 32768, 64)], ids=lambda s: "x".join(map(str, s))
+)
+def test_the_simulation_agrees_with_what_a_process_takes(shape, a_process_takes, large_blocks_go_back):
+    n_layer, n_embd, vocab_size, block_size = shape
+    sizes = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size)
+    job = replace(JOB, model_args={**JOB.model_args, **sizes, "dropout": 0.0})
+    taken = run_trial(job).peak_bytes - a_process_takes
+    assert run_trial(replace(job, simulate=True)).peak_bytes == pytest.approx(taken, rel=0.1)
+    assert taken > GIB // 6, "large enough to tell"
