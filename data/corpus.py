@@ -17,14 +17,15 @@ from array import array
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for nanofit
 
-from nanofit import codec
 from nanofit.errors import UsageError, first_line, show_errors_as_sentences, usage_errors
 
-show_errors_as_sentences()
+show_errors_as_sentences()  # before the larger imports, in which Ctrl-C may come
+import numpy as np  # noqa: E402
+
+from nanofit import codec  # noqa: E402
+
 DATA = os.path.dirname(os.path.abspath(__file__))
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -41,6 +42,7 @@ COPIED_TOKENS = 2**21  # what is copied at a time
 # A data set's files. They change together: val.bin is the first to go and the first to come, train.bin the last to
 # come. So wherever the change is interrupted, there is never something old and something new to train on.
 FILES = ("val.bin", "prepared.json", "meta.pkl", "train.bin")
+READY = "ready.part"  # the folder in which they wait while the old ones go
 
 
 # ---- talking to a person -----------------------------------------------------------------------------------
@@ -52,12 +54,12 @@ def say(text, to="stdout"):
         setattr(sys, to, open(os.devnull, "w"))  # noqa: SIM115
 
 
-def counted(documents):
-    return f"{documents:,} document{'s' * (documents != 1)}"
-
-
 def warn(text):
     say(f"warning: {text}", to="stderr")
+
+
+def counted(documents):
+    return f"{documents:,} document{'s' * (documents != 1)}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +86,7 @@ def whole_number(text):
 
 def run(main):
     """main(); Ctrl-C and SIGTERM end it with a line, the signal's exit code and nothing left behind."""
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a symbol that the terminal lacks is no reason to stop
 
@@ -130,6 +133,9 @@ class DataSet:
             for left in self.folder.glob("prepare-*.part"):  # of a prepare.py that was killed
                 shutil.rmtree(left, ignore_errors=True)
             _replace(self.folder)
+            for name in (READY, *FILES):
+                if (self.folder / name).is_dir() or (name == READY and (self.folder / name).exists()):
+                    raise UsageError(f"{self.folder / name} is in the way of a data set's files: move it elsewhere")
             self._parts = Path(tempfile.mkdtemp(prefix="prepare-", suffix=".part", dir=self.folder))
         return self
 
@@ -187,15 +193,15 @@ class DataSet:
                     os.fsync(f.fileno())  # on the disk, before the old files go
             before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
-                os.rename(self._parts, self.folder / "ready.part")
+                os.rename(self._parts, self.folder / READY)
                 _replace(self.folder)
+                for split, count in self.tokens.items():
+                    documents = self.record.get("documents")
+                    of_documents = f" of {counted(documents[split])}" if documents else ""
+                    say(f"{split} has {count:,} tokens{of_documents}, {count / sum(self.tokens.values()):.2%} of all")
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
-        for split, count in self.tokens.items():
-            documents = self.record.get("documents")
-            of_documents = f" of {counted(documents[split])}" if documents else ""
-            say(f"{split} has {count:,} tokens{of_documents}, {count / sum(self.tokens.values()):.2%} of all")
 
     def _check_lengths(self):
         """Warn of splits too short for config/, and keep a larger data set from one that none of it can train on."""
@@ -234,9 +240,9 @@ def _lock(folder):
 
 
 def _replace(folder):
-    """Let the files in folder/ready.part take the places of the old ones; where a kill stopped that, end it."""
-    ready = folder / "ready.part"
-    if not ready.is_dir():
+    """Let the files in folder/READY take the places of the old ones; where a kill stopped that, end it."""
+    ready = folder / READY
+    if ready.is_symlink() or not ready.is_dir():
         return
     if (ready / FILES[0]).exists():  # nothing has come yet, so whatever is there is old
         for name in FILES:

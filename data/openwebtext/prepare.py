@@ -38,7 +38,7 @@ def read_parquet(path, column):
     with (
         usage_errors(OSError, pyarrow.ArrowException, prefix=f"{path} can't be read as parquet: "),
         # Without pre_buffer, because a file may be a single group of rows that is larger than memory.
-        ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file,
+        ParquetFile(path, pre_buffer=False, buffer_size=2**17) as file,
     ):
         require(column, file.schema_arrow.names, path)
         for rows in file.iter_batches(batch_size=ROWS, columns=[column], use_threads=False):
@@ -145,8 +145,10 @@ def on_the_hub(source, name, column, streaming, processes):
         data = datasets.load_dataset(
             source, name, split="train", streaming=streaming, num_proc=None if streaming else processes
         )
-        rows = iter(data)
-        while row := next(rows, None):
+        if data.column_names:  # streaming doesn't always know them
+            require(column, data.column_names, source)
+            data = data.select_columns([column])
+        for row in data:
             require(column, row, source)
             yield row[column]
     except UsageError:
@@ -173,8 +175,8 @@ def texts(args):
             yield text
         else:
             raise UsageError(
-                f"--source {args.source}: the column {args.text_column!r} holds {type(text).__name__} values, not texts: "
-                "choose another with --text_column"
+                f"--source {args.source}: the column {args.text_column!r} holds {type(text).__name__} values, not "
+                "texts: choose another with --text_column"
             )
     if missing:
         corpus.warn(f"{missing:,} documents without a text are left out")
