@@ -83,8 +83,7 @@ class Recovery:
                 kind, said = "", ""
                 try:
                     if attempts and not values:
-                        self.batches.load_state_dict(place)
-                        runtime.set_rng_state(generators, self.device)
+                        self._go_back(place, generators)
                     values.append(part())
                 except StopRequested:
                     kind = "stop"
@@ -106,6 +105,7 @@ class Recovery:
             if "data" in kinds:
                 self._fail(next(said for _, kind, said in told if kind == "data"))
             if "stop" in kinds:
+                self._go_back(place, generators)  # what is done again on resuming begins here
                 raise StopRequested
             rank, _, said = told[0]
             self._ran_out += not attempts
@@ -124,6 +124,10 @@ class Recovery:
                 raise
         runtime.empty_cache(self.device)
         return part()
+
+    def _go_back(self, place, generators):
+        self.batches.load_state_dict(place)
+        runtime.set_rng_state(generators, self.device)
 
     def _drop_gradients(self):
         self.model.zero_grad(set_to_none=True)

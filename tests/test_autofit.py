@@ -20,7 +20,7 @@ from nanofit.errors import UsageError
 
 CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at
-    "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False,
+    "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False, "eval_only": False,
     "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20, "dry_run": False,
     "init_from": "scratch", "out_dir": "out", "recompute": False, "optimizer_state": "float32", "loss_chunk_mb": 0,
 }  # fmt: skip
