@@ -76,6 +76,11 @@ class Recovery:
         the data can't be read or not even one sequence fits any more.
         """
         place, generators = self.batches.state_dict(), runtime.rng_state(self.device)
+
+        def go_back():
+            self.batches.load_state_dict(place)
+            runtime.set_rng_state(generators, self.device)
+
         attempts = 0
         while True:
             values = []
@@ -83,8 +88,7 @@ class Recovery:
                 kind, said = "", ""
                 try:
                     if attempts and not values:
-                        self.batches.load_state_dict(place)
-                        runtime.set_rng_state(generators, self.device)
+                        go_back()
                     values.append(part())
                 except StopRequested:
                     kind = "stop"
@@ -106,6 +110,7 @@ class Recovery:
             if "data" in kinds:
                 self._fail(next(said for _, kind, said in told if kind == "data"))
             if "stop" in kinds:
+                go_back()  # so that a checkpoint from here repeats what was stopped
                 raise StopRequested
             rank, _, said = told[0]
             self._ran_out += not attempts
