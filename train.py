@@ -88,7 +88,8 @@ compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if th
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 # a field of GPTConfig that isn't nanoGPT's is a key too
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
-config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
+own_fields = models.own_fields(GPTConfig)
+config, given = configure(globals(), more=own_fields)
 
 # ---- what was asked for, checked before anything is written ------------------------------------------------
 world = World.of_torchrun()

@@ -76,11 +76,6 @@ class Recovery:
         the data can't be read or not even one sequence fits any more.
         """
         place, generators = self.batches.state_dict(), runtime.rng_state(self.device)
-
-        def go_back():
-            self.batches.load_state_dict(place)
-            runtime.set_rng_state(generators, self.device)
-
         attempts = 0
         while True:
             values = []
@@ -88,7 +83,7 @@ class Recovery:
                 kind, said = "", ""
                 try:
                     if attempts and not values:
-                        go_back()
+                        self._go_back(place, generators)
                     values.append(part())
                 except StopRequested:
                     kind = "stop"
@@ -110,7 +105,7 @@ class Recovery:
             if "data" in kinds:
                 self._fail(next(said for _, kind, said in told if kind == "data"))
             if "stop" in kinds:
-                go_back()  # so that a checkpoint from here repeats what was stopped
+                self._go_back(place, generators)  # what is done again on resuming begins here
                 raise StopRequested
             rank, _, said = told[0]
             self._ran_out += not attempts
@@ -129,6 +124,10 @@ class Recovery:
                 raise
         runtime.empty_cache(self.device)
         return part()
+
+    def _go_back(self, place, generators):
+        self.batches.load_state_dict(place)
+        runtime.set_rng_state(generators, self.device)
 
     def _drop_gradients(self):
         self.model.zero_grad(set_to_none=True)
