@@ -213,9 +213,11 @@ def test_a_field_that_has_the_name_of_something_else():
 
 def test_limits():
     at_least(1, {"a": 1}, "a")
-    with pytest.raises(UsageError, match="a must be at least 1 and finite, not 0"):
+    with pytest.raises(UsageError, match="a must be at least 1, not 0"):
         at_least(1, {"a": 0}, "a")
-    with pytest.raises(UsageError, match="a must be at least 0 and finite, not nan"):
+    with pytest.raises(UsageError, match="a must be at least 0, not nan"):
         at_least(0, {"a": float("nan")}, "a")
+    with pytest.raises(UsageError, match="a must be a finite number, not inf"):
+        at_least(0, {"a": float("inf")}, "a")
     with pytest.raises(UsageError, match="dtype must be one of 'x', 'y', not 'z'"):
         one_of(("x", "y"), {"dtype": "z"}, "dtype")

@@ -255,8 +255,8 @@ def test_a_dtype_asked_for_on_the_cpu_is_used():
         ({"beta2": 1.5}, "beta2 must be below 1, not 1.5"),
         ({"compile_mode": "max_autotune"}, "compile_mode must be one of 'default', .*not 'max_autotune'"),
         ({"out_dir": "data/markov/train.bin"}, "out_dir='data/markov/train.bin' can't be made"),
-        ({"batch_size": 0}, "batch_size must be at least 1 and finite, not 0"),
-        ({"log_interval": 0}, "log_interval must be at least 1 and finite, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"log_interval": 0}, "log_interval must be at least 1, not 0"),
     ],
     ids=str,
 )
@@ -315,7 +315,7 @@ def test_running_out_of_memory_tells_what_to_do(argv, advice):
 import torch
 from configurator import configure
 auto_fit = False
-configure(globals(), argv={argv})
+configure(globals(), {argv})
 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB. GPU 0 has a total capacity of 12 GiB. If "
     "reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
 """
@@ -399,5 +399,5 @@ TOKENS_PER_ITER = {"train_gpt2": 491520, "train_openwebtext": 65536, "train_shak
 @pytest.mark.parametrize("name", TOKENS_PER_ITER)
 def test_the_configs_arithmetic(name):
     names = {"batch_size": 12, "block_size": 1024, "gradient_accumulation_steps": 40, "__file__": "train.py"}
-    config, _ = configure(names, argv=[str(ROOT / "config" / f"{name}.py")])
+    config, _ = configure(names, [str(ROOT / "config" / f"{name}.py")])
     assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == TOKENS_PER_ITER[name]
