@@ -217,5 +217,7 @@ def test_limits():
         at_least(1, {"a": 0}, "a")
     with pytest.raises(UsageError, match="a must be at least 0, not nan"):
         at_least(0, {"a": float("nan")}, "a")
+    with pytest.raises(UsageError, match="a must be a finite number, not inf"):
+        at_least(0, {"a": float("inf")}, "a")
     with pytest.raises(UsageError, match="dtype must be one of 'x', 'y', not 'z'"):
         one_of(("x", "y"), {"dtype": "z"}, "dtype")

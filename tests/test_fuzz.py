@@ -112,7 +112,7 @@ def configured(argv):
     names = {"__file__": "train.py", "print": print, **DEFAULTS}
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        config, given_keys = configure(names, argv=argv)
+        config, given_keys = configure(names, argv)
     assert {key: type(value) for key, value in config.items()} == {k: type(v) for k, v in DEFAULTS.items()}
     assert given_keys <= set(DEFAULTS)
     assert names["print"] is print

@@ -102,15 +102,17 @@ SHORT = flags(
     wandb_log=False, always_save_checkpoint=True,
 )  # fmt: skip
 TRAINED = r"^iter 1: loss \d"
+ONE = flags(batch_size=1, gradient_accumulation_steps=1)
 TEXT = ("--input=text.txt",)
+FITTED = How((*SHORT, *ONE), r"^auto-fit: batch_size 1 -> 1,(.*\n)*iter 1: loss \d")
+DOCUMENTS = How(("--source=documents.txt",), "^train has 3 tokens", needs=("bpe",))
 BY_CHARACTERS = "python train.py config/train_shakespeare_char.py"
 COMMANDS = {
     "python train.py --help": How(shows="^  --batch_size=12 "),
-    "python train.py config/train_openwebtext.py --auto_fit=True": How(
-        (*SHORT, "--batch_size=1"), r"^auto-fit: batch_size 1 -> 1,(.*\n)*iter 1: loss \d"
-    ),
+    "python train.py config/train_openwebtext.py --auto_fit=True": FITTED,
+    "python train.py config/train_openwebtext.py --dataset=edu --auto_fit=True": FITTED,
     "python train.py config/train_openwebtext.py --device=cuda --memory_limit_gb=12 --dry_run=True": How(
-        (*flags(**TINY), "--batch_size=1"), "^auto-fit: batch_size 1 -> 1, .*$"
+        (*flags(**TINY), *ONE), "^auto-fit: batch_size 1 -> 1, .*$"
     ),
     BY_CHARACTERS: How(SHORT, TRAINED),
     f"{BY_CHARACTERS} --init_from=resume": How(
@@ -126,10 +128,15 @@ COMMANDS = {
     "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py": How(SHORT, TRAINED, slow=True),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py config/train_gpt2.py "
     "--gradient_accumulation_steps=48": Cannot("needs two machines"),
-    "python data/python_char/prepare.py": How(shows=r"^train has \d+,\d+,\d+ tokens$"),
-    "python data/shakespeare_char/prepare.py": How(TEXT, "^train has 180 tokens$"),
-    "python data/shakespeare/prepare.py": How(TEXT, "^train has 67 tokens$", needs=("bpe",)),
-    "python data/openwebtext/prepare.py": How(("--source=documents.txt",), "^train has 4 tokens ", needs=("bpe",)),
+    "python data/python_char/prepare.py": How(shows=r"^train has \d+,\d+,\d+ tokens"),
+    "python data/shakespeare_char/prepare.py": How(TEXT, "^train has 180 tokens"),
+    "python data/shakespeare/prepare.py": How(TEXT, "^train has 67 tokens", needs=("bpe",)),
+    "python data/openwebtext/prepare.py": DOCUMENTS,
+    "python data/openwebtext/prepare.py --max_tokens=100_000_000": DOCUMENTS,
+    "python data/openwebtext/prepare.py --source=... --out=NAME": DOCUMENTS,
+    "python data/openwebtext/prepare.py --source=HuggingFaceFW/fineweb-edu --name=sample-10BT "
+    "--max_tokens=100_000_000 --out=edu": DOCUMENTS,
+    "python data/from_text/prepare.py FOLDER": How(shows="^train has 66 tokens", needs=("bpe",)),
     "python benchmarks/memory.py": How((*flags(block_size=8, batch_sizes="1"),), "^{.*}$", slow=True),
 }
 
@@ -161,11 +168,14 @@ def checkout(workplace, monkeypatch):
     shutil.copytree(ROOT / "data", "data", ignore=kept, dirs_exist_ok=True)
     symbols = string.ascii_letters + string.digits + " \n."
     meta = {"vocab_size": 65, "stoi": {s: i for i, s in enumerate(symbols)}, "itos": dict(enumerate(symbols))}
-    for name in ("openwebtext", "shakespeare_char"):
+    for name in ("openwebtext", "edu", "shakespeare_char"):
+        Path("data", name).mkdir(exist_ok=True)
         for split in ("train", "val"):
             shutil.copy(REFERENCE / "markov" / f"{split}.bin", f"data/{name}")
     Path("data/shakespeare_char/meta.pkl").write_bytes(pickle.dumps(meta))
     Path("text.txt").write_text("To be, or not to be" * 10 + "O Romeo...")
+    Path("FOLDER").mkdir()
+    shutil.copy("text.txt", "FOLDER")
     Path("documents.txt").write_text("One.\n\nTwo.\n")
     Path("prompt.txt").write_text("The prompt")
     monkeypatch.setenv("HF_HOME", str(workplace / "hf-home"))
@@ -193,6 +203,8 @@ def run(command):
             if stop.code:
                 raise
             return stop.text
+    for path in Path("data").glob("*/*.bin"):  # what is prepared doesn't replace what is larger
+        path.unlink()
     done = subprocess.run([sys.executable, name, *arguments], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -780,6 +780,23 @@ def test_the_parts_before_are_done_again_with_the_same_batches_and_random_number
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+def test_what_was_stopped_leaves_batches_and_random_numbers_where_they_were():
+    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
+    batches.start(65)
+    before = batches.state_dict(), torch.get_rng_state()
+
+    def stopped():
+        list(batches.evaluation("val", 2))
+        torch.rand(3)
+        raise StopRequested
+
+    with pytest.raises(StopRequested):
+        recovery_of(batches).run(stopped)
+    after = batches.state_dict(), torch.get_rng_state()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in ("before", "after"))
+    assert torch.equal(before[1], after[1])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 def test_a_torture_in_short():
     """Kills at random moments; `make torture` does many more."""

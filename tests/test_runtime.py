@@ -88,6 +88,12 @@ def test_whether_a_device_is_here(fake_gpu, name, here):
     assert runtime.is_here(name) == here
 
 
+def test_a_cpus_peak_is_measured_and_told():
+    flops, note = runtime.peak_flops(torch.device("cpu"), "float32")
+    assert 1e8 < flops < 1e14
+    assert note == f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
+
+
 def test_an_unknown_gpu_says_so_and_falls_back():
     flops, note = runtime.gpu_peak_flops("Voodoo 2")
     assert flops == 312e12
