@@ -14,11 +14,12 @@ endif
 OUT := out-python-char
 RESULTS := benchmarks/results
 
-.PHONY: help train test torture lint gpu clean
+.PHONY: help train test torture bigdata lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
 	@echo "make torture kill a small run a hundred times, and resume it each time"
+	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
 	@echo "make lint    check the style"
 	@echo "make gpu     on a GPU with 24 GB: the tests that need one, then the benchmarks; keeps what they measure"
 	@echo "make clean   remove what the others made"
@@ -33,6 +34,9 @@ test: $(SETUP)
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100
 
+bigdata: $(SETUP)
+	$(PY) tests/bigdata.py
+
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -46,7 +50,7 @@ gpu: $(SETUP)
 	$(PY) benchmarks/fit_matrix.py --save=$(RESULTS)/fit_matrix-cuda.json
 
 clean:
-	rm -rf .venv $(OUT) data/python_char/*.bin data/python_char/meta.pkl .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OUT) $(addprefix data/python_char/,*.bin meta.pkl prepared.json) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 data/python_char/meta.pkl: data/python_char/prepare.py data/corpus.py $(SETUP)

@@ -36,7 +36,8 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 # a field of GPTConfig that isn't nanoGPT's is a key too
-config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
+own_fields = models.own_fields(GPTConfig)
+config, given = configure(globals(), more=own_fields)
 
 settings.at_least(1, config, "batch_size", "block_size")
 settings.one_of(settings.COMPILE_MODES, config, "compile_mode")

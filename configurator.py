@@ -144,7 +144,7 @@ def _print_help(namespace, defaults):
         print(f"  --{key}={namespace[key]!r:<{max(1, 34 - len(key))}} {about}".rstrip())
 
 
-def configure(namespace, more=None, argv=None):
+def configure(namespace, argv=None, more=None):
     """Override the keys in namespace (a script's globals()) by config files and --key=value.
 
     more: {key: (type, default)} of further keys, which are put into namespace; a default may be None.

@@ -363,12 +363,13 @@ class GPT(nn.Module):
         return flops_per_token * c.block_size * fwdbwd_per_iter / dt / A100_FLOPS
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, on_token=lambda tokens: None):
         """Continue idx, int64 (B, T), by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
 
-        temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. Call model.eval()
-        first. Only the last block_size tokens are seen. Up to block_size, each token is computed once; beyond it
-        all of them take new positions with each new token, and are computed again.
+        temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. on_token is given each new
+        token of the sequences, int64 (B, 1), as soon as it is drawn. Call model.eval() first. Only the last
+        block_size tokens are seen. Up to block_size, each token is computed once; beyond it all of them take new
+        positions with each new token, and are computed again.
         """
         block_size = self.config.block_size
         positions = min(block_size, idx.shape[1] + max_new_tokens)
@@ -384,5 +385,7 @@ class GPT(nn.Module):
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
                 logits = logits.masked_fill(logits < kth, float("-inf"))
             probs = F.softmax(logits, dim=-1)
-            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
+            drawn = torch.multinomial(probs, num_samples=1)  # (B, 1)
+            on_token(drawn)
+            idx = torch.cat((idx, drawn), dim=1)
         return idx

@@ -2,10 +2,13 @@
 
 python sample.py --out_dir=out-shakespeare-char --start="O Romeo"
 python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
+python sample.py --start=- --num_samples=1 < prompts.txt
 """
 
+import inspect
 import math
 import os
+import sys
 from pathlib import Path
 
 import nanofit  # noqa: F401  # before torch, which takes seconds: see there
@@ -23,7 +26,7 @@ from nanofit.step import try_compile
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 init_from = "resume"  # the checkpoint in out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
 out_dir = "out"
-start = "\n"  # the prompt; "FILE:prompt.txt" reads it from a file
+start = "\n"  # the prompt; "FILE:prompt.txt" reads it from a file, "-" one from each line of standard input
 num_samples = 10
 max_new_tokens = 500  # of each sample
 temperature = 0.8  # below 1 is less random, above 1 more
@@ -71,10 +74,9 @@ else:
 model.eval().to(device)
 encode, decode, symbols = codec_of(data_dir)
 print(f"symbols: {symbols}")
-prompt = torch.tensor([encode(start)], device=device)  # (1, T)
 
 
-def rows_that_fit():
+def rows_that_fit(prompt):
     """How many samples half of the free memory holds, at least one: so many can be drawn in one batch."""
     sizes = model.config
     width = runtime.DTYPES[dtype].itemsize
@@ -93,19 +95,51 @@ def rows_that_fit():
 
 
 # ---- draw --------------------------------------------------------------------------------------------------
-rows = min(num_samples, rows_that_fit())
-left = num_samples
+
+
+class Shown:
+    """Prints a text as its tokens come; a character of several tokens when it is whole."""
+
+    def __init__(self, tokens):
+        self.tokens, self.text = tokens, ""
+        self.show()
+
+    def show(self):
+        text = decode(self.tokens).rstrip("\ufffd")
+        print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+    def on_token(self, drawn):
+        self.tokens.append(drawn.item())
+        self.show()
+
+
+streams = num_samples == 1 and sys.stdout.isatty() and "on_token" in inspect.signature(GPT.generate).parameters
+
+
+def draw(text):
+    """Print num_samples texts that go on from this one."""
+    tokens = encode(text)
+    prompt = torch.tensor([tokens], device=device)  # (1, T)
+    rows, left = min(num_samples, rows_that_fit(prompt)), num_samples
+    while left:
+        batch = prompt.expand(min(rows, left), -1)
+        options = dict(on_token=Shown(tokens).on_token) if streams else {}
+        # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
+        drawn = GPT.generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
+        for row in drawn:
+            print("" if streams else decode(row.tolist()))
+            print("---------------")
+        left -= len(batch)
+
+
 # Every token is a pass in this one context, for which each weight is converted once.
 with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
     if compile:
-        trial = prompt[:, -model.config.block_size :].expand(rows, -1)
+        trial = torch.zeros(min(num_samples, 2), min(8, model.config.block_size), dtype=torch.long, device=device)
         model, failure = try_compile(model, lambda compiled: compiled(trial), device, dynamic=True)
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
-    while left:
-        batch = prompt.expand(min(rows, left), -1)
-        # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
-        for tokens in GPT.generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None):
-            print(decode(tokens.tolist()))
-            print("---------------")
-        left -= len(batch)
+    for line in sys.stdin if start == "-" else [start]:
+        if prompt_text := line.removesuffix("\n") if start == "-" else line:
+            draw(prompt_text)

@@ -88,7 +88,8 @@ compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if th
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 # a field of GPTConfig that isn't nanoGPT's is a key too
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
-config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
+own_fields = models.own_fields(GPTConfig)
+config, given = configure(globals(), more=own_fields)
 
 # ---- what was asked for, checked before anything is written ------------------------------------------------
 world = World.of_torchrun()
@@ -214,7 +215,7 @@ watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 recovery.run(partial(allocate_state, optimizer))
 if plan.compile:
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
-    dry = partial(dry_step, batch=batches.current, autocast=autocast)
+    dry = partial(dry_step, batch=batches.like_current, autocast=autocast)
     options = dict(mode=compile_mode, dynamic=False)  # sizes are few, and each gets kernels of its own
     with waiting("compiling"):
         [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))

@@ -23,9 +23,10 @@ from common import finish
 from torch import nn
 from torch.nn import functional as F
 
-from configurator import at_least, configure, one_of
+from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime
+from nanofit import models, runtime, settings
+from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches
 from nanofit.errors import UsageError
 from nanofit.step import train_step
@@ -41,20 +42,18 @@ steps = 4  # of each side in a turn
 device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 compile = device == "cuda"  # both sides
-activation_checkpointing = False  # ours
+recompute = False  # ours
 side = ""  # 'ours' or 'nanogpt': the process of one side, which this script starts itself
 folder = ""  # the data of a side
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "batch_size", "block_size", "rounds", "steps")
+settings.at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 if side == "ours":
     runtime.prefer_expandable_segments()  # before CUDA starts
-if "dtype" not in given:
-    dtype = config["dtype"] = runtime.best_dtype(device)
-one_of(tuple(runtime.DTYPES), config, "dtype")
-one_of(("", "ours", "nanogpt"), config, "side")
-device = runtime.open_device(device)
-runtime.take_device(device)
+dtype = config["dtype"] = settings.dtype(config, given)
+settings.one_of(("", "ours", "nanogpt"), config, "side")
+device = runtime.find_device(device)
+runtime.set_device(device)
 VOCAB_SIZE = 50304
 
 
@@ -123,17 +122,16 @@ class Ours:
     """A training step as train.py takes it."""
 
     def __init__(self, model, folder):
-        model.activation_checkpointing = activation_checkpointing
+        models.apply_levers(model, MemoryLevers(recompute=recompute).within(runtime.total_memory_bytes(device)))
         self.model = torch.compile(model) if compile else model
         self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
-        self.batches.start(VOCAB_SIZE, torch.Generator().manual_seed(1).get_state())
+        torch.manual_seed(1)  # as theirs
+        self.batches.start(VOCAB_SIZE)
 
     def step(self):
-        return train_step(
-            self.model, self.optimizer, self.scaler, self.batches, autocast=self.autocast, micro_steps=1, grad_clip=1.0
-        )
+        return train_step(self.model, self.optimizer, self.scaler, self.batches, self.autocast, grad_clip=1.0)
 
 
 SIDES = {"nanogpt": Theirs, "ours": Ours}

@@ -8,13 +8,19 @@ fastest is the best that the cell could have. Then what auto-fit chose runs conf
 the limit, with evaluations. Prints a table, and one line of JSON last.
 """
 
+from dataclasses import replace
+
 from common import finish
 
-from configurator import at_least, configure
-from model import PRETRAINED, GPTConfig
-from nanofit import autofit, runtime
-from nanofit.autofit import Fitter, Trial, divisors, run_probe
+from configurator import configure
+from model import GPT, GPTConfig
+from nanofit import runtime, settings
+from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.plan import Job
+from nanofit.autofit.search import divisors
+from nanofit.autofit.trial import run_trial
 from nanofit.errors import UsageError, usage_errors
+from nanofit.models import GPT2_SIZES, file_of
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 limits = "8,12,16,24"  # GiB
@@ -28,43 +34,38 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "batch_size", "block_size", "vocab_size", "confirm_steps", "rounds")
-if "dtype" not in given:
-    dtype = config["dtype"] = runtime.best_dtype(device)
-device = runtime.open_device(device)
+settings.at_least(1, config, "batch_size", "block_size", "vocab_size", "confirm_steps", "rounds")
+dtype = config["dtype"] = settings.dtype(config, given)
+device = runtime.find_device(device)
 with usage_errors(ValueError, prefix=f"limits={limits!r} must be numbers of GiB with commas between: "):
     limits = sorted(float(limit) for limit in str(limits).split(","))
 
 
 def shape_of(model):
     """A GPTConfig as a dict for a name of GPT-2's sizes or for 'LxHxC'."""
-    sizes = PRETRAINED.get(model)
+    sizes = GPT2_SIZES.get(model)
     if sizes is None:
-        with usage_errors(ValueError, prefix=f"models: {model!r} must be one of {', '.join(PRETRAINED)} or LxHxC: "):
+        with usage_errors(ValueError, prefix=f"models: {model!r} must be one of {', '.join(GPT2_SIZES)} or LxHxC: "):
             n_layer, n_head, n_embd = map(int, model.split("x"))
         sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with usage_errors(ValueError):
         return vars(GPTConfig(block_size=block_size, vocab_size=vocab_size, dropout=0.0, bias=False, **sizes))
 
 
-def job_of(shape, limit):
-    return dict(
-        model_args=shape, dtype=dtype, device=str(device), grad_clip=1.0, memory_limit_gb=limit,
-        simulate=False, compile=False,
-        activation_checkpointing=False, optimizer_state="float32",
-    )  # fmt: skip
+def job_of(shape, limit, **more):
+    return Job(file_of(GPT), shape, str(device), dtype, grad_clip=1.0, memory_limit_gb=limit, **more)
 
 
 def exhaustive(shape):
     """A Trial for every divisor of batch_size that runs at the highest limit, the fastest of some rounds."""
     trials = {}
     for size in divisors(batch_size):
-        job = {**job_of(shape, max(limits)), "batch_size": size, "micro_steps": batch_size // size}
-        found = [result for _ in range(rounds) for result in run_probe(job)[0] if not result["failure"]]
+        job = job_of(shape, max(limits), micro_batch_size=size, micro_steps=batch_size // size)
+        found = [trial for trial in (run_trial(job) for _ in range(rounds)) if not trial.failure]
         if not found:
             break  # larger ones don't fit either
-        peak, speed = max(r["peak_bytes"] for r in found), max(r["tokens_per_second"] for r in found)
-        trials[size] = Trial(size, True, peak, speed)
+        peak, speed = max(t.peak_bytes for t in found), max(t.tokens_per_second for t in found)
+        trials[size] = replace(found[0], peak_bytes=peak, tokens_per_second=speed)
     return trials
 
 
@@ -72,10 +73,10 @@ def cell(model, shape, every, limit):
     """One row of the table: what auto-fit chose under this limit, and what there was to choose."""
     row = {"model": model, "limit_gb": limit, "probes": 0}
     row.update(dict.fromkeys(("choice", "best", "ratio", "confirmed")))
-    fitting = [t for t in every.values() if t.peak_bytes <= limit * autofit.GIB]
+    fitting = [t for t in every.values() if t.peak_bytes <= limit * 2**30]
     if fitting:
         best = max(fitting, key=lambda t: t.tokens_per_second)
-        row["best"], row["best_tokens_per_second"] = best.batch_size, best.tokens_per_second
+        row["best"], row["best_tokens_per_second"] = best.micro_batch_size, best.tokens_per_second
     fitter = Fitter(job_of(shape, limit), batch_size, 1, say=lambda line: None, advises=False)
     try:
         plan = fitter.plan()
@@ -84,10 +85,9 @@ def cell(model, shape, every, limit):
     row.update(choice=plan.micro_batch_size, peak_bytes=plan.peak_bytes, probes=len(plan.trials))
     if plan.micro_batch_size in every and fitting:
         row["ratio"] = every[plan.micro_batch_size].tokens_per_second / best.tokens_per_second
-    micro_steps = batch_size // plan.micro_batch_size
-    job = {**job_of(shape, limit), "batch_size": plan.micro_batch_size, "micro_steps": micro_steps}
-    results, failure = run_probe({**job, "confirm_steps": confirm_steps}, seconds=3600)
-    row["confirmed"] = failure == "" and not results[0]["failure"] and not results[0]["retries"]
+    job = replace(fitter.job_of(plan.micro_batch_size), levers=plan.levers, confirm_steps=confirm_steps)
+    confirmed = run_trial(job, seconds=3600)
+    row["confirmed"] = not confirmed.failure and not confirmed.retries
     return row
 
 
@@ -101,7 +101,7 @@ for model in models.split(","):
         rows.append(row)
         chosen, best = row["choice"] or "none", row["best"] or "none"
         ratio = f"{row['ratio']:.3f}" if row["ratio"] else "-"
-        peak = f"{row['peak_bytes'] / autofit.GIB:.2f} GiB" if row["choice"] else "-"
+        peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["choice"] else "-"
         verdict = {True: "ran", False: "FAILED", None: "-"}[row["confirmed"]]
         print(f"{model:14}{limit:8.2f}{chosen:>8}{best:>8}{ratio:>9}{peak:>11}{row['probes']:>8}  {verdict}")
 finish("fit_matrix", config, device, {"cells": rows}, save)

@@ -9,10 +9,11 @@ table, and one line of JSON last.
 
 from common import finish
 
-from configurator import at_least, configure
+from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime
-from nanofit.autofit import Fitter
+from nanofit import models, runtime, settings
+from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.plan import Job
 from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -29,41 +30,37 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "block_size", "vocab_size", "batch_size", "iterations")
-if "dtype" not in given:
-    dtype = config["dtype"] = runtime.best_dtype(device)
-device = runtime.open_device(device)
+settings.at_least(1, config, "block_size", "vocab_size", "batch_size", "iterations")
+dtype = config["dtype"] = settings.dtype(config, given)
+device = runtime.find_device(device)
 with usage_errors(ValueError, prefix=f"limits={limits!r} must be numbers of GiB with commas between: "):
     limits = sorted(float(limit) for limit in str(limits).split(","))
 with usage_errors(ValueError):
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)
 model = GPT(shape)  # for its arithmetic
-peak_flops, note = runtime.peak_flops(runtime.device_name(device))
+peak_flops, note = runtime.peak_flops(device, dtype)
 
 
 def row_of(limit):
     """What auto-fit chose under a limit (0 for none), and how fast that is."""
-    job = dict(
-        model_args=vars(shape), dtype=dtype, device=str(device), grad_clip=1.0, memory_limit_gb=limit,
-        activation_checkpointing=False, optimizer_state="float32", simulate=False,
-    )  # fmt: skip
+    job = Job(models.file_of(GPT), vars(shape), str(device), dtype, grad_clip=1.0, memory_limit_gb=limit)
     fitter = Fitter(job, batch_size, 1, asked_compile=compile, iterations_left=iterations, advises=False)
     try:
         plan = fitter.plan()
     except UsageError as e:
         return {"limit_gb": limit, "failure": str(e)}
-    trial = fitter.measure(plan.micro_batch_size, plan.compile, plan.activation_checkpointing)
+    trial = fitter.measure(plan.micro_batch_size, plan.compile, plan.levers)
     if not trial.fits:
         return {"limit_gb": limit, "failure": f"the choice did not fit again: {trial.failure}"}
     seconds = batch_size * block_size / trial.tokens_per_second
     return {
         "limit_gb": limit,
         "micro_batch_size": plan.micro_batch_size,
-        "activation_checkpointing": plan.activation_checkpointing,
+        "recompute": plan.levers.recompute,
         "compile": plan.compile,
         "peak_bytes": trial.peak_bytes,
         "tokens_per_second": trial.tokens_per_second,
-        "mfu": model.estimate_mfu(batch_size, seconds, peak_flops),
+        "mfu": models.share_of_peak(model, batch_size, seconds, peak_flops),
     }
 
 
@@ -77,7 +74,7 @@ for row in rows:
     row["share"] = row["tokens_per_second"] / rows[0].get("tokens_per_second", row["tokens_per_second"])
     yes = {True: "yes", False: "no"}
     print(
-        f"{name:>10}{row['micro_batch_size']:>13}{yes[row['activation_checkpointing']]:>11}{yes[row['compile']]:>10}"
+        f"{name:>10}{row['micro_batch_size']:>13}{yes[row['recompute']]:>11}{yes[row['compile']]:>10}"
         f"{row['tokens_per_second']:>13,.0f}{row['share']:>8.3f}{row['mfu']:>8.1%}"
     )
 if note:

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --batch_sizes=1,2,4,8 --picture=memory.png
 
-The steps run on fake tensors (simulate.py), so that no GPU is needed and nothing is too large. They accumulate
-gradients: these and AdamW's state are there while activations grow. nanoGPT's way makes the logits of every
-position and takes their cross-entropy in float32; ours makes them in chunks, with or without activation
-checkpointing. What is counted is what tensors hold: a driver's context and fragmentation come on top. Prints a
+The steps run on fake tensors (nanofit/autofit/simulate.py), so that no GPU is needed and nothing is too large. They
+accumulate gradients: these and AdamW's state are there while activations grow. nanoGPT's way makes the logits of every
+position and takes their cross-entropy in float32; ours makes them in chunks, with or without recompute (activation
+checkpointing). What is counted is what tensors hold: a driver's context and fragmentation come on top. Prints a
 table, and one line of JSON last.
 """
 
@@ -16,11 +16,13 @@ import math
 import torch
 from common import finish
 
-from configurator import at_least, configure, one_of
-from model import PRETRAINED, GPTConfig
-from nanofit import autofit, runtime
+from configurator import configure
+from model import GPT, GPTConfig
+from nanofit import runtime, settings
+from nanofit.autofit.plan import Job, MemoryLevers
 from nanofit.autofit.simulate import step_memory
 from nanofit.errors import UsageError, usage_errors
+from nanofit.models import GPT2_SIZES, file_of
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 model = "gpt2"  # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl': their sizes
@@ -31,22 +33,27 @@ cards = "8,12,16,24"  # GiB, lines in the picture
 picture = ""  # a PNG file for the picture
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "block_size")
-one_of(tuple(PRETRAINED), config, "model")
-one_of(tuple(runtime.DTYPES), config, "dtype")
+settings.at_least(1, config, "block_size")
+settings.one_of(tuple(GPT2_SIZES), config, "model")
+settings.one_of(tuple(runtime.DTYPES), config, "dtype")
 
-WAYS = {  # name: (label in the table, label in the picture, what is different in simulate.step_memory)
-    "nanogpt": ("nanoGPT's way", "nanoGPT's way:\nall logits at once", {"forward": lambda gpt, x, y: gpt(x, y)}),
-    "ours": ("ours", "nanoGPT-fit:\nloss in chunks", {}),
-    "ours_checkpointing": (
-        "with checkpointing",
-        "nanoGPT-fit, with\nactivation checkpointing",
-        {"checkpointing": True},
-    ),
+
+class NanoGPTsWay(GPT):
+    """All logits in memory, and held on to as nanoGPT's loop does."""
+
+    def forward(self, idx, targets=None):
+        self.logits, loss = super().forward(idx, targets)
+        return self.logits, loss
+
+
+WAYS = {  # name: (label in the table, label in the picture, the model, whether blocks are computed again)
+    "nanogpt": ("nanoGPT's way", "nanoGPT's way:\nall logits at once", NanoGPTsWay, False),
+    "ours": ("ours", "nanoGPT-fit:\nloss in chunks", GPT, False),
+    "ours_recompute": ("with recompute", "nanoGPT-fit, with\nactivation checkpointing", GPT, True),
 }
 # Black, blue and orange of Okabe and Ito's palette, which colour-blind people can tell apart; in greyscale they are
 # dark, medium and light.
-STROKES = {"nanogpt": ("#000000", "o"), "ours": ("#0072B2", "s"), "ours_checkpointing": ("#D97A00", "^")}
+STROKES = {"nanogpt": ("#000000", "o"), "ours": ("#0072B2", "s"), "ours_recompute": ("#D97A00", "^")}
 NOTE = (
     "Bytes of tensors while gradients accumulate: weights, gradients, AdamW's state, activations, loss. "
     "A driver's context and fragmentation come on top."
@@ -63,24 +70,19 @@ def numbers(key, kind, what):
     return found
 
 
-def simulated(batch_size, forward=None, checkpointing=False):
+def simulated(batch_size, model_class, recompute):
     """Bytes at the peak of a step, by part."""
-    sizes = dict(block_size=block_size, vocab_size=50304, dropout=0.0, bias=False, **PRETRAINED[model])
-    with usage_errors(ValueError):
-        GPTConfig(**sizes)
-    job = dict(
-        model_args=sizes, batch_size=batch_size, micro_steps=2, ranks=1, dtype=dtype, grad_clip=1.0,
-        activation_checkpointing=checkpointing, optimizer_state="float32",
-    )  # fmt: skip
+    sizes = dict(block_size=block_size, vocab_size=50304, dropout=0.0, bias=False, **GPT2_SIZES[model])
+    job = Job(file_of(GPT), sizes, "cuda", dtype, grad_clip=1.0, micro_batch_size=batch_size, micro_steps=2)
     with contextlib.redirect_stdout(io.StringIO()):  # every model tells its number of parameters
-        return step_memory(job, forward)
+        return step_memory(model_class, GPTConfig, job, MemoryLevers(recompute=recompute).within(0))
 
 
 def point(batch_size):
     """Peaks of all ways at one batch size, their parts, and their ratios to nanoGPT's way."""
     found = {"batch_size": batch_size}
-    for name, (*_, different) in WAYS.items():
-        parts = simulated(batch_size, **different)
+    for name, (_, _, *way) in WAYS.items():
+        parts = simulated(batch_size, *way)
         peak = sum(parts.values())
         reference = found["nanogpt"]["peak_bytes"] if "nanogpt" in found else peak
         found[name] = {"peak_bytes": peak, "ratio": peak / reference, "parts": parts}
@@ -104,12 +106,12 @@ def draw(pyplot, image_of, points, cards, path):
     """GiB against batch size, both in powers of two: a line for each way, a thin one for each card."""
     pyplot.rcParams.update({"font.size": 17, "axes.spines.top": False, "axes.spines.right": False})
     sizes = [p["batch_size"] for p in points]
-    peaks = {name: [p[name]["peak_bytes"] / autofit.GIB for p in points] for name in WAYS}
+    peaks = {name: [p[name]["peak_bytes"] / 2**30 for p in points] for name in WAYS}
     figure, axes = pyplot.subplots(figsize=(16, 9), dpi=100)
     figure.subplots_adjust(left=0.05, right=0.78, top=0.84, bottom=0.16)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for name, (_, label, _) in WAYS.items():
+    for name, (_, label, *_) in WAYS.items():
         colour, marker = STROKES[name]
         axes.plot(sizes, peaks[name], color=colour, marker=marker, markersize=11, linewidth=3.5, clip_on=False)
         axes.annotate(f"{label}\n{peaks[name][-1]:.1f} GiB", (sizes[-1], peaks[name][-1]), (20, 0),
@@ -151,7 +153,7 @@ print(f"{'batch_size':>10}" + "".join(f"{label:>22}" for label, *_ in WAYS.value
 for batch_size in batch_sizes:
     found = point(batch_size)
     points.append(found)
-    columns = (f"{found[name]['peak_bytes'] / autofit.GIB:10.2f} GiB {found[name]['ratio']:7.3f}" for name in WAYS)
+    columns = (f"{found[name]['peak_bytes'] / 2**30:10.2f} GiB {found[name]['ratio']:7.3f}" for name in WAYS)
     print(f"{batch_size:>10}" + "".join(columns))
 if picture:
     draw(*tools, points, cards, picture)

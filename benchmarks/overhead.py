@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from common import finish
 
-from configurator import at_least, configure
+from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime
+from nanofit import runtime, settings
 from nanofit.batches import Batches
+from nanofit.distributed import ALONE
 from nanofit.recovery import Recovery, StopSignals, Watch
-from nanofit.step import accumulate, update
+from nanofit.step import accumulate, combine, update
 
 runtime.prefer_expandable_segments()  # before CUDA starts
 
@@ -38,9 +39,10 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "batch_size", "block_size", "rounds", "steps")
-device = runtime.open_device(device)
-runtime.take_device(device)
+settings.at_least(1, config, "batch_size", "block_size", "rounds", "steps")
+dtype = config["dtype"] = settings.dtype(config, given)
+device = runtime.find_device(device)
+runtime.set_device(device)
 autocast = runtime.autocast(device, dtype)
 MICRO_STEPS = 2
 
@@ -53,11 +55,10 @@ class Bare:
         self.model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)).to(device)
         self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         self.scaler = runtime.grad_scaler(device, dtype)
-        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
+        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
+                               per_iter=MICRO_STEPS)  # fmt: skip
         self.batches.start(vocab_size)
-
-    def gradients(self):
-        return accumulate(self.model, self.scaler, self.batches, autocast=autocast, micro_steps=MICRO_STEPS)
+        self.gradients = partial(accumulate, self.model, self.scaler, self.batches, autocast)
 
     def iteration(self):
         loss = self.gradients()
@@ -75,13 +76,15 @@ class Guarded(Bare):
     def __init__(self, folder):
         super().__init__(folder)
         self.signals, self.watch, self.count = StopSignals(), Watch("the gradient's norm"), 0
-        self.recovery = Recovery(runtime.ALONE, device, self.batches, self.model, MICRO_STEPS, give_up=lambda: "")
+        self.recovery = Recovery(ALONE, device, self.batches, self.model, self.scaler, give_up=lambda: "")
 
     def iteration(self):
-        here = {"data": self.batches.state(), "generators": runtime.rng_state(device)}
-        assert not runtime.ALONE.most(self.signals.received), here
-        loss = self.recovery.run(self.gradients)
-        norm = update(self.model, self.optimizer, self.scaler, grad_clip=1.0)
+        here = {"data": self.batches.state_dict(), "generators": runtime.rng_state(device)}
+        assert not ALONE.all_reduce_max(self.signals.received), here
+        loss, norm = self.recovery.run(
+            self.gradients, partial(combine, self.model, self.optimizer, self.scaler, 1.0, ALONE)
+        )
+        self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)
         self.watch.note(self.count, norm)
         self.count += 1
         loss = loss.item()

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what whole blocks computed again take and cost, against their cheap parts alone.
+"""Recompute: what blocks computed again as a whole take and cost, against their cheap parts alone.
 
     python benchmarks/recompute.py --batch_size=4
 
@@ -10,16 +10,16 @@ import statistics
 import time
 from functools import partial
 
-import simulate
 import torch
 from common import finish
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import model
-from configurator import at_least, configure
-from nanofit import runtime
+from configurator import configure
+from model import GPT, GPTConfig
+from nanofit import models, runtime, settings
+from nanofit.autofit.plan import Job, MemoryLevers
+from nanofit.autofit.simulate import step_memory
 from nanofit.batches import RandomBatch
-from nanofit.errors import usage_errors
 from nanofit.step import train_step
 
 runtime.prefer_expandable_segments()  # before CUDA starts
@@ -34,12 +34,12 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "batch_size", "block_size", "vocab_size", "rounds")
-device = runtime.open_device(device)
-runtime.take_device(device)
-with usage_errors(KeyError, prefix="preset must be one of GPT-2's sizes, not "):
-    sizes = model.PRETRAINED[preset]
-shape = dict(block_size=block_size, vocab_size=vocab_size, dropout=0.0, bias=False, **sizes)
+settings.at_least(1, config, "batch_size", "block_size", "vocab_size", "rounds")
+settings.one_of(tuple(models.GPT2_SIZES), config, "preset")
+dtype = config["dtype"] = settings.dtype(config, given)
+device = runtime.find_device(device)
+runtime.set_device(device)
+shape = dict(block_size=block_size, vocab_size=vocab_size, dropout=0.0, bias=False, **models.GPT2_SIZES[preset])
 
 COSTLY = ("mm", "addmm", "bmm", "_scaled_dot_product")
 
@@ -50,34 +50,39 @@ def keep_costly(context, operation, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if name.startswith(COSTLY) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-CHEAP_PARTS = partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, keep_costly))
-WAYS = {"nothing": (False, checkpoint), "cheap parts": (True, CHEAP_PARTS), "whole blocks": (True, checkpoint)}
+WAYS = {  # name: torch.utils.checkpoint.checkpoint, as it is called by models.apply_levers
+    "nothing": lambda forward, *args, **options: forward(*args),
+    "cheap parts": partial(checkpoint, context_fn=partial(create_selective_checkpoint_contexts, keep_costly)),
+    "whole blocks": checkpoint,
+}
 
 
 def use(way):
-    """What the model computes again from now on; whether its activation_checkpointing is on."""
-    on, model.checkpoint = WAYS[way]
-    return on
+    """Let blocks compute this again from now on."""
+    models.checkpoint = WAYS[way]
 
 
-job = dict(model_args=shape, dtype=dtype, optimizer_state="float32", grad_clip=1.0, micro_steps=1)
+job = Job(models.file_of(GPT), shape, device.type, dtype, grad_clip=1.0, micro_batch_size=batch_size)
+levers = MemoryLevers(recompute=True).within(0)
 memory = {}
 for way in WAYS:
-    parts = simulate.step_memory({**job, "batch_size": batch_size, "activation_checkpointing": use(way)})
+    use(way)
+    parts = step_memory(GPT, GPTConfig, job, levers)
     memory[way] = {"peak_bytes": sum(parts.values()), "activation_bytes": parts["activations"]}
 
 torch.manual_seed(0)
-gpt = model.GPT(model.GPTConfig(**shape)).to(device)
+gpt = models.build(GPT, GPTConfig, shape).to(device)
+models.apply_levers(gpt, levers)
 optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
 scaler, autocast = runtime.grad_scaler(device, dtype), runtime.autocast(device, dtype)
 batch = RandomBatch(batch_size, block_size, vocab_size, device)
 seconds = {way: [] for way in WAYS}
 for turn in range(rounds + 1):
     for way in WAYS:
-        gpt.activation_checkpointing = use(way)
+        use(way)
         runtime.synchronize(device)
         start = time.perf_counter()
-        train_step(gpt, optimizer, scaler, batch, autocast=autocast, micro_steps=1, grad_clip=1.0)
+        train_step(gpt, optimizer, scaler, batch, autocast, grad_clip=1.0)
         runtime.synchronize(device)
         if turn:  # the first one warms up
             seconds[way].append(time.perf_counter() - start)

@@ -15,9 +15,9 @@ import torch
 from common import finish
 from torch.nn import functional as F
 
-from configurator import at_least, configure, one_of
+from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime
+from nanofit import runtime, settings
 from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -34,15 +34,13 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
-at_least(1, config, "num_samples", "max_new_tokens", "theirs_samples", "top_k")
+settings.at_least(1, config, "num_samples", "max_new_tokens", "theirs_samples", "top_k")
 if not temperature > 0:
     raise UsageError(f"temperature must be above 0, not {temperature}")
-if "dtype" not in given:
-    dtype = config["dtype"] = runtime.best_dtype(device)
-one_of(tuple(runtime.DTYPES), config, "dtype")
+dtype = config["dtype"] = settings.dtype(config, given)
 theirs_samples = config["theirs_samples"] = min(theirs_samples, num_samples)
-device = runtime.open_device(device)
-runtime.take_device(device)
+device = runtime.find_device(device)
+runtime.set_device(device)
 
 
 def ours(model, count, length):

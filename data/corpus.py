@@ -1,76 +1,462 @@
-"""What the prepare.py files share: fetching text, and writing train.bin, val.bin and meta.pkl."""
+"""What the prepare.py files share: fetching text, tokenising it, and writing a data set whole or not at all."""
 
+import argparse
+import http.client
+import json
+import math
 import os
 import pickle
+import re
+import shutil
+import signal
 import sys
+import tempfile
+import time
+import urllib.error
+from array import array
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for nanofit
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for codec.py
+from nanofit.errors import UsageError, first_line, show_errors_as_sentences, usage_errors
 
-from nanofit import codec
-from nanofit.errors import UsageError, show_errors_as_sentences, usage_errors
+show_errors_as_sentences()  # before the larger imports, in which Ctrl-C may come
+import numpy as np  # noqa: E402
 
-show_errors_as_sentences()
+from nanofit import codec  # noqa: E402
+
+DATA = os.path.dirname(os.path.abspath(__file__))
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+SEED = 2357  # nanoGPT's, for the order of the documents and so for which of them are val
+VAL_SHARE = 0.0005  # of the documents: nanoGPT's too
+SMALL_VAL_BLOCKS = 16  # what val should hold where that share of the documents is shorter than one block
+MOST_SYMBOLS = 2**16  # what a uint16 token can name
+MOST_SPACES = 500_000  # white space in a row that tiktoken's regular expression surely takes: at a million it panics
+MOST_VAL = 10_000_000  # tokens, where val is 10% of a text
+BATCH_CHARACTERS = 1_000_000  # what is tokenised at a time
+COPIED_TOKENS = 2**21  # what is copied at a time
+
+# A data set's files. They change together: val.bin is the first to go and the first to come, train.bin the last to
+# come. So wherever the change is interrupted, there is never something old and something new to train on.
+FILES = ("val.bin", "prepared.json", "meta.pkl", "train.bin")
+READY = "ready.part"  # the folder in which they wait while the old ones go
 
 
-def read_or_fetch(path, folder, url):
+# ---- talking to a person -----------------------------------------------------------------------------------
+def say(text, to="stdout"):
+    """Print a line. Where that fails (a closed pipe, a full disk under a log) the data still come first."""
+    try:
+        print(text, file=getattr(sys, to), flush=True)
+    except OSError:
+        setattr(sys, to, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def warn(text):
+    say(f"warning: {text}", to="stderr")
+
+
+def counted(documents):
+    return f"{documents:,} document{'s' * (documents != 1)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a prepare.py, --force among them; a mistake ends in a sentence, as everywhere."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.add_argument("--force", action="store_true", help="let a text too short to train on replace a larger one")
+
+    def error(self, message):
+        raise UsageError(f"{message} ({self.prog} --help tells what may be given)")
+
+
+def whole_number(text):
+    """A whole number above zero; 100_000_000 and 1e8 are ways to write one."""
+    try:
+        number = float(text) if re.search(r"[.eE]", text) else int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number < 2**63 or number != int(number):
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, such as 100_000_000, not {text!r}")
+    return int(number)
+
+
+def run(main):
+    """main(); Ctrl-C and SIGTERM end it with a line, the signal's exit code and nothing left behind."""
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a symbol that the terminal lacks is no reason to stop
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except KeyboardInterrupt as e:
+        say("interrupted: nothing was replaced", to="stderr")
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+# ---- a data set's files ------------------------------------------------------------------------------------
+def block_sizes(dataset):
+    """The block sizes with which config/ trains on a data set, ascending; of all its files where none names it."""
+    found = {}
+    for path in Path(DATA).parent.glob("config/*.py"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        name = re.search(r"^dataset\s*=\s*[\"'](.+?)[\"']", text, re.MULTILINE)
+        size = re.search(r"^block_size\s*=\s*(\d+)", text, re.MULTILINE)
+        # What a file doesn't say is train.py's default.
+        found.setdefault(name[1] if name else "openwebtext", set()).add(int(size[1]) if size else 1024)
+    return sorted(found.get(dataset) or set().union(*found.values())) or [1024]
+
+
+class DataSet:
+    """A data set in the making, whose files take the places of the old ones together when the with block ends well.
+
+    Until then they lie in a folder of their own beside them. One prepare.py at a time may work on a data set.
+    """
+
+    def __init__(self, folder, force=False):
+        self.folder, self.force = Path(folder), force
+        self.name = self.folder.resolve().name
+        self.record = {}  # goes into prepared.json, with the tokens
+
+    def __enter__(self):
+        with self.writing():
+            self._is_new = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            for left in self.folder.glob("prepare-*.part"):  # of a prepare.py that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            _replace(self.folder)
+            for name in (READY, *FILES):
+                if (self.folder / name).is_dir() or (name == READY and (self.folder / name).exists()):
+                    raise UsageError(f"{self.folder / name} is in the way of a data set's files: move it elsewhere")
+            self._parts = Path(tempfile.mkdtemp(prefix="prepare-", suffix=".part", dir=self.folder))
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self._parts, ignore_errors=True)
+            if self._is_new and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+            if self._lock is not None:
+                os.close(self._lock)
+
+    @contextmanager
+    def writing(self):
+        """Where this data set's files are written, whatever the disk says against it ends in a sentence."""
+        try:
+            yield
+        except OSError as e:
+            raise UsageError(
+                f"{self.folder} can't be written ({e.strerror or first_line(e)}): make room or mend its permissions; "
+                "the data set there is as it was"
+            ) from e
+
+    def part(self, name):
+        """The path under which a file is written until all are there."""
+        return self._parts / name
+
+    def write(self, split, ids):
+        """Write token ids (below 65,536) to split.bin."""
+        with self.writing(), open(self.part(f"{split}.bin"), "wb") as f:
+            f.write(np.ascontiguousarray(ids, dtype="<u2"))
+
+    def write_symbols(self, symbols):
+        """Write meta.pkl for a list of characters, each of which is the token of its place."""
+        meta = {
+            "vocab_size": len(symbols),
+            "itos": dict(enumerate(symbols)),
+            "stoi": {c: i for i, c in enumerate(symbols)},
+        }
+        self.record["encoding"] = "characters"
+        with self.writing(), open(self.part("meta.pkl"), "wb") as f:
+            pickle.dump(meta, f)
+
+    def _finish(self):
+        """Check what was made, and let it take the place of what was there."""
+        self.tokens = {split: os.path.getsize(self.part(f"{split}.bin")) // 2 for split in ("train", "val")}
+        self._check_lengths()
+        with self.writing():
+            record = {"encoding": "GPT-2 BPE", **self.record, "tokens": self.tokens}
+            self.part("prepared.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            for path in self._parts.iterdir():
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())  # on the disk, before the old files go
+            before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                os.rename(self._parts, self.folder / READY)
+                _replace(self.folder)
+                for split, count in self.tokens.items():
+                    documents = self.record.get("documents")
+                    of_documents = f" of {counted(documents[split])}" if documents else ""
+                    say(f"{split} has {count:,} tokens{of_documents}, {count / sum(self.tokens.values()):.2%} of all")
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _check_lengths(self):
+        """Warn of splits too short for config/, and keep a larger data set from one that none of it can train on."""
+        sizes = block_sizes(self.name)
+        split, shortest = min(self.tokens.items(), key=lambda item: item[1])
+        too_long = [size for size in sizes if shortest <= size]
+        if not too_long:
+            return
+        sentence = f"{split} has {shortest:,} tokens, too few for block_size={', '.join(map(str, too_long))} in config/"
+        old = self.folder / "train.bin"
+        there = old.stat().st_size // 2 if old.exists() else 0
+        if too_long == sizes and there > self.tokens["train"] and not self.force:
+            raise UsageError(
+                f"{sentence}, so that it doesn't replace the {there:,} tokens of {old}, which are as they were: give "
+                "more text, or say --force"
+            )
+        warn(f"{sentence}: give more text" + (f", or train with --block_size={shortest - 1}" if shortest > 1 else ""))
+
+
+def _lock(folder):
+    """A descriptor that holds folder for this process, until it ends; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(descriptor)
+        raise UsageError(f"another prepare.py is at work in {folder}: wait until it has ended, or end it") from e
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _replace(folder):
+    """Let the files in folder/READY take the places of the old ones; where a kill stopped that, end it."""
+    ready = folder / READY
+    if ready.is_symlink() or not ready.is_dir():
+        return
+    if (ready / FILES[0]).exists():  # nothing has come yet, so whatever is there is old
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    for name in FILES:
+        if (ready / name).exists():
+            os.rename(ready / name, folder / name)
+    ready.rmdir()
+
+
+# ---- a text, cut once --------------------------------------------------------------------------------------
+def read_or_fetch(path, folder, url, sha256):
     """The text of path; without a path, of folder/input.txt, which is fetched from url where it is missing."""
     if path is None:
         path = os.path.join(folder, "input.txt")
         if not os.path.exists(path):
             from torch.hub import download_url_to_file  # a progress bar, and a file only when it is whole
 
-            print(f"fetching {url}")
+            say(f"fetching {url}")
             try:
-                download_url_to_file(url, path)
-            except OSError as e:  # urllib's errors are its children
+                download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, RuntimeError) as e:
                 raise UsageError(
-                    f"{url} can't be fetched ({e}): connect to the network, or give the text with --input FILE"
+                    f"{url} can't be fetched ({first_line(e)}): connect to the network, or give the text with "
+                    "--input FILE"
                 ) from e
+            except OSError as e:
+                raise UsageError(f"{path} can't be written ({e.strerror}): make room or mend its permissions") from e
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{path} is not a file: give a text file with --input FILE")
     with usage_errors(OSError, UnicodeDecodeError, prefix=f"{path} can't be read as UTF-8 text: "):
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise UsageError(f"{path} is empty: expected a text")
+    return text
 
 
 def halves(text):
     """The first 90% of the characters, for training, and the last 10%, for validation."""
     cut = int(len(text) * 0.9)
     if cut == 0:
-        raise UsageError("the text is empty or a single character: there is nothing to split into train and val")
+        raise UsageError("the text is a single character: there is nothing to split into train and val")
     return {"train": text[:cut], "val": text[cut:]}
 
 
-def write_tokens(folder, split, ids):
-    """Write token ids (below 65,536) to folder/split.bin, whole or not at all, and say how many."""
-    path = os.path.join(folder, f"{split}.bin")
-    np.asarray(ids, dtype="<u2").tofile(path + ".part")
-    os.replace(path + ".part", path)
-    print(f"{split} has {len(ids):,} tokens")
-
-
-def write_characters(folder, text):
+def write_characters(made, text):
     """A character-level data set: each distinct character of text is a symbol, in the order of its code point."""
-    symbols = sorted(set(text))
-    if len(symbols) > 65536:
-        raise UsageError(f"the text has {len(symbols):,} different characters, more than a uint16 token can name")
-    print(f"{len(text):,} characters, {len(symbols)} of them different: {''.join(symbols)!r}")
-    stoi = {c: i for i, c in enumerate(symbols)}
+    encode = characters(made, set(text), len(text))
     for split, part in halves(text).items():
-        # An array of code points, looked up in one go: a Python list of ids would take 30 times the text.
-        points = np.frombuffer(part.encode("utf-32-le"), dtype="<u4")
-        table = np.zeros(ord(symbols[-1]) + 1, dtype="<u2")
-        table[[ord(c) for c in symbols]] = range(len(symbols))
-        write_tokens(folder, split, table[points])
-    path = os.path.join(folder, "meta.pkl")
-    with open(path + ".part", "wb") as f:
-        pickle.dump({"vocab_size": len(symbols), "itos": dict(enumerate(symbols)), "stoi": stoi}, f)
-    os.replace(path + ".part", path)
+        made.write(split, encode(part))
 
 
-def write_bpe(folder, text):
+def write_bpe(made, text):
     """A data set in GPT-2's BPE."""
     bpe = codec.gpt2_bpe()
     for split, part in halves(text).items():
-        write_tokens(folder, split, bpe.encode_ordinary(part))
+        check_spaces(part)
+        made.write(split, bpe.encode_ordinary(part))
+
+
+def characters(made, symbols, count):
+    """Write meta.pkl for a set of characters, of a text of so many; returns what turns text into uint16 ids."""
+    symbols = sorted(symbols)
+    if len(symbols) > MOST_SYMBOLS:
+        raise UsageError(f"the text has {len(symbols):,} different characters, more than a uint16 token can name")
+    shown = "".join(symbols[:200])
+    say(f"{count:,} characters, {len(symbols):,} of them different: {shown!r}{' ...' if len(symbols) > 200 else ''}")
+    made.write_symbols(symbols)
+    table = np.full(sys.maxunicode + 1, MOST_SYMBOLS, dtype="<u4")  # an id by code point
+    table[[ord(c) for c in symbols]] = range(len(symbols))
+
+    def encode(text):
+        # An array of code points, looked up in one go: a Python list of ids would take 30 times the text.
+        ids = table[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
+        if len(ids) and ids.max() == MOST_SYMBOLS:
+            raise UsageError("the text has changed while it was read: prepare it again")
+        return ids.astype("<u2")
+
+    return encode
+
+
+# ---- many documents ----------------------------------------------------------------------------------------
+def check_spaces(text):
+    """Refuse what makes tiktoken panic."""
+    if len(text) > MOST_SPACES:
+        longest = max((len(m[0]) for m in re.finditer(r"\s+", text)), default=0)
+        if longest > MOST_SPACES:
+            raise UsageError(
+                f"the text has {longest:,} characters of white space in a row, and tiktoken takes {MOST_SPACES:,}: "
+                "shorten them"
+            )
+
+
+def tokenised(pieces, threads):
+    """(text, whether a document ends with it) to (uint16 ids, the same), in GPT-2's BPE, many at a time.
+
+    A document's end is followed by the token <|endoftext|>.
+    """
+    bpe = codec.gpt2_bpe()
+
+    def encoded(batch):
+        for text, _ in batch:
+            check_spaces(text)
+        all_ids = bpe.encode_ordinary_batch([text for text, _ in batch], num_threads=threads)
+        for ids, (_, ends) in zip(all_ids, batch, strict=True):
+            yield np.array([*ids, bpe.eot_token] if ends else ids, dtype="<u2"), ends
+
+    batch, size = [], 0
+    for text, ends in pieces:
+        batch.append((text, ends))
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield from encoded(batch)
+            batch, size = [], 0
+    yield from encoded(batch)
+
+
+def share_for_val(lengths, block_size):
+    """How many of the shuffled documents, of these lengths in tokens, are val: as nanoGPT, 0.05%, at least one.
+
+    Where these are too short for a block, as many as make 10% of the tokens, or SMALL_VAL_BLOCKS blocks.
+    """
+    count = math.ceil(len(lengths) * VAL_SHARE)
+    tokens = np.cumsum(lengths)
+    if tokens[count - 1] <= block_size:
+        wanted = min(tokens[-1] // 10, SMALL_VAL_BLOCKS * block_size)
+        count = max(count, min(int(np.searchsorted(tokens, wanted)) + 1, len(lengths) - 1))
+    return count
+
+
+def _progress(what, total=None):
+    """A bar of tokens and tokens per second on a terminal; nothing in a file."""
+    from tqdm import tqdm  # comes with datasets
+
+    return tqdm(desc=what, total=total, unit=" tokens", unit_scale=True, disable=None)
+
+
+class Documents:
+    """Tokenised documents on the disk in the order in which they come, until all are there and can be split.
+
+    In memory are 8 bytes a document, and some 40 while they are split.
+    """
+
+    def __init__(self, made, expected=None):
+        self._made = made
+        self._ends = array("Q")  # where each document ends, in tokens
+        self.tokens = 0
+        self._began = time.perf_counter()
+        self._bar = _progress("tokenising", expected)
+        with made.writing():
+            self._file = open(made.part("documents"), "wb+")  # noqa: SIM115
+
+    def __len__(self):
+        return len(self._ends)
+
+    def add(self, ids, ends=True):
+        """Append uint16 ids to the document that is open; ends: it ends with them."""
+        with self._made.writing():
+            self._file.write(ids)
+        self.tokens += len(ids)
+        self._bar.update(len(ids))
+        if ends:
+            self._ends.append(self.tokens)
+
+    def split_by_documents(self):
+        """Write train.bin and val.bin of whole documents, chosen and ordered by the seed as nanoGPT does."""
+        starts, lengths = self._shuffled()
+        block_size = block_sizes(self._made.name)[-1]
+        count = share_for_val(lengths, block_size)
+        usual = math.ceil(len(lengths) * VAL_SHARE)
+        if count > usual:
+            say(
+                f"0.05% of the documents would give val {lengths[:usual].sum():,} tokens, too few for "
+                f"block_size={block_size}: it takes {count:,} of {len(lengths):,} documents, "
+                f"{lengths[:count].sum() / self.tokens:.1%} of the tokens"
+            )
+        self._made.record["documents"] = {"train": len(lengths) - count, "val": count}
+        self._write(starts, lengths, {"val": int(lengths[:count].sum()), "train": int(lengths[count:].sum())})
+
+    def split_by_tokens(self):
+        """Write train.bin and val.bin: in the seed's order the last 10% of the tokens are val, at most MOST_VAL."""
+        starts, lengths = self._shuffled()
+        train = max(int(self.tokens * 0.9), self.tokens - MOST_VAL)
+        if train == 0:
+            raise UsageError("the text is a single character: there is nothing to split into train and val")
+        self._write(starts, lengths, {"train": train, "val": self.tokens - train})
+
+    def _shuffled(self):
+        """(where each document starts, how long it is), int64 tokens (documents,), in the seed's order."""
+        seconds = time.perf_counter() - self._began
+        self._bar.close()
+        speed = self.tokens / seconds
+        say(f"{self.tokens:,} tokens of {counted(len(self))} in {seconds:.1f} s: {speed:,.0f} tokens/s")
+        with self._made.writing():
+            self._file.close()
+        ends = np.frombuffer(self._ends, dtype=np.int64)
+        lengths = np.diff(ends, prepend=0)
+        order = np.random.default_rng(SEED).permutation(len(ends))
+        return (ends - lengths)[order], lengths[order]
+
+    def _write(self, starts, lengths, tokens):
+        """Deal the documents, one after the other, to a file for each split of so many tokens."""
+        path = self._made.part("documents")
+        documents = zip(starts, lengths, strict=True)
+        start = left = 0  # where the rest of a document is, and how long
+        with self._made.writing(), open(path, "rb", buffering=0) as file, _progress("writing", self.tokens) as bar:
+            for split, room in tokens.items():
+                with open(self._made.part(f"{split}.bin"), "wb") as out:
+                    while room:
+                        if not left:
+                            start, left = map(int, next(documents))
+                        count = min(left, room, COPIED_TOKENS)
+                        file.seek(2 * start)
+                        out.write(file.read(2 * count))
+                        bar.update(count)
+                        start, left, room = start + count, left - count, room - count
+        os.unlink(path)

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import torch
 
+from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.errors import UsageError, usage_errors
 
 TOKEN_BYTES = 2  # uint16
@@ -85,10 +86,10 @@ class RandomBatch:
 
 
 class Batches:
-    """A random stream of training batches, cut into micro-batches, and of evaluation batches.
+    """A random stream of training batches, cut into or joined to micro-batches, and of evaluation batches.
 
-    Offsets come from one generator: first a training batch, and each next one when the one before has been
-    fetched; an evaluation draws from the same stream in between.
+    Offsets come from one generator: first a training batch, and each next one when the one before has been used; an
+    evaluation draws from the same stream in between, when one training batch is drawn already.
 
     per_iter: batches in an iteration of this rank.
     """
@@ -96,7 +97,7 @@ class Batches:
     def __init__(self, folder, *, batch_size, block_size, device, per_iter=1):
         self.folder, self.batch_size, self.block_size, self.device = folder, batch_size, block_size, device
         self.per_iter = per_iter
-        self.micro_batch_size = batch_size  # sequences, a divisor of batch_size; may change between two iterations
+        self.micro_batch_size = batch_size  # one of micro_batch_sizes; may change between two iterations
         self.generator = torch.Generator()
         self._files = {}  # split: (tokens, time of the last change, fingerprint)
         for split in ("train", "val"):
@@ -111,14 +112,16 @@ class Batches:
     @property
     def micro_steps(self):
         """Micro-batches in an iteration of this rank."""
-        return self.per_iter * (self.batch_size // self.micro_batch_size)
+        return self.per_iter * self.batch_size // self.micro_batch_size
 
     def start(self, vocab_size, micro_batch_size=None):
         """Draw the first training batch, from where torch's global generator stands."""
         self.vocab_size = vocab_size
         self.micro_batch_size = micro_batch_size or self.batch_size
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.micro_batch_size not in micro_batch_sizes(self.batch_size, self.per_iter):
+            raise ValueError(
+                f"micro_batch_size {micro_batch_size} neither divides nor joins batches of {self.batch_size}"
+            )
         self.generator.set_state(torch.get_rng_state())
         self._fetch()
 
@@ -178,14 +181,23 @@ class Batches:
     @property
     def current(self):
         """The training micro-batch whose turn it is: (x, y), each int64 (micro_batch_size, T)."""
-        x, y = self._batch
+        if self.micro_batch_size > len(self._batch[0]):  # only now: an evaluation finds one batch drawn, no more
+            more = self.micro_batch_size // self.batch_size - 1
+            parts = [self._batch, *(self._load("train", self._draw_starts("train")) for _ in range(more))]
+            self._batch = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         rows = slice(self._row, self._row + self.micro_batch_size)
-        return x[rows], y[rows]
+        return tuple(part[rows] for part in self._batch)
+
+    @property
+    def like_current(self):
+        """Tokens in the shape of a micro-batch, of the batch that is drawn already: (x, y)."""
+        several = -(-self.micro_batch_size // self.batch_size)
+        return tuple(part.repeat(several, 1)[: self.micro_batch_size] for part in self._batch)
 
     def advance(self):
         """Go on to the next micro-batch, and draw a batch if this one is used up."""
         self._row += self.micro_batch_size
-        if self._row == self.batch_size:
+        if self._row >= self.batch_size:
             self._fetch()
 
     def evaluation(self, split, count, rank=0, ranks=1):

@@ -218,7 +218,8 @@ def _is_split(value):
         if not isinstance(pair, list) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
             return False
     (batch_size, accumulation), (micro_batch_size, micro_steps) = value["of"], value["into"]
-    return batch_size % micro_batch_size == 0 and batch_size * accumulation == micro_batch_size * micro_steps
+    whole = batch_size % micro_batch_size == 0 or micro_batch_size % batch_size == 0
+    return whole and batch_size * accumulation == micro_batch_size * micro_steps
 
 
 _EXPECTED = {  # what an entry must be, and whether a value is that

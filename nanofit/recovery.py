@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from nanofit import runtime
+from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -82,8 +83,7 @@ class Recovery:
                 kind, said = "", ""
                 try:
                     if attempts and not values:
-                        self.batches.load_state_dict(place)
-                        runtime.set_rng_state(generators, self.device)
+                        self._go_back(place, generators)
                     values.append(part())
                 except StopRequested:
                     kind = "stop"
@@ -105,6 +105,7 @@ class Recovery:
             if "data" in kinds:
                 self._fail(next(said for _, kind, said in told if kind == "data"))
             if "stop" in kinds:
+                self._go_back(place, generators)  # what is done again on resuming begins here
                 raise StopRequested
             rank, _, said = told[0]
             self._ran_out += not attempts
@@ -124,6 +125,10 @@ class Recovery:
         runtime.empty_cache(self.device)
         return part()
 
+    def _go_back(self, place, generators):
+        self.batches.load_state_dict(place)
+        runtime.set_rng_state(generators, self.device)
+
     def _drop_gradients(self):
         self.model.zero_grad(set_to_none=True)
         runtime.empty_cache(self.device)
@@ -134,7 +139,8 @@ class Recovery:
 
     def _make_room(self, what, same_size):
         size = self.batches.micro_batch_size
-        smaller = next((d for d in range(size // 2, 0, -1) if self.batches.batch_size % d == 0), None)
+        sizes = micro_batch_sizes(self.batches.batch_size, self.batches.per_iter)
+        smaller = max((s for s in sizes if s <= size // 2), default=None)
         if smaller is None and not same_size:
             self._fail(
                 f"{what} at batch_size 1 ({runtime.memory_now(self.device)}): end what else uses this device, or start "

@@ -180,20 +180,24 @@ def _nvidia_smi(query):
 
 
 def peak_flops(device, dtype):
-    """(FLOP/s, note) that the device can do: dense 16-bit products of a GPU; note says where it isn't from a table.
+    """(FLOP/s, note) that a device can do in dtype; note says where that isn't from a table.
 
-    A CPU's is measured, as what a large matrix product in dtype reaches.
+    A GPU's are those of dense 16-bit products; a CPU's are measured, as what a large matrix product reaches.
     """
-    if device.type == "cpu":
-        a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            seconds.append(time.perf_counter() - start)
-        flops = 2 * 1024**3 / min(seconds)
-        return flops, f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
-    name = device_name(device)
+    if device.type != "cpu":
+        return gpu_peak_flops(device_name(device))
+    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    flops = 2 * 1024**3 / min(seconds)
+    return flops, f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
+
+
+def gpu_peak_flops(name):
+    """(FLOP/s, note) of the GPU of this name, from the table; an unknown one counts as an A100."""
     for known, tflops in PEAK_TFLOPS:
         if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
             return tflops * 1e12, ""

@@ -14,10 +14,12 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 
 def at_least(minimum, config, *keys):
-    """Raise a UsageError for the first of these keys whose value is below minimum, or not finite."""
+    """Raise a UsageError for the first of these keys whose value is below minimum, or infinite."""
     for key in keys:
-        if not minimum <= config[key] < math.inf:
-            raise UsageError(f"{key} must be at least {minimum} and finite, not {config[key]}")
+        if not config[key] >= minimum:  # a nan is not at least anything
+            raise UsageError(f"{key} must be at least {minimum}, not {config[key]}")
+        if config[key] == math.inf:
+            raise UsageError(f"{key} must be a finite number, not {config[key]}")
 
 
 def one_of(choices, config, key):

@@ -21,7 +21,7 @@ from nanofit.errors import UsageError
 CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at
     "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False,
-    "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20, "dry_run": False,
+    "eval_only": False,    "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20, "dry_run": False,
     "init_from": "scratch", "out_dir": "out", "recompute": False, "optimizer_state": "float32", "loss_chunk_mb": 0,
 }  # fmt: skip
 SIZES = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=65, dropout=0.0)
@@ -187,6 +187,20 @@ def test_64_x_1_and_4_x_16_see_the_same_batches(monkeypatch):
     assert split.iter_loss == pytest.approx(whole.iter_loss, abs=1e-4)
     for i, losses in whole.eval_loss.items():
         assert split.eval_loss[i] == pytest.approx(losses, abs=1e-4)
+
+
+def test_a_large_device_joins_batches_which_are_the_same(monkeypatch):
+    """12 x 40 as 60 x 8, at toy size: an evaluation in between sees what it would have."""
+    keys = dict(batch_size=12, gradient_accumulation_steps=40, max_iters=30, eval_interval=10, eval_iters=2, n_layer=1)
+    keys.update(n_embd=16, block_size=8)
+    apart = train(**keys)
+    split_by_hand(monkeypatch, 60)
+    joined = train(**keys, auto_fit=True)
+    assert joined.names["batches"].micro_steps == 8
+    assert joined.iter_loss == pytest.approx(apart.iter_loss, abs=1e-4)
+    assert len(joined.eval_loss) == 4
+    for i, losses in apart.eval_loss.items():
+        assert joined.eval_loss[i] == pytest.approx(losses, abs=1e-4)
 
 
 def test_a_resumed_run_keeps_the_effective_batch_on_another_split(monkeypatch):

@@ -64,8 +64,34 @@ def test_micro_batches_are_the_configured_batch_cut_up(micro):
     assert same(parts, [torch.cat(p) for p in zip(*chain(*whole.evaluation("val", 2)), strict=True)])
 
 
+def test_joined_batches_are_those_that_come_one_by_one_with_evaluations_in_between():
+    apart, joined = stream(), stream(start=False, per_iter=4)
+    torch.manual_seed(1337)
+    joined.start(65, micro_batch_size=16)
+    assert joined.micro_steps == 2
+    for _ in range(3):
+        place = joined.state_dict()
+        for a, b in zip(apart.evaluation("val", 2), joined.evaluation("val", 2), strict=True):
+            assert same(a[0], b[0])
+        assert joined.like_current[0].shape == (16, 32)
+        after = joined.state_dict()
+        for again in range(2):
+            if again:  # as after an iteration that is dropped
+                assert not same(place.values(), after.values())
+                joined.load_state_dict(after)
+            found = []
+            for _ in range(2):
+                found.append(joined.current)
+                joined.advance()
+        expected = []
+        for _ in range(4):
+            expected.append(apart.current)
+            apart.advance()
+        assert same(*([torch.cat(p) for p in zip(*batches, strict=True)] for batches in (found, expected)))
+
+
 def test_a_micro_batch_that_does_not_divide_the_batch():
-    with pytest.raises(ValueError, match="3 does not divide batch_size 8"):
+    with pytest.raises(ValueError, match="3 neither divides nor joins batches of 8"):
         stream(micro_batch_size=3)
 
 

@@ -19,7 +19,7 @@ def script(**keys):
 
 def configured(*argv, more=None, **keys):
     names = script(**keys)
-    _, given = configure(names, more, argv)
+    _, given = configure(names, argv, more)
     return names, given
 
 
@@ -171,7 +171,7 @@ def test_help_shows_groups_comments_and_what_a_file_made_of_a_key(workplace, cap
     names = {"__file__": str(workplace / "mine.py")}
     exec(source, names)
     with pytest.raises(SystemExit):
-        configure(names, {"n_kv_head": (int, None)}, ["a.py", "--out_dir=there", "--help"])
+        configure(names, ["a.py", "--out_dir=there", "--help"], {"n_kv_head": (int, None)})
     assert capsys.readouterr().out.endswith(HELP)
 
 
@@ -181,7 +181,7 @@ MORE = {"n_kv_head": (int, None), "rotary": (bool, False)}  # fields that a fork
 def test_a_field_of_the_models_own_is_a_key():
     names, given = configured("--n_kv_head=2", "--rotary=1", more=MORE)
     assert (names["n_kv_head"], names["rotary"], given) == (2, True, {"n_kv_head", "rotary"})
-    assert configure(script(), MORE, ["--n_kv_head=3"])[0]["n_kv_head"] == 3, "it is among the keys that come back"
+    assert configure(script(), ["--n_kv_head=3"], MORE)[0]["n_kv_head"] == 3, "it is among the keys that come back"
 
 
 def test_a_field_without_a_value_stays_without_one(tmp_path):

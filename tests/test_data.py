@@ -1,12 +1,20 @@
-"""The prepare.py files, run as a user runs them, on copies of their folders."""
+"""The prepare.py files, on copies of their folders: what a user runs, what they write, and what stops them."""
 
+import contextlib
+import gzip
+import importlib
 import json
 import os
 import pickle
 import re
+import resource
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,66 +22,109 @@ import tiktoken
 from conftest import ROOT, environment, flags, run_script
 
 from nanofit.codec import load_meta
+from nanofit.errors import UsageError
+
+DOCUMENTS = [f"Document number {i}: " + "word " * i for i in range(40)]
 
 
 @pytest.fixture
-def project(workplace):
+def project(workplace, monkeypatch):
     """A copy of what prepare.py needs, so that the checkout's own data stays as it is."""
-    for path in ("codec.py", "configurator.py"):
-        shutil.copy(ROOT / path, workplace)
-    ignore = shutil.ignore_patterns("*.bin", "*.pkl", "input.txt", "__pycache__")
-    shutil.copytree(ROOT / "data", workplace / "data", ignore=ignore, dirs_exist_ok=True)
-    return workplace
+    ignore = shutil.ignore_patterns("*.bin", "*.pkl", "*.part", "prepared.json", "input.txt", "__pycache__")
+    for name in ("data", "config", "nanofit"):
+        shutil.copytree(ROOT / name, workplace / name, ignore=ignore, dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(workplace / "data")
+    monkeypatch.delitem(sys.modules, "corpus", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield workplace
+    signal.signal(signal.SIGTERM, handler)
+    sys.modules.pop("corpus", None)
 
 
-def prepare(name, *argv, **variables):
-    command = [sys.executable, f"data/{name}/prepare.py", *argv]
-    variables = {"HF_HOME": os.path.abspath("hf-home"), "HF_HUB_OFFLINE": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, env=environment(PYTHONPATH="", **variables))
+@pytest.fixture
+def corpus(project):
+    return importlib.import_module("corpus")
+
+
+def prepare(name, *argv):
+    """Run a prepare.py as python would, in this process: a UsageError is what ends it with a sentence."""
+    before = sys.argv
+    sys.argv = [f"data/{name}/prepare.py", *map(str, argv)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def start(name, *argv, **keys):
+    """Run a prepare.py in a process of its own."""
+    keys = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **keys}
+    command = [sys.executable, f"data/{name}/prepare.py", *map(str, argv)]
+    return subprocess.Popen(command, text=True, env=environment(PYTHONPATH=""), **keys)
 
 
 def tokens(name, split):
     return np.fromfile(f"data/{name}/{split}.bin", dtype="<u2")
 
 
+def symbols(name):
+    """The text of a character-level data set, train before val."""
+    meta = load_meta(f"data/{name}")
+    return "".join(meta["itos"][i] for i in np.concatenate([tokens(name, "train"), tokens(name, "val")]).tolist())
+
+
+def documents(name, split):
+    return tiktoken.get_encoding("gpt2").decode(tokens(name, split).tolist()).split("<|endoftext|>")[:-1]
+
+
+def contents(name):
+    """{file: its bytes} of a data set, without its prepare.py."""
+    folder = Path("data") / name
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "prepare.py"}
+
+
+def write_parquet(path, **columns):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table(columns), path)
+
+
+# ---- Shakespeare, Python, a text of one's own --------------------------------------------------------------
 def test_shakespeare_by_characters(project, shared):
     text = shared / "text" / "tinyshakespeare.txt"
-    done = prepare("shakespeare_char", "--input", str(text))
-    assert done.returncode == 0, done.stderr
-    train, val = tokens("shakespeare_char", "train"), tokens("shakespeare_char", "val")
-    assert (len(train), len(val)) == (1_003_854, 111_540)
+    prepare("shakespeare_char", "--input", text)
+    assert (len(tokens("shakespeare_char", "train")), len(tokens("shakespeare_char", "val"))) == (1_003_854, 111_540)
     meta = load_meta("data/shakespeare_char")
     assert meta["vocab_size"] == 65
-    assert "".join(meta["itos"][i] for i in np.concatenate([train, val])) == text.read_text()
     assert meta["stoi"] == {c: i for i, c in meta["itos"].items()}
+    assert symbols("shakespeare_char") == text.read_text()
 
 
-def test_shakespeare_in_bpe(project, shared):
-    cache = str(shared / "tiktoken_cache")
-    done = prepare("shakespeare", "--input", str(shared / "text" / "tinyshakespeare.txt"), TIKTOKEN_CACHE_DIR=cache)
-    assert done.returncode == 0, done.stderr
+def test_shakespeare_in_bpe(project, shared, bpe):
+    prepare("shakespeare", "--input", shared / "text" / "tinyshakespeare.txt")
     assert (len(tokens("shakespeare", "train")), len(tokens("shakespeare", "val"))) == (301_966, 36_059)
-    assert not os.path.exists("data/shakespeare/meta.pkl")
+    assert set(contents("shakespeare")) == {"train.bin", "val.bin", "prepared.json"}
+    record = json.loads(contents("shakespeare")["prepared.json"])
+    assert record == {"encoding": "GPT-2 BPE", "tokens": {"train": 301_966, "val": 36_059}}
 
 
 def test_any_text_of_ones_own(project):
     (project / "mine.txt").write_text("zażółć\n" * 10, encoding="utf-8")
-    assert prepare("shakespeare_char", "--input", "mine.txt").returncode == 0
-    meta = load_meta("data/shakespeare_char")
-    train, val = tokens("shakespeare_char", "train"), tokens("shakespeare_char", "val")
-    assert "".join(meta["itos"][i] for i in np.concatenate([train, val])) == "zażółć\n" * 10
-    assert len(train) == 63
+    prepare("shakespeare_char", "--input", "mine.txt")
+    assert symbols("shakespeare_char") == "zażółć\n" * 10
+    assert len(tokens("shakespeare_char", "train")) == 63
 
 
 def test_python_by_characters(project):
-    done = prepare("python_char")
-    assert done.returncode == 0, done.stderr
-    meta = load_meta("data/python_char")
-    train = tokens("python_char", "train")
-    assert 8e6 < len(train) < 20e6
-    assert len(train) == int(0.9 * (len(train) + len(tokens("python_char", "val"))))
-    assert all(ord(c) < 128 for c in meta["stoi"])
-    assert '"""' in "".join(meta["itos"][i] for i in train[:20_000])
+    prepare("python_char")
+    text = symbols("python_char")
+    assert 8e6 < len(text) < 20e6
+    assert len(tokens("python_char", "train")) == int(0.9 * len(text))
+    assert text.isascii()
+    assert '"""' in text[:20_000]
     with open("data/python_char/meta.pkl", "rb") as f:
         assert set(pickle.load(f)) == {"vocab_size", "itos", "stoi"}
 
@@ -83,79 +134,40 @@ def test_python_by_characters(project):
     [
         (["--input", "nowhere.txt"], None, "nowhere.txt can't be read as UTF-8 text"),
         (["--input", "bad.txt"], b"\xff\xfe\xff", "bad.txt can't be read as UTF-8 text"),
-        (["--input", "empty.txt"], b"", "the text is empty"),
+        (["--input", "empty.txt"], b"", "empty.txt is empty"),
+        (["--input", "blank.txt"], b" \n\n", "blank.txt is empty"),
+        (["--input", "one.txt"], b"x", "the text is a single character"),
+        (["--input", "/dev/zero"], None, "/dev/zero is not a file"),
+        (["--input", "data"], None, "data is not a file"),
+        (["--inptu", "x"], None, "unrecognized arguments: --inptu x"),
         ([], None, "can't be fetched .*: connect to the network, or give the text with --input FILE"),
     ],
 )
-def test_mistakes_with_text(project, argv, content, sentence):
+def test_mistakes_with_text(project, monkeypatch, argv, content, sentence):
     if content is not None:
         (project / argv[1]).write_bytes(content)
-    # A proxy that refuses stands for no network, on any machine.
-    done = prepare("shakespeare_char", *argv, https_proxy="http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert re.search(sentence, done.stderr)
-    assert len(done.stderr.splitlines()) == 1
-    assert not list((project / "data" / "shakespeare_char").glob("*.bin"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # it refuses: no network, on any machine
+    with pytest.raises(UsageError, match=sentence) as error:
+        prepare("shakespeare_char", *argv)
+    assert len(str(error.value).splitlines()) == 1
+    assert contents("shakespeare_char") == {}
 
 
-DOCUMENTS = [f"Document number {i}: " + "word " * i for i in range(40)]
+def test_a_mistake_is_one_line_and_exit_code_1(project):
+    process = start("shakespeare_char", "--input", "nowhere.txt")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert out == ""
+    assert re.fullmatch(r"error: nowhere.txt can't be read as UTF-8 text: .*\n", err)
 
 
-def write_documents(folder, kind):
-    if kind == "jsonl":
-        (folder / "docs.jsonl").write_text("".join(json.dumps({"text": t, "url": "x"}) + "\n" for t in DOCUMENTS))
-    elif kind == "txt":
-        (folder / "docs.txt").write_text("\n\n".join(DOCUMENTS))
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        table = pyarrow.table({"text": DOCUMENTS})
-        pyarrow.parquet.write_table(table.slice(0, 15), folder / "docs-0.parquet")
-        pyarrow.parquet.write_table(table.slice(15), folder / "docs-1.parquet")
-        return "docs-*.parquet"
-    return f"docs.{kind}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
-def test_openwebtext_from_local_files(project, shared, bpe, kind):
-    cache = str(shared / "tiktoken_cache")
-    source = write_documents(project, kind)
-    done = prepare("openwebtext", "--source", source, "--num_proc", "2", TIKTOKEN_CACHE_DIR=cache)
-    assert done.returncode == 0, done.stderr
-    gpt2 = tiktoken.get_encoding("gpt2")
-    splits = {split: gpt2.decode(tokens("openwebtext", split).tolist()) for split in ("train", "val")}
-    documents = {split: text.split("<|endoftext|>")[:-1] for split, text in splits.items()}
-    assert len(documents["val"]) == 1
-    found = sorted(t.strip() for part in documents.values() for t in part)
-    assert found == sorted(t.strip() for t in DOCUMENTS)
-    assert all(text.endswith("<|endoftext|>") for text in splits.values())
-
-
-@pytest.mark.slow
-def test_openwebtext_mistakes(project, shared):
-    cache = {"TIKTOKEN_CACHE_DIR": str(shared / "tiktoken_cache")}
-
-    def error(*argv, **variables):
-        done = prepare("openwebtext", *argv, **{**cache, **variables})
-        assert done.returncode == 1, done.stdout
-        assert "Traceback" not in done.stderr
-        return done.stderr.splitlines()[-1]
-
-    assert "can't be fetched from the hub" in error()
-    assert "can't be fetched from the hub" in error("--source", "somebody/corpus")
-    assert "no such file" in error("--source", "nowhere.parquet")
-    (project / "one.txt").write_text("a single document")
-    assert "has 1 document(s): at least two" in error("--source", "one.txt")
-    (project / "other.jsonl").write_text('{"body": "x"}\n')
-    assert "has the columns body: expected one named 'text'" in error("--source", "other.jsonl")
-    (project / "broken.parquet").write_text("not parquet")
-    assert "--source broken.parquet can't be read" in error("--source", "broken.parquet")
-    (project / "docs.csv").write_text("a,b")
-    assert "expected files that end in .parquet, .jsonl" in error("--source", "docs.csv")
-    assert not list((project / "data" / "openwebtext").glob("*.bin"))
+def test_output_that_nobody_reads_stops_nothing(project):
+    (project / "mine.txt").write_text("to be or not to be\n" * 500)
+    with open("/dev/full", "w") as full:
+        process = start("shakespeare_char", "--input", "mine.txt", stdout=full)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert symbols("shakespeare_char") == "to be or not to be\n" * 500
 
 
 def test_a_prepared_set_trains_and_speaks(project):
@@ -168,3 +180,458 @@ def test_a_prepared_set_trains_and_speaks(project):
     assert run.eval_loss[150][1] < 1.0 < run.eval_loss[0][1]
     text = run_script("sample.py", *flags(start="to be", num_samples=1, max_new_tokens=30, device="cpu")).text
     assert "question" in text or "not" in text or "that" in text
+
+
+# ---- documents: OpenWebText, the hub, local files ----------------------------------------------------------
+def write_documents(kind):
+    """Write DOCUMENTS in a way that --source takes; returns what to give it."""
+    lines = "".join(json.dumps({"text": t, "url": "x"}) + "\n" for t in DOCUMENTS)
+    if kind == "jsonl":
+        Path("docs.jsonl").write_text(lines)
+    elif kind == "jsonl.gz":
+        Path("docs.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    elif kind == "list.json":
+        Path("docs.list.json").write_text(json.dumps([{"text": t} for t in DOCUMENTS], indent=1))
+    elif kind == "txt":
+        Path("docs.txt").write_text("\n\n".join(DOCUMENTS))
+    elif kind == "txt.gz":
+        Path("docs.txt.gz").write_bytes(gzip.compress("\n\n\n".join(DOCUMENTS).encode()))
+    else:
+        Path("docs/more").mkdir(parents=True)
+        write_parquet("docs/0.parquet", text=DOCUMENTS[:15], url=["x"] * 15)
+        write_parquet("docs/more/1.parquet", text=DOCUMENTS[15:], url=["x"] * 25)
+        return {"folder": "docs", "glob": "docs/**/*.parquet"}[kind]
+    return f"docs.{kind}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "glob", "jsonl", "jsonl.gz", "list.json", "txt", "txt.gz"])
+def test_openwebtext_from_local_files(project, bpe, corpus, monkeypatch, kind):
+    monkeypatch.setattr(corpus, "block_sizes", lambda dataset: [1])
+    prepare("openwebtext", "--source", write_documents(kind), "--num_proc=2")
+    assert len(documents("openwebtext", "val")) == 1
+    found = [document.strip() for split in ("train", "val") for document in documents("openwebtext", split)]
+    assert sorted(found) == sorted(document.strip() for document in DOCUMENTS)
+    assert found != [document.strip() for document in DOCUMENTS], "they are shuffled"
+    assert not os.path.exists("data/openwebtext/meta.pkl")
+
+
+def test_the_split_is_nanogpts(project, bpe, corpus, monkeypatch):
+    """datasets.train_test_split with nanoGPT's arguments, then one document after the other: the same bytes."""
+    import datasets
+
+    texts = [f"{i} is a number" * (i % 3) for i in range(4001)]
+    gpt2 = tiktoken.get_encoding("gpt2")
+    splits = datasets.Dataset.from_dict({"text": texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    expected = {name: [[*gpt2.encode_ordinary(t), 50256] for t in splits[name]["text"]] for name in ("train", "test")}
+    write_parquet("docs.parquet", text=texts)
+    monkeypatch.setattr(corpus, "block_sizes", lambda dataset: [1])
+    prepare("openwebtext", "--source=docs.parquet")
+    assert len(expected["test"]) == 3
+    assert tokens("openwebtext", "train").tolist() == list(chain(*expected["train"]))
+    assert tokens("openwebtext", "val").tolist() == list(chain(*expected["test"]))
+
+
+def test_max_tokens_takes_the_first_documents(project, bpe, capsys):
+    texts = [f"number {i} " + "word " * (i % 50) for i in range(2000)]
+    write_parquet("docs.parquet", text=texts)
+    prepare("openwebtext", "--source=docs.parquet", "--max_tokens=20_000", "--out=first")
+    train, val = documents("first", "train"), documents("first", "val")
+    taken = len(train) + len(val)
+    assert sorted(train + val) == sorted(texts[:taken])
+    total = len(tokens("first", "train")) + len(tokens("first", "val"))
+    assert 20_000 <= total < 20_000 + 60
+    record = json.loads(contents("first")["prepared.json"])
+    assert record["tokens"] == {"train": total - len(tokens("first", "val")), "val": len(tokens("first", "val"))}
+    assert record["documents"] == {"train": len(train), "val": len(val)}
+    assert (record["source"], record["max_tokens"]) == ("docs.parquet", 20_000)
+    assert re.search(r"^[\d,]+ tokens of \d+ documents in .* s: [\d,]+ tokens/s$", capsys.readouterr().out, re.M)
+
+
+def test_max_tokens_reads_what_it_needs(project, bpe):
+    """A parquet file of one group of rows, which its library would read whole."""
+    words = np.random.default_rng(0).integers(97, 123, (4000, 5000), dtype="u1")
+    words[:, ::6] = ord(" ")
+    write_parquet("large.parquet", url=["x" * 1000] * 4000, text=[row.tobytes().decode() for row in words])
+    size = os.path.getsize("large.parquet")
+
+    def read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    if not os.path.exists("/proc/self/io"):
+        pytest.skip("this system doesn't count what a process reads")
+    prepare("openwebtext", "--source=large.parquet", "--max_tokens=10_000")  # imports what it needs
+    before = read()
+    prepare("openwebtext", "--source=large.parquet", "--max_tokens=200_000")
+    assert read() - before < 0.2 * size
+
+
+def test_the_hub_is_read_as_a_stream(project, bpe, monkeypatch):
+    import datasets
+
+    asked, given = [], []
+
+    def rows():
+        for i in range(10_000):
+            given.append(i)
+            yield {"body": f"row {i} " * 20, "url": "x"}
+
+    def load_dataset(*args, **keys):
+        asked.append((args, keys))
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = ["--source=somebody/corpus", "--name=sample", "--text_column=body"]
+    prepare("openwebtext", *hub, "--max_tokens=2_000", "--out=sample")
+    assert asked == [(("somebody/corpus", "sample"), {"split": "train", "streaming": True, "num_proc": None})]
+    assert len(given) < 10_000, "not all of it was fetched"
+    assert sorted(documents("sample", "train") + documents("sample", "val"))[0] == "row 0 " * 20
+
+    with pytest.raises(UsageError, match="somebody/corpus has the columns body, url: expected one named 'text'"):
+        prepare("openwebtext", "--source=somebody/corpus", "--max_tokens=2_000", "--out=sample")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": DOCUMENTS}))
+    prepare("openwebtext", "--source=somebody/corpus", "--out=whole")
+    assert sorted(documents("whole", "train") + documents("whole", "val")) == sorted(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.jsonl", b"", "--source empty.jsonl is empty"),
+        ("empty.parquet", b"", "--source empty.parquet is empty"),
+        ("empty.txt", b"\n \n\n", "--source empty.txt is empty"),
+        ("empty.jsonl.gz", gzip.compress(b""), "--source empty.jsonl.gz is empty"),
+        ("one.txt", b"a single document", "has 1 document.s.: at least two"),
+        ("other.jsonl", b'{"body": "x"}\n', "other.jsonl has the columns body: expected one named 'text'"),
+        ("cut.jsonl", b'{"text": "x"}\n{"text', "cut.jsonl, line 2: expected JSON"),
+        ("list.jsonl", b'{"text": "x"}\n[1]\n', "list.jsonl, line 2: expected JSON objects, not a list"),
+        ("deep.jsonl", b"\n" + b'{"a":' * 100_000, "deep.jsonl, line 2: expected JSON"),
+        ("number.jsonl", b'{"text": "x"}\n{"text": 5}', "the column 'text' holds int values"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:30], "cut.jsonl.gz can't be read: "),
+        ("not.jsonl.gz", b'{"text": "x"}\n', "not.jsonl.gz can't be read: "),
+        ("latin.txt", b"caf\xe9\n\nx\n", "latin.txt can't be read: .*utf-8"),
+        ("broken.parquet", b"not parquet", "broken.parquet can't be read as parquet"),
+        ("docs.csv", b"a,b", "expected files that end in .parquet, .jsonl.*, not docs.csv"),
+        ("spaces.txt", b"x" + b" " * 1_200_000 + b"y\n\nz\n", "1,200,000 characters of white space in a row"),
+    ],
+)
+def test_files_that_cannot_be_prepared(project, bpe, name, content, sentence):
+    (project / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        prepare("openwebtext", f"--source={name}", "--out=new")
+    assert not os.path.exists("data/new"), "nothing is left of it"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--source="], "--source is empty"),
+        (["--source=nowhere.parquet"], "no such file"),
+        (["--source=nowhere/*"], "no such file"),
+        (["--source=somebody/corpus"], "can't be fetched from the hub .* --name and the network"),
+        (["--source=somebody/corpus", "--max_tokens=1e6"], "can't be fetched from the hub"),
+        (["--source=pipe.txt"], "pipe.txt is not a file"),
+        (["--source=data/markov"], "has no file that ends in .parquet"),
+        (["--source=mixed"], "has .jsonl and .txt files: choose, as with --source='mixed/../*.jsonl'"),
+        (["--source=columns.parquet"], "has the columns body, n: expected one named 'text'; choose .* --text_column"),
+        (["--source=columns.parquet", "--text_column=n"], "the column 'n' holds int values, not texts"),
+        (["--max_tokens=0"], "--max_tokens: expected a whole number above zero"),
+        (["--max_tokens=many"], "--max_tokens: expected a whole number above zero"),
+        (["--num_proc=0"], "--num_proc: expected a whole number above zero"),
+        (["--out=markov/train.bin/x", "--source=docs.jsonl"], "data/markov/train.bin/x can't be written"),
+    ],
+)
+def test_arguments_that_cannot_be(project, bpe, argv, sentence):
+    write_documents("jsonl")
+    os.mkfifo("pipe.txt")
+    os.mkdir("mixed")
+    for name in ("a.jsonl", "b.txt"):
+        (project / "mixed" / name).touch()
+    write_parquet("columns.parquet", body=["x", "y"], n=[1, 2])
+    with pytest.raises(UsageError, match=sentence):
+        prepare("openwebtext", *argv)
+    assert contents("openwebtext") == {}
+
+
+def test_documents_without_text_are_left_out_aloud(project, bpe, capsys):
+    write_parquet("docs.parquet", text=["a", None, "b", "c", None])
+    prepare("openwebtext", "--source=docs.parquet")
+    assert sorted(documents("openwebtext", "train") + documents("openwebtext", "val")) == ["a", "b", "c"]
+    assert "warning: 2 documents without a text are left out" in capsys.readouterr().err
+
+
+# ---- a small corpus ----------------------------------------------------------------------------------------
+def test_val_is_as_long_as_a_block(corpus):
+    lengths = np.full(8_013_769, 1000)
+    assert corpus.share_for_val(lengths, 1024) == 4007, "OpenWebText's, with nanoGPT"
+    assert corpus.share_for_val(np.full(4000, 1000), 1024) == 2, "0.05% is enough"
+    assert corpus.share_for_val(np.full(100, 1000), 1024) == 10, "10% of a small corpus"
+    assert corpus.share_for_val(np.full(1000, 1000), 1024) == 17, "16 blocks, less than 10%"
+    assert corpus.share_for_val(np.full(4, 200), 1024) == 1
+    assert corpus.share_for_val(np.array([1, 1, 5000]), 1024) == 2, "something is left to train on"
+
+
+def test_a_small_corpus_takes_a_larger_share_and_says_so(project, bpe, capsys):
+    Path("docs.txt").write_text("\n\n".join("word " * 300 for _ in range(100)))
+    prepare("openwebtext", "--source=docs.txt")
+    assert len(documents("openwebtext", "val")) == 10
+    said = capsys.readouterr()
+    assert re.search(
+        r"^0.05% of the documents would give val 30\d tokens, too few for block_size=1024: it takes 10 of 100 "
+        r"documents, 10.0% of the tokens$",
+        said.out,
+        re.M,
+    )
+    assert said.err == ""
+
+
+def test_a_val_too_short_for_config_is_told(project, bpe, capsys):
+    Path("docs.txt").write_text("\n\n".join("word " * 180 for _ in range(4)))
+    prepare("openwebtext", "--source=docs.txt", "--out=four")
+    count = len(tokens("four", "val"))
+    sentence = f"val has {count} tokens, too few for block_size=256, 1024 in config/: give more text, or train with"
+    assert f"warning: {sentence} --block_size={count - 1}\n" == capsys.readouterr().err
+
+
+def test_config_tells_the_block_sizes(corpus):
+    assert corpus.block_sizes("shakespeare_char") == [256]
+    assert corpus.block_sizes("shakespeare") == corpus.block_sizes("openwebtext") == [1024], "train.py's default"
+    assert corpus.block_sizes("mine") == [128, 256, 1024]
+
+
+def test_five_characters_do_not_replace_good_data(project, capsys):
+    (project / "long.txt").write_text("to be or not to be\n" * 500)
+    (project / "five.txt").write_text("hello")
+    prepare("shakespeare_char", "--input=long.txt")
+    before = contents("shakespeare_char")
+    with pytest.raises(UsageError, match="val has 1 tokens, too few for block_size=256 in config/, so that it doesn't"):
+        prepare("shakespeare_char", "--input=five.txt")
+    assert contents("shakespeare_char") == before
+    prepare("shakespeare_char", "--input=five.txt", "--force")
+    assert symbols("shakespeare_char") == "hello"
+
+
+# ---- a folder of one's own texts ---------------------------------------------------------------------------
+@pytest.fixture
+def tales(project):
+    folder = project / "my tales"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.txt").write_text("Once upon a time.\n" * 100)
+    (folder / "more" / "b.md").write_text(
+        "\ufeffZażółć gęślą jaźń!\r\n\r\n  Twice." * 100, encoding="utf-8", newline=""
+    )
+    (folder / "c").write_text("The end")
+    for name in (".hidden", "picture.jpg", "utf16.txt", "blank.txt"):
+        (folder / name).write_bytes({"picture.jpg": b"\xff\xd8\xff", "utf16.txt": b"a\0b\0"}.get(name, b" \n"))
+    os.mkfifo(folder / "pipe")
+    texts = ["Once upon a time.\n" * 100, ("\ufeffZażółć gęślą jaźń!\n\n  Twice." * 100)[1:], "The end"]
+    return texts
+
+
+def test_a_folder_becomes_a_data_set(project, tales, bpe, capsys):
+    prepare("from_text", "my tales")
+    said = capsys.readouterr()
+    gpt2 = tiktoken.get_encoding("gpt2")
+    both = np.concatenate([tokens("my_tales", "train"), tokens("my_tales", "val")])
+    assert sorted(gpt2.decode(both.tolist()).split("<|endoftext|>")) == sorted(["", *tales])
+    assert len(tokens("my_tales", "train")) == int(0.9 * len(both))
+    assert "left out, because not UTF-8 text: my tales/picture.jpg, my tales/utf16.txt (2 of " in said.err
+    command = said.out.splitlines()[-1].removeprefix("to train on it: python train.py ")
+    size = min(256, len(tokens("my_tales", "val")) - 1)
+    expected = "config/train_shakespeare_char.py --dataset=my_tales --out_dir=out-my_tales"
+    assert command == expected + (f" --block_size={size}" if size < 256 else "")
+
+
+def test_a_folder_by_characters_trains_with_the_command_that_is_printed(project, tales, capsys):
+    prepare("from_text", "my tales/", "--characters", "--out=tales_char")
+    text = symbols("tales_char")
+    assert len(text) == sum(map(len, tales)) + 2, "files end with a line"
+    assert all(tale.rstrip("\n") + "\n" in text for tale in tales)
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("to train on it: python train.py config/train_shakespeare_char.py --dataset=tales_char")
+    small = flags(device="cpu", compile=False, n_layer=1, n_head=1, n_embd=16, batch_size=2, max_iters=1, eval_iters=1)
+    run = run_script("train.py", *command.split("train.py ")[1].split(), *small)
+    assert 0 in run.iter_loss
+
+
+def test_one_file_by_characters_is_split_as_shakespeare(project, shared):
+    text = shared / "text" / "tinyshakespeare.txt"
+    prepare("shakespeare_char", "--input", text)
+    prepare("from_text", text, "--characters")
+    ours, theirs = contents("tinyshakespeare"), contents("shakespeare_char")
+    assert all(ours[name] == theirs[name] for name in ("train.bin", "val.bin", "meta.pkl"))
+
+
+@pytest.mark.parametrize(
+    "text", ["a line\n" * 50, "line\n\n  spaced\n \nline's\r\n'll\n" * 20, "no line end", "\n\n\n"]
+)
+def test_pieces_have_the_tokens_of_the_whole(project, bpe, text):
+    names = runpy.run_path("data/from_text/prepare.py")
+    names["pieces"].__globals__["PIECE"] = 40
+    Path("text.txt").write_text(text, newline="")
+    pieces = list(names["pieces"]("text.txt"))
+    text = text.replace("\r\n", "\n")
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert len(pieces) > 1 or "\n" not in text.strip()
+    gpt2 = tiktoken.get_encoding("gpt2")
+    assert list(chain(*(gpt2.encode_ordinary(piece) for piece, _ in pieces))) == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["nowhere"], "nowhere does not exist: give a folder of text files"),
+        (["/dev/null"], "/dev/null is neither a folder nor a file"),
+        (["empty"], "empty is empty: there is no UTF-8 text in it"),
+        (["binary"], "binary is empty: there is no UTF-8 text in it"),
+        (["x.txt", "--out=shakespeare"], "data/shakespeare is made by a prepare.py of its own: .*--out=NAME"),
+        (["x.txt", f"--out={'x' * 300}"], "can't be written .File name too long"),
+        (["x.txt", "--characters"], "the text is a single character"),
+        ([], "arguments are required: FOLDER"),
+    ],
+)
+def test_texts_that_cannot_be_a_data_set(project, bpe, argv, sentence):
+    (project / "empty").mkdir()
+    (project / "binary").mkdir()
+    (project / "binary" / "x").write_bytes(b"\xff")
+    (project / "x.txt").write_text("x")
+    there = sorted(os.listdir("data"))
+    with pytest.raises(UsageError, match=sentence):
+        prepare("from_text", *argv)
+    assert sorted(set(os.listdir("data")) - {"__pycache__"}) == sorted(set(there) - {"__pycache__"})
+
+
+# ---- nothing lost, nothing half-written --------------------------------------------------------------------
+@pytest.fixture
+def replaceable(project, bpe):
+    """Texts that replace each other in data/mine, and what is in the folder after each."""
+    (project / "chars.txt").write_text("to be or not to be\n" * 500)
+    (project / "words.txt").write_text("that is the question\n" * 900)
+    commands = {"chars": ["chars.txt", "--characters", "--out=mine"], "words": ["words.txt", "--out=mine"]}
+    results = {}
+    for name in ("words", "chars"):
+        prepare("from_text", *commands[name])
+        results[name] = contents("mine")
+    assert set(results["chars"]) - set(results["words"]) == {"meta.pkl"}, "no symbols beside BPE's tokens"
+    return commands, results
+
+
+@pytest.mark.parametrize("order", [("chars", "words"), ("words", "chars")])
+def test_a_kill_between_any_two_files_leaves_old_or_new_or_nothing_to_train_on(replaceable, corpus, order):
+    commands, results = replaceable
+    old, new = (results[name] for name in order)
+    operations = [(os, "rename"), (os, "fsync"), (Path, "unlink"), (Path, "rmdir"), (os, "unlink")]
+    states = []
+    for last in range(100):
+        prepare("from_text", *commands[order[0]])
+        assert contents("mine") == old
+        child = os.fork()
+        if child == 0:
+            left = iter(range(last))
+
+            def dies(act, left=left):
+                return lambda *args, **keys: act(*args, **keys) if next(left, None) is not None else os._exit(9)
+
+            with contextlib.suppress(BaseException):
+                for place, name in operations:
+                    setattr(place, name, dies(getattr(place, name)))
+                prepare("from_text", *commands[order[1]])
+                os._exit(0)
+            os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9)
+        found = contents("mine")
+        states.append("old" if found == old else "new" if found == new else "neither")
+        can_train = {"train.bin", "val.bin"} <= set(found)
+        assert not can_train or states[-1] != "neither", f"killed after {last} operations"
+        with contextlib.suppress(KeyError), corpus.DataSet("data/mine"):
+            raise KeyError("the next prepare.py, which comes to nothing")
+        assert contents("mine") == (old if states[-1] == "old" else new), "the next one ends what was begun"
+        assert not list(Path("data/mine").glob("*.part"))
+        if code == 0:
+            break
+    assert code == 0
+    assert set(states) == {"old", "new", "neither"}
+
+
+def test_a_full_disk_ends_in_a_sentence(replaceable, corpus, project):
+    commands, _ = replaceable
+    before = contents("mine")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (project / "long.txt").write_text("to be or not to be\n" * 10_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        for argv in ([*commands["words"]], ["long.txt", "--characters", "--out=mine"], ["long.txt", "--out=new"]):
+            with pytest.raises(UsageError, match="can't be written .File too large.: make room"):
+                prepare("from_text", *argv)
+        with pytest.raises(UsageError, match="can't be written .File too large.: make room"):
+            prepare("shakespeare_char", "--input=long.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents("mine") == before
+    assert sorted(os.listdir("data/mine")) == sorted(before)
+    assert not os.path.exists("data/new")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "ready.part"])
+def test_what_is_in_the_way_is_named_before_the_work(replaceable, project, name):
+    (project / "data" / "odd" / name).mkdir(parents=True)
+    (project / "data" / "odd" / name / "x").touch()
+    with pytest.raises(UsageError, match=f"data/odd/{name} is in the way"):
+        prepare("from_text", "words.txt", "--out=odd")
+    assert os.listdir("data/odd") == [name]
+
+
+def test_a_part_that_is_a_link_is_not_written_through(replaceable, project):
+    (project / "mine").mkdir()
+    (project / "mine" / "val.bin").write_text("somebody's")
+    (project / "data" / "odd").mkdir()
+    for name in ("prepare-x.part", "ready.part"):
+        (project / "data" / "odd" / name).symlink_to(project / "mine")
+    with pytest.raises(UsageError, match="ready.part is in the way"):
+        prepare("from_text", "words.txt", "--out=odd")
+    (project / "data" / "odd" / "ready.part").unlink()
+    prepare("from_text", "words.txt", "--out=odd")
+    assert (project / "mine" / "val.bin").read_text() == "somebody's"
+
+
+def waiting(name, *argv):
+    """A prepare.py that is reading its text, which never ends: a pipe stands for a long one."""
+    os.mkfifo("pipe.jsonl")
+    code = "import os, runpy, sys; os.path.isfile = os.path.exists; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, f"data/{name}/prepare.py", *argv, "--source=pipe.jsonl"]
+    process = subprocess.Popen(command, text=True, env=environment(PYTHONPATH=""), stderr=subprocess.PIPE)
+    pipe = open("pipe.jsonl", "w")  # noqa: SIM115  # waits until it is read
+    return process, pipe
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_with_a_line_and_leave_nothing(replaceable, number, code):
+    before = contents("mine")
+    hears = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, so it is in a child
+    try:
+        process, pipe = waiting("openwebtext", "--out=mine")
+    finally:
+        signal.signal(signal.SIGINT, hears)
+    with pytest.raises(UsageError, match="another prepare.py is at work in .*mine: wait until it has ended"):
+        prepare("from_text", "words.txt", "--out=mine")
+    assert len(os.listdir("data/mine")) == len(before) + 1
+    process.send_signal(number)
+    with pipe:
+        _, err = process.communicate()
+    assert (process.returncode, err) == (code, "interrupted: nothing was replaced\n")
+    assert contents("mine") == before
+    assert sorted(os.listdir("data/mine")) == sorted(before)
+
+
+def test_what_a_kill_leaves_is_cleared_away_by_the_next(replaceable):
+    before = contents("mine")
+    process, pipe = waiting("openwebtext", "--out=mine")
+    with pipe:
+        process.kill()
+        process.communicate()
+    assert contents("mine") == before
+    assert len(os.listdir("data/mine")) == len(before) + 1
+    prepare("from_text", "words.txt", "--out=mine")
+    assert sorted(os.listdir("data/mine")) == ["prepared.json", "train.bin", "val.bin"]

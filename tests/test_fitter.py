@@ -241,17 +241,43 @@ def test_a_model_that_is_given_is_not_proposed_smaller():
             made.plan()
         proposal = "--n_layer=12 --n_head=12 --n_embd=768" in str(error.value)
         assert proposal == may_shrink
-        assert ("no setting that was tried would fit" in str(error.value)) == (not may_shrink)
+        assert (
+            "none of these would fit either: optimizer_state=8bit, optimizer_state=offload, a block_size"
+            in str(error.value)
+        ) == (not may_shrink)
 
 
 def test_advice_leaves_out_what_is_set_already_and_leaves_room_for_fragments():
     run_trial = fitter(needs(SHARES))[0].run_trial
     job = replace(JOB, levers=MemoryLevers(recompute=True, optimizer_state="8bit"))
+
+    def card(share):
+        return replace(FACTS, limit_bytes=int(1.8 * share * GIB))
+
     # 1.8 GiB with either kind of state, to which an allocator adds 3%
-    lines = what_would_fit(job, int(1.8 * 1.02 * GIB), run_trial, may_shrink=False)
+    lines = what_would_fit(job, card(1.02), run_trial, may_shrink=False)
     assert lines[1:] == ["each of these would fit, with batch_size 1:", "  --block_size=512"]
-    lines = what_would_fit(job, int(1.8 * 1.04 * GIB), run_trial, may_shrink=False)
+    lines = what_would_fit(job, card(1.04), run_trial, may_shrink=False)
     assert lines[2:] == ["  --optimizer_state=offload", "  --block_size=512"]
+
+
+def test_advice_on_a_cpu_counts_the_process_and_does_not_offload_to_itself():
+    run_trial = fitter(needs(SHARES))[0].run_trial
+    job = replace(JOB, levers=MemoryLevers(recompute=True))
+    facts = replace(
+        FACTS, device_type="cpu", limit_bytes=int(1.8 * 1.04 * GIB) + 300 * 2**20, process_bytes=300 * 2**20
+    )
+    lines = what_would_fit(job, facts, run_trial, may_shrink=False)
+    assert lines[2:] == ["  --optimizer_state=8bit"]
+    without = what_would_fit(job, replace(facts, limit_bytes=int(1.8 * 1.04 * GIB)), run_trial, may_shrink=False)
+    assert "--optimizer_state=8bit" not in "".join(without)
+
+
+def test_a_limit_below_the_process_itself_gets_no_advice():
+    made, _, jobs = fitter(needs(SHARES), replace(FACTS, limit_bytes=GIB // 10, process_bytes=GIB // 3))
+    with pytest.raises(UsageError, match="the process alone, Python and torch, takes 0.33 GiB: no setting helps"):
+        made.plan()
+    assert not any(job.simulate for job in jobs)
 
 
 def test_a_trial_that_fails_for_another_reason_is_not_called_a_want_of_memory():

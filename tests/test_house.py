@@ -11,11 +11,11 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "nanofit"
 # Each floor may use those below it, and nothing of its own.
 FLOORS = (
-    ("errors", "autofit.plan", "autofit.search", "autofit.compiling"),
+    ("errors", "progress", "autofit.plan", "autofit.search", "autofit.compiling"),
     ("runtime", "models", "optimizers", "batches", "codec", "autofit.trial", "autofit.cache"),
     ("distributed", "settings", "recovery", "autofit.advice"),
     ("checkpoint", "step", "autofit.fitter"),
-    ("autofit.simulate",),
+    ("autofit.simulate", "folder"),
     ("autofit", "autofit.probe"),
 )
 MODULES = {

@@ -133,6 +133,6 @@ def test_a_run_resumes_with_its_optimizer_state(kind):
     whole = train(**keys, max_iters=16, out_dir="whole")
     train(**keys, max_iters=12, out_dir="parts")
     rest = train(**keys, max_iters=16, out_dir="parts", init_from="resume")
-    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 10}
+    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 13}
     plain = train(max_iters=16, gradient_accumulation_steps=2, dropout=0.1)
     assert rest.iter_loss[16] == pytest.approx(plain.iter_loss[16], abs=0.02 if kind == "8bit" else 1e-4)

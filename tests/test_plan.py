@@ -8,8 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanofit.autofit.plan import GIB, Facts, Job, MemoryLevers, Plan, Trial, from_dict, from_json, memory_limit, to_json
-from nanofit.autofit.search import divisors
+from nanofit.autofit.plan import (
+    GIB,
+    Facts,
+    Job,
+    MemoryLevers,
+    Plan,
+    Trial,
+    divisors,
+    from_dict,
+    from_json,
+    memory_limit,
+    micro_batch_sizes,
+    to_json,
+)
 
 KINDS = (MemoryLevers, Job, Facts, Trial, Plan)
 
@@ -157,7 +169,7 @@ def test_the_losss_chunk_follows_the_memory_unless_it_is_given():
 @given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 8), st.data())
 def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
     accumulation = per_rank * world_size
-    micro = data.draw(st.sampled_from(divisors(batch_size)))
+    micro = data.draw(st.sampled_from(micro_batch_sizes(batch_size, per_rank)))
     plan = Plan(batch_size, accumulation, micro)
     assert plan.micro_batch_size * plan.accumulation == batch_size * accumulation
     assert plan.accumulation % world_size == 0, "every rank takes as many micro-steps"
@@ -167,11 +179,15 @@ def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
     )
 
 
-@pytest.mark.parametrize(("size", "why"), [(5, "divides the batch"), (128, "divides the batch"), (0, "holds"),
-                                           (-8, "holds")])  # fmt: skip
-def test_a_split_that_drifts_cannot_be_planned(size, why):
-    with pytest.raises(AssertionError, match=why):
-        Plan(64, 1, size)
+@pytest.mark.parametrize("size", [5, 96, 192, 0, -8])
+def test_a_split_that_drifts_cannot_be_planned(size):
+    with pytest.raises(AssertionError, match="a micro-batch divides the batch, or joins several"):
+        Plan(64, 2, size)
+
+
+def test_the_sizes_of_a_micro_batch():
+    assert micro_batch_sizes(12, 10) == [1, 2, 3, 4, 6, 12, 24, 60, 120]
+    assert micro_batch_sizes(1, 1) == [1]
 
 
 def test_the_limit():

@@ -66,12 +66,12 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     ],
 )
 def test_peak_flops_by_name(name, tflops):
-    assert runtime.peak_flops(name) == (tflops * 1e12, "")
+    assert runtime.gpu_peak_flops(name) == (tflops * 1e12, "")
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA RTX A2000", "NVIDIA T400 4GB", "Voodoo 2"])
 def test_part_of_a_name_is_not_the_name(name):
-    assert f"no peak FLOP/s is known for {name}" in runtime.peak_flops(name)[1]
+    assert f"no peak FLOP/s is known for {name}" in runtime.gpu_peak_flops(name)[1]
 
 
 def test_nvidia_smi_may_answer_anything(monkeypatch):
@@ -89,7 +89,7 @@ def test_whether_a_device_is_here(fake_gpu, name, here):
 
 
 def test_an_unknown_gpu_says_so_and_falls_back():
-    flops, note = runtime.peak_flops("Voodoo 2")
+    flops, note = runtime.gpu_peak_flops("Voodoo 2")
     assert flops == 312e12
     assert "no peak FLOP/s is known for Voodoo 2" in note
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Trial
-from nanofit.autofit.search import MAX_TRIALS, choose, divisors, search, size_to_try_recomputed
+from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Trial, divisors
+from nanofit.autofit.search import MAX_TRIALS, choose, search, size_to_try_recomputed
 
 
 def trial(size, speed, fits=True):

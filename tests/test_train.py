@@ -1,6 +1,8 @@
 """train.py as its user meets it: lines, resuming, compiling, ranks, and every mistake of the contract."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -74,12 +76,15 @@ def test_a_run_follows_its_schedule(decay_lr, last):
 def test_a_resumed_run_goes_on_bit_for_bit(keys):
     whole = train(max_iters=30, out_dir="whole", **keys)
     train(max_iters=17, out_dir="parts", **keys)
-    rest = train(max_iters=30, out_dir="parts", init_from="resume", **keys)
-    assert list(rest.iter_loss) == list(range(10, 31))
-    assert rest.eval_loss == {i: whole.eval_loss[i] for i in (10, 20, 30)}
-    assert rest.iter_loss == {i: whole.iter_loss[i] for i in rest.iter_loss}
-    for name, weight in whole.names["raw_model"].state_dict().items():
-        assert torch.equal(weight, rest.names["raw_model"].state_dict()[name]), name
+    shutil.copytree("parts", "earlier")
+    os.replace("earlier/ckpt.prev.pt", "earlier/ckpt.pt")  # of the evaluation at 10, as if the run had been killed
+    for folder, first, evaluations in (("parts", 18, (20, 30)), ("earlier", 10, (10, 20, 30))):
+        rest = train(max_iters=30, out_dir=folder, init_from="resume", **keys)
+        assert list(rest.iter_loss) == list(range(first, 31))
+        assert rest.eval_loss == {i: whole.eval_loss[i] for i in evaluations}
+        assert rest.iter_loss == {i: whole.iter_loss[i] for i in rest.iter_loss}
+        for name, weight in whole.names["raw_model"].state_dict().items():
+            assert torch.equal(weight, rest.names["raw_model"].state_dict()[name]), name
 
 
 def test_the_checkpoint_is_what_nanogpt_reads():
@@ -125,7 +130,8 @@ def test_a_compiled_models_prefix_is_taken_off():
 
 
 def as_saved_by_version_0_1(saved):
-    """Where the data stood was a bare tensor, and no memory lever was kept."""
+    """Where the data stood was a bare tensor; no memory lever, no mark of the data and no run's id was kept."""
+    saved = {entry: value for entry, value in saved.items() if entry not in ("data", "run_id")}
     saved["rng"] = [{**rank, "data": rank["data"]["before"]} for rank in saved["rng"]]
     del saved["split"]["levers"]
     return saved
@@ -278,7 +284,7 @@ def test_a_damaged_checkpoint(workplace):
     with pytest.raises(UsageError, match="out/ckpt.pt can't be read, it is damaged or not a checkpoint"):
         train(init_from="resume")
     torch.save({"model": {}}, path)
-    with pytest.raises(UsageError, match="it lacks optimizer, model_args"):
+    with pytest.raises(UsageError, match="it lacks model, model_args, optimizer, iter_num, best_val_loss, config"):
         train(init_from="resume")
 
 

@@ -1,113 +1,225 @@
 """OpenWebText, or a corpus of your own, in GPT-2's BPE, each document followed by <|endoftext|>.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --source 'corpus/*.parquet'
+    python data/openwebtext/prepare.py --max_tokens=100_000_000
+    python data/openwebtext/prepare.py --source='corpus/*.parquet' --out=mine
+    python data/openwebtext/prepare.py --source=HuggingFaceFW/fineweb-edu --name=sample-10BT --max_tokens=1e8 --out=edu
 
-OpenWebText is 54 GB on disk while it is prepared, and gives about 9 billion tokens (17 GB) to train on and
-4.4 million to validate. Memory stays flat whatever the size. Val is 0.05% of the documents, at least one.
+OpenWebText is 54 GB on disk while it is fetched, and gives about 9 billion tokens (17 GB, twice that while they are
+shuffled) to train on and 4.4 million to validate. With --max_tokens only what makes so many tokens is fetched. Val is
+0.05% of the documents, at least one, and more where that is shorter than a block of config/.
 """
 
-import argparse
 import glob
+import gzip
+import json
 import os
 import sys
-
-import numpy as np
+import zlib
+from contextlib import contextmanager
 
 folder = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.dirname(folder))
 
-from corpus import UsageError, codec, usage_errors  # noqa: E402
+import corpus  # noqa: E402
+from corpus import UsageError, first_line, usage_errors  # noqa: E402
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-SHARDS = 1024  # a shard of the tokenised corpus is what is held in memory at a time
+ROWS = 64  # of a parquet file, read at a time
 
 
-def load(source, num_proc):
-    """The documents of a hub data set or of local files, as a datasets.Dataset with a column 'text'."""
+# ---- readers: a file's documents, None for one without text; nothing is read before it is asked for --------
+def read_parquet(path, column):
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    if os.path.getsize(path) == 0:
+        return
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # it gives back what is freed
+    with (
+        usage_errors(OSError, pyarrow.ArrowException, prefix=f"{path} can't be read as parquet: "),
+        # Without pre_buffer, because a file may be a single group of rows that is larger than memory.
+        ParquetFile(path, pre_buffer=False, buffer_size=2**17) as file,
+    ):
+        require(column, file.schema_arrow.names, path)
+        for rows in file.iter_batches(batch_size=ROWS, columns=[column], use_threads=False):
+            yield from rows[column].to_pylist()
+
+
+def read_json(path, column):
+    """An object a line, or one list of objects."""
+    with opened(path) as file:
+        is_list = file.read(100).lstrip().startswith("[")
+        file.seek(0)
+        first = True
+        for number, text in [(1, file.read())] if is_list else enumerate(file, start=1):
+            if not text.strip():
+                continue
+            with usage_errors(ValueError, RecursionError, prefix=f"{path}, line {number}: expected JSON: "):
+                rows = json.loads(text)
+            for row in rows if is_list else [rows]:
+                if not isinstance(row, dict):
+                    raise UsageError(f"{path}, line {number}: expected JSON objects, not a {type(row).__name__}")
+                if first:
+                    require(column, row, path)
+                    first = False
+                yield row.get(column)
+
+
+def read_paragraphs(path, column):
+    """A blank line ends a document."""
+    lines = []
+    with opened(path) as file:
+        for line in file:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield "".join(lines).rstrip("\n")
+                lines = []
+    if lines:
+        yield "".join(lines).rstrip("\n")
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_json, ".json": read_json, ".txt": read_paragraphs}
+
+
+@contextmanager
+def opened(path):
+    """A text file, which may be compressed by gzip."""
+    is_compressed = path.lower().endswith(".gz")
+    with (
+        usage_errors(OSError, EOFError, zlib.error, UnicodeDecodeError, prefix=f"{path} can't be read: "),
+        (gzip.open if is_compressed else open)(path, "rt", encoding="utf-8-sig") as file,
+    ):
+        yield file
+
+
+def require(column, columns, source):
+    if column not in columns:
+        raise UsageError(
+            f"{source} has the columns {', '.join(map(str, columns))}: expected one named {column!r}; choose one with "
+            "--text_column"
+        )
+
+
+# ---- sources -----------------------------------------------------------------------------------------------
+def kind_of(path):
+    """The part of a file's name that tells how it is read: .jsonl of a.jsonl and of a.jsonl.gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def local_files(source):
+    """The files that source names, sorted; None where it can only be a name on the hub."""
+    if not source:
+        raise UsageError("--source is empty: expected a hub name, files or a folder")
+    if os.path.isdir(source):
+        found = [os.path.join(parent, name) for parent, _, names in os.walk(source) for name in names]
+        files = sorted(path for path in found if kind_of(path) in READERS)
+        kinds = sorted({kind_of(path) for path in files})
+        if len(kinds) > 1:
+            pattern = os.path.join(source, "**", f"*{kinds[0]}")
+            raise UsageError(f"--source {source} has {' and '.join(kinds)} files: choose, as with --source='{pattern}'")
+        if not files:
+            raise UsageError(f"--source {source} has no file that ends in {', '.join(READERS)}")
+        return files
+    files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+    if not files:
+        if kind_of(source) in READERS or glob.has_magic(source):
+            raise UsageError(f"--source {source}: no such file; give parquet, jsonl or txt files, or a hub name")
+        return None
+    for path in files:
+        if not os.path.isfile(path):
+            raise UsageError(f"--source {source}: {path} is not a file")
+        if kind_of(path) not in READERS:
+            raise UsageError(f"--source {source}: expected files that end in {', '.join(READERS)}, not {path}")
+    return files
+
+
+def on_the_hub(source, name, column, streaming, processes):
+    """The documents of a data set on the Hugging Face hub. Streaming fetches what is read, else all is kept."""
     import datasets
 
-    suffix = os.path.splitext(source)[1]
-    if suffix in FORMATS or os.path.exists(source) or glob.glob(source):
-        files = sorted(glob.glob(source)) or [source]
-        if missing := [f for f in files if not os.path.isfile(f)]:
-            raise UsageError(f"--source {missing[0]}: no such file; give parquet, jsonl or txt files, or a hub name")
-        if suffix not in FORMATS:
-            raise UsageError(f"--source {source}: expected files that end in {', '.join(FORMATS)}, not {suffix!r}")
-        options = {"sample_by": "paragraph"} if FORMATS[suffix] == "text" else {}
-        with usage_errors(Exception, prefix=f"--source {source} can't be read: "):
-            data = datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:  # a dozen kinds of errors, of the hub's client and of the network
+        data = datasets.load_dataset(
+            source, name, split="train", streaming=streaming, num_proc=None if streaming else processes
+        )
+        if data.column_names:  # streaming doesn't always know them
+            require(column, data.column_names, source)
+            data = data.select_columns([column])
+        for row in data:
+            require(column, row, source)
+            yield row[column]
+    except UsageError:
+        raise
+    except Exception as e:
+        raise UsageError(
+            f"the data set {source} can't be fetched from the hub ({type(e).__name__}: {first_line(e)}): check its "
+            "name, --name and the network, or give local files with --source 'FILES*.parquet' (or .jsonl, .txt)"
+        ) from e
+
+
+def texts(args):
+    """The documents of args.source, one after the other."""
+    files = local_files(args.source)
+    if files is None:
+        found = on_the_hub(args.source, args.name, args.text_column, args.max_tokens is not None, args.num_proc)
     else:
-        try:
-            data = datasets.load_dataset(source, split="train", num_proc=num_proc)
-        except Exception as e:  # a dozen kinds, of the hub's client and of the network
+        found = (text for path in files for text in READERS[kind_of(path)](path, args.text_column))
+    missing = 0
+    for text in found:
+        if text is None:
+            missing += 1
+        elif isinstance(text, str):
+            yield text
+        else:
             raise UsageError(
-                f"the data set {source} can't be fetched from the hub ({type(e).__name__}): connect to the network, or "
-                "give local files with --source 'FILES*.parquet' (or .jsonl, .txt)"
-            ) from e
-    if "text" not in data.column_names:
-        raise UsageError(f"--source {source} has the columns {', '.join(data.column_names)}: expected one named 'text'")
-    if len(data) < 2:
-        raise UsageError(f"--source {source} has {len(data)} document(s): at least two are needed, one of them for val")
-    return data.select_columns("text")
-
-
-def tokenize(documents):
-    """A batch of documents to their token ids, in the form that Dataset.map wants."""
-    bpe = codec.gpt2_bpe()
-    ids = [[*tokens, bpe.eot_token] for tokens in bpe.encode_ordinary_batch(documents["text"], num_threads=1)]
-    return {"ids": ids, "len": [len(tokens) for tokens in ids]}
-
-
-def write(data, split, into):
-    """Write the ids of a tokenised data set to split.bin, a shard at a time; the file appears when it is whole."""
-    from tqdm import tqdm  # comes with datasets
-
-    path = os.path.join(into, f"{split}.bin")
-    shards = min(SHARDS, len(data))  # never more than rows, or some would be empty
-    count = 0
-    with open(path + ".part", "wb") as f:
-        for index in tqdm(range(shards), desc=f"writing {split}.bin"):
-            shard = data.shard(num_shards=shards, index=index, contiguous=True).with_format("numpy")
-            tokens = np.concatenate(shard["ids"][:]).astype("<u2")
-            tokens.tofile(f)
-            count += len(tokens)
-    os.replace(path + ".part", path)
-    print(f"{split} has {count:,} tokens of {len(data):,} documents")
+                f"--source {args.source}: the column {args.text_column!r} holds {type(text).__name__} values, not "
+                "texts: choose another with --text_column"
+            )
+    if missing:
+        corpus.warn(f"{missing:,} documents without a text are left out")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = corpus.Parser(__doc__)
     parser.add_argument(
         "--source",
         default="Skylion007/openwebtext",
-        help="a data set's name on the Hugging Face hub, or local files: .parquet or .jsonl with a column 'text', or "
-        ".txt, where a blank line ends a document; * and ? match as in a shell",
+        help="a data set's name on the Hugging Face hub, or local files or a folder of them: .parquet or .jsonl with a "
+        "column 'text', or .txt, where a blank line ends a document, also .jsonl.gz and .txt.gz; * and ** match as in "
+        "a shell",
+    )
+    parser.add_argument("--name", help="which of a hub data set's configurations, such as sample-10BT")
+    parser.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
+    parser.add_argument("--max_tokens", type=corpus.whole_number, help="only the first documents with so many tokens")
+    parser.add_argument(
+        "--out", default="openwebtext", help="the data set's name, a folder in data/ (default: openwebtext)"
     )
     parser.add_argument(
         "--num_proc",
-        type=int,
+        type=corpus.whole_number,
         default=max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // 2),
-        help="processes that tokenise (default here: %(default)s, half of the processors)",
+        help="threads that tokenise, processes that fetch (default here: %(default)s, half of the processors)",
     )
     args = parser.parse_args()
-    if args.num_proc < 1:
-        raise UsageError(f"--num_proc must be at least 1, not {args.num_proc}")
 
-    codec.gpt2_bpe()  # fetched here once, not by every process
-    data = load(args.source, args.num_proc)
-    splits = data.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    splits["val"] = splits.pop("test")
-    for split, documents in splits.items():
-        tokens = documents.map(
-            tokenize,
-            batched=True,
-            remove_columns=["text"],
-            num_proc=min(args.num_proc, len(documents)) if args.num_proc > 1 else None,
-            desc=f"tokenising {split}",
-        )
-        write(tokens, split, folder)
+    corpus.codec.gpt2_bpe()  # if it can't be had, that is told before anything is fetched
+    with corpus.DataSet(os.path.join(corpus.DATA, args.out), args.force) as made:
+        given = {"source": args.source, "name": args.name, "max_tokens": args.max_tokens}
+        made.record.update({key: value for key, value in given.items() if value is not None})
+        documents = corpus.Documents(made, args.max_tokens)
+        for ids, _ in corpus.tokenised(((text, True) for text in texts(args)), args.num_proc):
+            documents.add(ids)
+            if args.max_tokens and documents.tokens >= args.max_tokens and len(documents) > 1:
+                break
+        if not documents:
+            raise UsageError(f"--source {args.source} is empty: there is not one document")
+        if len(documents) < 2:
+            raise UsageError(f"--source {args.source} has 1 document(s): at least two are needed, one of them for val")
+        documents.split_by_documents()
 
 
-if __name__ == "__main__":  # processes that tokenise may import this file again
-    main()
+if __name__ == "__main__":
+    corpus.run(main)

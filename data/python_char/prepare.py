@@ -34,8 +34,15 @@ def ascii_text(path):
         return f.read().decode("ascii", errors="ignore").replace("\r\n", "\n")
 
 
-files = standard_library()
-if not files:
-    raise corpus.UsageError("this Python has no .py files of its standard library on disk: use another Python")
-print(f"{len(files):,} files of the standard library of Python {sys.version.split()[0]}")
-corpus.write_characters(folder, "".join(map(ascii_text, files)))
+def main():
+    args = corpus.Parser(__doc__).parse_args()
+    files = standard_library()
+    if not files:
+        raise corpus.UsageError("this Python has no .py files of its standard library on disk: use another Python")
+    corpus.say(f"{len(files):,} files of the standard library of Python {sys.version.split()[0]}")
+    with corpus.DataSet(folder, args.force) as made:
+        corpus.write_characters(made, "".join(map(ascii_text, files)))
+
+
+if __name__ == "__main__":
+    corpus.run(main)

@@ -1,9 +1,8 @@
 """Tiny Shakespeare in GPT-2's BPE: 301,966 tokens to train on and 36,059 to validate.
 
-python data/shakespeare/prepare.py [--input FILE]
+python data/shakespeare/prepare.py [--input=FILE] [--force]
 """
 
-import argparse
 import os
 import sys
 
@@ -12,7 +11,17 @@ sys.path.append(os.path.dirname(folder))
 
 import corpus  # noqa: E402
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--input", metavar="FILE", help="a UTF-8 text of your own; without it, Tiny Shakespeare is fetched")
-args = parser.parse_args()
-corpus.write_bpe(folder, corpus.read_or_fetch(args.input, folder, corpus.SHAKESPEARE))
+
+def main():
+    parser = corpus.Parser(__doc__)
+    parser.add_argument(
+        "--input", metavar="FILE", help="a UTF-8 text of your own; without it, Tiny Shakespeare is fetched"
+    )
+    args = parser.parse_args()
+    text = corpus.read_or_fetch(args.input, folder, corpus.SHAKESPEARE, corpus.SHAKESPEARE_SHA256)
+    with corpus.DataSet(folder, args.force) as made:
+        corpus.write_bpe(made, text)
+
+
+if __name__ == "__main__":
+    corpus.run(main)

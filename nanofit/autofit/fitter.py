@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from nanofit.autofit.advice import what_would_fit
 from nanofit.autofit.compiling import may_compile, pays_off, too_short
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, Plan
-from nanofit.autofit.search import NEAR_ENOUGH, divisors, line_through, next_size, search, size_to_try_recomputed
+from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, Plan, micro_batch_sizes
+from nanofit.autofit.search import NEAR_ENOUGH, line_through, next_size, search, size_to_try_recomputed
 from nanofit.autofit.trial import run_trial
 from nanofit.errors import UsageError
 
@@ -57,7 +57,7 @@ class Fitter:
 
     def job_of(self, size):
         """The Job of this micro-batch size."""
-        micro_steps = self.gradient_accumulation_steps * (self.batch_size // size) // self.world_size
+        micro_steps = self.gradient_accumulation_steps * self.batch_size // size // self.world_size
         return replace(self.job, micro_batch_size=size, micro_steps=micro_steps)
 
     @property
@@ -80,7 +80,8 @@ class Fitter:
 
     def _search(self):
         """(choice, trials, reasons): without recompute, and with it where that helps."""
-        sizes, levers = divisors(self.batch_size), self.job.levers
+        sizes = micro_batch_sizes(self.batch_size, self.gradient_accumulation_steps // self.world_size)
+        levers = self.job.levers
         choice, trials = self._search_sizes(sizes, levers)
         if levers.recompute or not self.may_recompute:
             return choice, trials, ()

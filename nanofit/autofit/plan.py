@@ -4,12 +4,24 @@ Nothing of the project is imported here, so that both sides may import it.
 """
 
 import json
+import math
 import sys
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
+
+
+def divisors(n):
+    """All divisors of n, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def micro_batch_sizes(batch_size, per_iter):
+    """The sizes that a micro-batch may have, ascending: parts of a batch, or several of a rank's per_iter batches."""
+    return divisors(batch_size) + [batch_size * several for several in divisors(per_iter)[1:]]
 
 
 @dataclass(frozen=True)
@@ -114,14 +126,14 @@ class Plan:
     trials: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
-        assert self.micro_batch_size > 0, "a micro-batch holds a sequence"
-        assert self.batch_size % self.micro_batch_size == 0, "a micro-batch divides the batch"
-        assert self.micro_batch_size * self.accumulation == self.batch_size * self.gradient_accumulation_steps
+        assert self.micro_batch_size in micro_batch_sizes(self.batch_size, self.gradient_accumulation_steps), (
+            "a micro-batch divides the batch, or joins several"
+        )
 
     @property
     def accumulation(self):
         """Micro-steps of an iteration, of all ranks together."""
-        return self.gradient_accumulation_steps * (self.batch_size // self.micro_batch_size)
+        return self.batch_size * self.gradient_accumulation_steps // self.micro_batch_size
 
     def __str__(self):
         return (

@@ -11,12 +11,6 @@ WORTH_RECOMPUTING = 1.15
 RECOMPUTED_TIMES = 4  # as many sequences, at least, fit with recompute
 
 
-def divisors(n):
-    """All divisors of n, ascending."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
-
-
 def line_through(trials):
     """(a, k) of memory = a + k x size bytes, through the smallest and the largest trial with a known peak."""
     known = sorted((t.micro_batch_size, t.peak_bytes) for t in trials if t.peak_bytes)

@@ -1,6 +1,4 @@
-"""Memory levers, applied from outside: what they change in a model, and that they change no number."""
-
-from dataclasses import asdict, fields
+"""Memory levers, applied to a model from outside: it keeps less, and computes the same numbers."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ from conftest import run_script, train
 
 from model import GPT, GPTConfig
 from nanofit import models
-from nanofit.autofit import levers_of
 from nanofit.autofit.plan import MemoryLevers
 
 RECOMPUTE = MemoryLevers(recompute=True)
@@ -91,12 +88,6 @@ def test_how_much_of_the_logits_exists_at_a_time(asked, limit_bytes, chunk_mb):
     assert MemoryLevers(loss_chunk_mb=asked).within(limit_bytes).loss_chunk_mb == chunk_mb
 
 
-def test_each_lever_is_a_key_of_a_run_with_the_same_default():
-    config = train(max_iters=0, eval_iters=1).names["config"]
-    assert levers_of(config) == MemoryLevers()
-    assert [type(config[f.name]) for f in fields(MemoryLevers)] == [type(v) for v in asdict(MemoryLevers()).values()]
-
-
 def test_levers_in_words():
     assert str(MemoryLevers(loss_chunk_mb=128)) == ""
     assert str(MemoryLevers(recompute=True, optimizer_state="8bit")) == ", recompute, optimizer_state 8bit"
@@ -141,5 +132,5 @@ def test_resuming_takes_the_levers_that_were_fitted_unless_they_are_named():
 
 def test_a_checkpoint_of_a_run_that_recomputes_samples():
     train(max_iters=10, recompute=True)
-    text = run_script("sample.py", "--device=cpu", "--num_samples=1", "--max_new_tokens=3").text
+    text = run_script("sample.py", "--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=3").text
     assert text.endswith("\n---------------\n")

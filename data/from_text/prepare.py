@@ -1,0 +1,139 @@
+"""A folder of your own text files, or one file, as a data set.
+
+    python data/from_text/prepare.py ~/tales
+    python data/from_text/prepare.py ~/tales --characters --out=tales_char
+
+makes data/tales in GPT-2's BPE, each file followed by <|endoftext|>, and data/tales_char by characters; the last line
+says how to train on it. All files below the folder count, hidden ones aside. The files are shuffled by a seed, and
+the last 10% of all (at most 10 million tokens) are val.
+"""
+
+import os
+import re
+import shlex
+import sys
+
+folder = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.dirname(folder))
+
+import corpus  # noqa: E402
+from corpus import UsageError, usage_errors  # noqa: E402
+
+PIECE = 2**20  # characters read at a time
+ENOUGH_FOR_GPT2 = 10_000_000  # tokens
+
+
+def text_files(path, out):
+    """The files that path names or has below it, sorted by their paths, without hidden ones and out's own."""
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        what = "is neither a folder nor a file" if os.path.exists(path) else "does not exist"
+        raise UsageError(f"{path} {what}: give a folder of text files")
+    found = []
+    with usage_errors(OSError, prefix=f"{path} can't be read: "):
+        for parent, folders, names in os.walk(path, onerror=_raise):
+            own = corpus.FILES if os.path.realpath(parent) == os.path.realpath(out) else ()
+            folders[:] = [f for f in folders if not f.startswith(".") and not f.endswith(".part")]
+            found += [os.path.join(parent, n) for n in names if not n.startswith(".") and n not in own]
+    return sorted(filter(os.path.isfile, found))
+
+
+def _raise(error):
+    raise error
+
+
+def pieces(path):
+    """(text, whether the file ends with it): a file in pieces, cut where GPT-2's BPE never joins two characters."""
+    held = []
+    with open(path, encoding="utf-8-sig") as file:
+        while chunk := file.read(PIECE):
+            if "\0" in chunk:
+                raise UnicodeError("it holds a character 0")
+            if cut := _safe_cut(chunk):
+                yield "".join([*held, chunk[:cut]]), False
+                held = []
+            held.append(chunk[cut:])
+    yield "".join(held), True
+
+
+def _safe_cut(text):
+    """The place after the last line end that has no other white space at either side; 0 where there is none."""
+    place = len(text) - 1
+    while (place := text.rfind("\n", 1, place)) > 0:
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place + 1
+    return 0
+
+
+def survey(paths):
+    """(the files that hold text, their characters as a set, how many there are), told of files that aren't UTF-8."""
+    found, symbols, count, left_out = [], set(), 0, []
+    for path in paths:
+        here, length, is_blank = set(), 0, True
+        try:
+            for text, _ in pieces(path):
+                here.update(text)
+                length += len(text)
+                is_blank = is_blank and (not text or text.isspace())
+        except UnicodeError:
+            left_out.append(path)
+            continue
+        if not is_blank:
+            found.append(path)
+            symbols |= here
+            count += length
+    if left_out:
+        names = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        corpus.warn(f"left out, because not UTF-8 text: {names} ({len(left_out):,} of {len(paths):,} files)")
+    return found, symbols, count
+
+
+def train_command(made, name, by_characters):
+    """The command that trains on a data set: a small model, GPT-2 where there is enough for it."""
+    block_size = min(256, min(made.tokens.values()) - 1)
+    if not by_characters and made.tokens["train"] > ENOUGH_FOR_GPT2:
+        config, more = "train_openwebtext", " --auto_fit=True"
+    else:
+        config, more = "train_shakespeare_char", "" if block_size == 256 else f" --block_size={block_size}"
+    out_dir = "out-" + os.path.basename(name)
+    return f"python train.py config/{config}.py --dataset={shlex.quote(name)} --out_dir={shlex.quote(out_dir)}{more}"
+
+
+def main():
+    parser = corpus.Parser(__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="a folder of UTF-8 text files, or one such file")
+    parser.add_argument("--characters", action="store_true", help="a token a character, instead of GPT-2's BPE")
+    parser.add_argument("--out", metavar="NAME", help="the data set's name, a folder in data/ (default: FOLDER's name)")
+    args = parser.parse_args()
+    path = os.path.abspath(args.folder)
+    stem = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
+    name = args.out or re.sub(r"[^\w.-]+", "_", stem).strip("._") or "text"
+    out = os.path.join(corpus.DATA, name)
+    if os.path.exists(os.path.join(out, "prepare.py")):
+        raise UsageError(f"data/{name} is made by a prepare.py of its own: name your data set with --out=NAME")
+
+    with usage_errors(OSError, prefix=f"{args.folder} can't be read: "):
+        files, symbols, count = survey(text_files(args.folder, out))
+    if not files:
+        raise UsageError(f"{args.folder} is empty: there is no UTF-8 text in it")
+    with corpus.DataSet(out, args.force) as made:
+        made.record.update({"source": args.folder, "files": len(files)})
+        documents = corpus.Documents(made)
+        texts = (piece for file in files for piece in pieces(file))
+        with usage_errors(OSError, UnicodeError, prefix=f"{args.folder} can't be read: "):
+            if args.characters:
+                separator = "\n" if len(files) > 1 else ""
+                encode = corpus.characters(made, symbols | set(separator), count)
+                for text, ends in texts:
+                    documents.add(encode(text if not ends or text.endswith("\n") else text + separator), ends)
+            else:
+                for ids, ends in corpus.tokenised(texts, os.cpu_count()):
+                    documents.add(ids, ends)
+        documents.split_by_tokens()
+    if min(made.tokens.values()) > 1:
+        corpus.say(f"to train on it: {train_command(made, name, args.characters)}")
+
+
+if __name__ == "__main__":
+    corpus.run(main)
