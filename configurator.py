@@ -72,15 +72,16 @@ def _nearest(word, words):
 
 
 def _scripts_that_know(key):
-    """The scripts beside this file, or in the current folder, that have a default for key."""
+    """The scripts beside this file, or in the current folder, that have a default for key; else model.py, if it has."""
     known = []
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, "model.py"):
         path = os.path.join(os.path.dirname(os.path.abspath(globals().get("__file__") or ".")), script)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as f:
-                if re.search(rf"^{re.escape(key)} *=[^=]", f.read(), re.MULTILINE):
+                # A key stands at the beginning of a line; a field of GPTConfig doesn't, and has a type.
+                if re.search(rf"^({re.escape(key)} *|    {re.escape(key)} *:.*[^=])=[^=]", f.read(), re.MULTILINE):
                     known.append(script)
-    return known
+    return known if known == ["model.py"] else [script for script in known if script in SCRIPTS]
 
 
 def _run_config_file(path, namespace):

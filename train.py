@@ -112,6 +112,8 @@ if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 print(*settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter), sep="\n")
+for line in models.lacks(GPT):
+    print(line)
 fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 if dry_run:
     fit()
@@ -152,8 +154,6 @@ if block_size < trained_with:
     model.crop_block_size(block_size)
     folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
-for line in models.lacks(model):
-    print(line)
 model.to(device)
 world.broadcast(model.parameters())  # each rank has drawn its own
 models.apply_levers(model, levers)
