@@ -11,9 +11,9 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "nanofit"
 # Each floor may use those below it, and nothing of its own.
 FLOORS = (
-    ("errors", "autofit.plan", "autofit.search", "autofit.compiling"),
+    ("errors", "metrics_file", "autofit.plan", "autofit.search", "autofit.compiling"),
     ("runtime", "models", "optimizers", "batches", "codec", "autofit.trial", "autofit.cache"),
-    ("distributed", "settings", "recovery", "autofit.advice"),
+    ("distributed", "settings", "recovery", "metrics", "autofit.advice"),
     ("checkpoint", "step", "autofit.fitter"),
     ("autofit.simulate",),
     ("autofit", "autofit.probe"),
