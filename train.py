@@ -18,7 +18,7 @@ import nanofit  # noqa: F401  # before torch, which takes seconds: see there
 # isort: split
 import torch
 
-from configurator import configure
+from configurator import configure, keys_of
 from model import GPT, GPTConfig
 from nanofit import autofit, checkpoint, models, runtime, settings
 from nanofit.autofit.plan import Plan
@@ -89,6 +89,7 @@ compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if th
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 # a field of GPTConfig that isn't nanoGPT's is a key too
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
+defaults = keys_of(globals())
 config, given = configure(globals(), own_fields := models.own_fields(GPTConfig))
 
 # ---- what was asked for, checked before anything is written ------------------------------------------------
@@ -117,8 +118,7 @@ if dry_run:
     fit()
     world.destroy()
     sys.exit(0)
-if world.is_main:
-    require_readers(config)
+require_readers(config, world)
 per_rank = gradient_accumulation_steps // world.size
 batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, per_iter=per_rank)
 
@@ -242,7 +242,7 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
 unsaved = ""  # why the last checkpoint could not be written
 saved_iter = iter_num - 1  # of the last checkpoint
 if world.is_main:
-    facts = run_facts(device, world, config, given, model_args, plan, levers)
+    facts = run_facts(device, world, config, defaults, model_args, plan, levers)
     metrics.readers = open_readers(config, folder, iter_num, facts)
 metrics.start_clock()
 

@@ -117,17 +117,17 @@ class Metrics:
             reader(figures)
 
 
-def run_facts(device, world, config, given, model_args, plan, levers):
-    """What the first line of metrics.jsonl tells of a run. given: the keys that were named; plan: autofit.plan.Plan."""
+def run_facts(device, world, config, defaults, model_args, plan, levers):
+    """What the first line of metrics.jsonl tells of a run. plan: autofit.plan.Plan; levers: with nothing left open."""
     return {
         **runtime.device_info(device),
         "python": platform.python_version(),
         "ranks": world.size,
         "config": config,
-        "given": sorted(given),
+        "changed": sorted(key for key in config if config[key] != defaults.get(key)),
         "model_args": model_args,
         "plan": asdict(plan),
-        "levers": asdict(levers),  # the plan's, with what it left open
+        "levers": asdict(levers),
     }
 
 
@@ -139,8 +139,10 @@ def is_state(value):
 # ---- readers: each is called with every dict of figures ----------------------------------------------------
 
 
-def require_readers(config):
-    """Import what wandb_log and tensorboard_log ask for; UsageError where it is missing."""
+def require_readers(config, world):
+    """Import what wandb_log and tensorboard_log ask for on rank 0; UsageError where it is missing."""
+    if not world.is_main:
+        return
     if config["wandb_log"]:
         with usage_errors(ImportError, prefix="wandb_log=True: pip install wandb, or --wandb_log=False. "):
             import wandb  # noqa: F401

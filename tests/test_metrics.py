@@ -21,6 +21,7 @@ import torch
 from conftest import environment
 
 from nanofit import metrics as figures_of
+from nanofit.distributed import ALONE, World
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, print_line, require_readers
@@ -329,9 +330,10 @@ def test_state_of_a_damaged_checkpoint_is_noticed():
 def test_a_missing_package_is_told(monkeypatch, key, package):
     for name in ("wandb", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
-    require_readers(KEYS)
+    require_readers(KEYS, ALONE)
+    require_readers({**KEYS, key: True}, World(rank=1, size=2))
     with pytest.raises(UsageError, match=f"{key}=True: pip install {package}, or --{key}=False"):
-        require_readers({**KEYS, key: True})
+        require_readers({**KEYS, key: True}, ALONE)
 
 
 def test_wandb_gets_evaluations_as_before_and_iterations(monkeypatch):
