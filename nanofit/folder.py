@@ -43,6 +43,10 @@ class RunFolder:
     def path(self, name=NAME):
         return os.path.join(self.out_dir, name)
 
+    def kept_in(self, run_id):
+        """The folder for what another run left here; run_id: None where it can't be told whose it is."""
+        return self.path(f"kept-of-run-{run_id}" if run_id else "kept-damaged")
+
     def load(self):
         """The checkpoint to go on from: where the run stopped last. Raises UsageError as checkpoint.load."""
         name = NAME
@@ -131,10 +135,9 @@ class RunFolder:
         """Give another run's checkpoints a folder of their own."""
         for name, saved in self._others().items():
             # By id, so that a move that was interrupted goes on in the same folder.
-            aside = os.path.join(self.out_dir, "kept-damaged" if saved is None else f"kept-of-run-{run_id_of(saved)}")
-            target = os.path.join(aside, name)
+            target = os.path.join(self.kept_in(saved and run_id_of(saved)), name)
             try:
-                os.makedirs(aside, exist_ok=True)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
                 while os.path.lexists(target):
                     target += "~"
                 os.rename(self.path(name), target)

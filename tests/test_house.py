@@ -11,9 +11,19 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "nanofit"
 # Each floor may use those below it, and nothing of its own.
 FLOORS = (
-    ("errors", "progress", "autofit.plan", "autofit.compiling"),
-    ("runtime", "models", "optimizers", "batches", "codec", "autofit.search", "autofit.trial", "autofit.cache"),
-    ("distributed", "settings", "recovery", "autofit.advice"),
+    ("errors", "progress", "metrics_file", "autofit.plan", "autofit.compiling"),
+    (
+        "runtime",
+        "models",
+        "optimizers",
+        "batches",
+        "codec",
+        "autofit.search",
+        "autofit.trial",
+        "autofit.cache",
+        "report",
+    ),
+    ("distributed", "settings", "recovery", "metrics", "report.log", "autofit.advice"),
     ("checkpoint", "step", "autofit.fitter"),
     ("folder", "autofit.simulate"),
     ("autofit", "autofit.probe"),
