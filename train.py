@@ -13,7 +13,7 @@ import signal
 import sys
 from functools import partial
 
-import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+import nanofit  # noqa: F401  # before torch: see there
 
 # isort: split
 import torch
@@ -31,8 +31,6 @@ from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.progress import waiting
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.step import accumulate, combine, dry_step, evaluate, mean_losses, try_compile, update
-
-runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation

@@ -215,15 +215,6 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def prefer_expandable_segments():
-    """Ask for CUDA memory that grows in place, which fragments less. Before CUDA starts; the user's word stands."""
-    release = tuple(int(n) for n in torch.__version__.split(".")[:2])
-    name = "PYTORCH_ALLOC_CONF" if release >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"  # renamed in 2.9
-    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
-    if sys.platform == "linux" and torch.version.cuda and not asked:
-        os.environ[name] = "expandable_segments:True"
-
-
 def total_memory_bytes(device):
     """All memory of the device; on a CPU, the machine's."""
     if device.type == "cuda":
