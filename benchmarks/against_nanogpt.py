@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import models, runtime, settings
+from nanofit.allocator import NAMES
 from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches
 from nanofit.errors import UsageError
@@ -169,7 +170,7 @@ class Player:
     def __init__(self, name, folder):
         command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}", f"--folder={folder}", "--save="]
         # nanoGPT asks nothing of torch's allocator; an empty wish is the user's, and stands.
-        asks = {} if name == "ours" else {"PYTORCH_CUDA_ALLOC_CONF": ""}
+        asks = {} if name == "ours" else dict.fromkeys(NAMES, "")
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, env={**os.environ, **asks}, **pipes)
         self.name, self.seconds, self.losses, self.peak = name, [], [], 0
