@@ -52,7 +52,7 @@ def coerce(key, value, kind, default, source, text=None):
         value = int(value)
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
         raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {_shown(value)}")
-    if kind is str and "\0" in str(value):
+    if kind is str and "\0" in (value if isinstance(value, str) else ""):
         raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
     if type(value) is kind:
         return value
