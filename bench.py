@@ -7,7 +7,7 @@ import os
 import time
 from functools import partial
 
-import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+import nanofit  # noqa: F401  # before torch: see there
 
 # isort: split
 import torch
@@ -17,8 +17,6 @@ from model import GPT, GPTConfig
 from nanofit import models, runtime, settings
 from nanofit.batches import Batches, RandomBatch
 from nanofit.step import dry_step, train_step, try_compile
-
-runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 batch_size = 12

@@ -52,7 +52,7 @@ def coerce(key, value, kind, default, source, text=None):
         value = int(value)
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
         raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {_shown(value)}")
-    if kind is str and "\0" in str(value):
+    if kind is str and "\0" in (value if isinstance(value, str) else ""):
         raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
     if type(value) is kind:
         return value
@@ -72,15 +72,16 @@ def _nearest(word, words):
 
 
 def _scripts_that_know(key):
-    """The scripts beside this file, or in the current folder, that have a default for key."""
+    """The scripts beside this file, or in the current folder, that have a default for key; else model.py, if it has."""
     known = []
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, "model.py"):
         path = os.path.join(os.path.dirname(os.path.abspath(globals().get("__file__") or ".")), script)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as f:
-                if re.search(rf"^{re.escape(key)} *=[^=]", f.read(), re.MULTILINE):
+                # A key stands at the beginning of a line; a field of GPTConfig doesn't, and has a type.
+                if re.search(rf"^({re.escape(key)} *|    {re.escape(key)} *:.*[^=])=[^=]", f.read(), re.MULTILINE):
                     known.append(script)
-    return known
+    return known if known == ["model.py"] else [script for script in known if script in SCRIPTS]
 
 
 def _run_config_file(path, namespace):

@@ -193,16 +193,18 @@ class HeadLoss(torch.autograd.Function):
         return grad_h.to(scale.dtype).mul(scale).to(h_dtype), grad_weight.mul_(scale).to(weight_dtype), *[None] * 4
 
 
-def head_loss(h, weight, targets):
+def head_loss(h, weight, targets, chunk_bytes=None):
     """Mean cross-entropy in nats of predicting targets from h by a linear head, without holding the logits.
 
     h: (N, C). weight: (V, C). targets: int64 (N,), -1 where no loss is wanted. A scalar in float32 or better. Under
-    autocast, products run in its dtype. Memory beside the gradients: about LOSS_CHUNK_BYTES, or 1/LOSS_CHUNKS of
-    all logits where that is more.
+    autocast, products run in its dtype. Memory beside the gradients: about chunk_bytes (LOSS_CHUNK_BYTES), or
+    1/LOSS_CHUNKS of all logits where that is more.
     """
     logits_bytes = 4 * len(h) * len(weight)
-    chunks = min(LOSS_CHUNKS, math.ceil(logits_bytes / LOSS_CHUNK_BYTES))
+    chunks = min(LOSS_CHUNKS, math.ceil(logits_bytes / (chunk_bytes or LOSS_CHUNK_BYTES)))
     rows = math.ceil(len(h) / chunks)
+    if rows > 128:
+        rows = math.ceil(rows / 128) * 128  # whole tiles of a matrix product
     with_gradients = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return HeadLoss.apply(h, weight, targets, rows, product_dtype(h), with_gradients)
 
@@ -213,6 +215,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.loss_chunk_mb = 0  # MiB of logits that exist at a time where they aren't returned; 0: LOSS_CHUNK_BYTES
         # The order in which modules are made and initialised is the order in which random numbers are
         # drawn: changing it changes the weights that a seed stands for.
         self.transformer = nn.ModuleDict(
@@ -275,7 +278,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # (B, 1, V)
         if not return_logits:
-            return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            chunk_bytes = self.loss_chunk_mb * 2**20
+            return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), chunk_bytes)
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss

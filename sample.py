@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+import nanofit  # noqa: F401  # before torch: see there
 
 # isort: split
 import torch

@@ -11,29 +11,26 @@ import math
 import os
 import signal
 import sys
-import time
 from functools import partial
 
-import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+import nanofit  # noqa: F401  # before torch: see there
 
 # isort: split
 import torch
 
-from configurator import configure
+from configurator import configure, keys_of
 from model import GPT, GPTConfig
 from nanofit import autofit, checkpoint, models, runtime, settings
-from nanofit.autofit.plan import Plan
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.distributed import World
-from nanofit.errors import PatientOutput, UsageError, usage_errors
+from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
+from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
 from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.progress import waiting
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.step import accumulate, combine, dry_step, evaluate, mean_losses, try_compile, update
-
-runtime.prefer_expandable_segments()  # before CUDA starts
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -44,10 +41,11 @@ eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
 init_from = "scratch"  # or 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
-# Weights & Biases
+# who gets the figures beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
 wandb_project = "owt"
 wandb_run_name = "gpt2"
+tensorboard_log = False
 # data
 dataset = "openwebtext"  # a folder in data/
 gradient_accumulation_steps = 5 * 8  # micro-steps of an iteration, over all GPUs together
@@ -88,6 +86,7 @@ compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if th
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 # a field of GPTConfig that isn't nanoGPT's is a key too
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
+defaults = keys_of(globals())
 own_fields = models.own_fields(GPTConfig)
 config, given = configure(globals(), more=own_fields)
 
@@ -111,24 +110,21 @@ if not settings.is_elsewhere(config):
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
-print(*settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter), sep="\n")
+opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter)
+print(*opening, *models.lacks(GPT), sep="\n")
 fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 if dry_run:
     fit()
     world.destroy()
     sys.exit(0)
-wandb = None
-if wandb_log and world.is_main:
-    with usage_errors(ImportError, prefix="wandb_log=True: pip install wandb, or --wandb_log=False. "):
-        import wandb
+require_readers(config, world)
 per_rank = gradient_accumulation_steps // world.size
 batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, per_iter=per_rank)
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
 if not eval_only:  # which changes no file
     folder.take()
-limit_bytes = int(memory_limit_gb * 2**30)
-plan = Plan(batch_size, gradient_accumulation_steps, batch_size, autofit.levers_of(config), compile, limit_bytes)
+plan = autofit.as_configured(config)
 if auto_fit:
     plan = fit()
 elif saved:
@@ -152,8 +148,6 @@ if block_size < trained_with:
     model.crop_block_size(block_size)
     folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
-for line in models.lacks(model):
-    print(line)
 model.to(device)
 world.broadcast(model.parameters())  # each rank has drawn its own
 models.apply_levers(model, levers)
@@ -161,11 +155,16 @@ optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
 batches.start(model_args["vocab_size"], plan.micro_batch_size)
+raw_model = model  # what is saved: without torch.compile's wrapper
+peak_flops, note = runtime.peak_flops(device, dtype)
+if note:
+    print(note)
+mfu_of = partial(models.share_of_peak, raw_model, batch_size * per_rank, peak_flops=peak_flops)
+metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved)
 if saved:
     checkpoint.restore(saved, optimizer, scaler, batches, world, device)
     saved = None  # its tensors are a whole second model
 runtime.empty_cache(device)
-raw_model = model  # what is saved: without torch.compile's wrapper
 
 # ---- what a run survives -----------------------------------------------------------------------------------
 
@@ -186,6 +185,7 @@ def snapshot():
         "config": config,
         "data": batches.fingerprints,
         "scaler": scaler.state_dict(),
+        "metrics": metrics.state(iter_num),
         "rng": world.all_gather(here),  # of each rank, as before an evaluation: resuming repeats it
         "split": checkpoint.split_of(batches, world, levers),
     }
@@ -193,11 +193,13 @@ def snapshot():
 
 def save(name=checkpoint.NAME):
     """Write a checkpoint; '' or why that failed. All ranks must call it."""
+    global unsaved, saved_iter
     try:
         folder.save(snapshot(), name)
+        unsaved, saved_iter = "", iter_num
     except checkpoint.SaveError as e:
-        return str(e)
-    return ""
+        unsaved = str(e)
+    return unsaved
 
 
 def save_where_it_stops():
@@ -209,6 +211,7 @@ def save_where_it_stops():
 
 
 here = rng_state()  # as this iteration began
+unsaved, saved_iter = "", iter_num - 1  # why the last checkpoint could not be written; of which iteration it is
 signals = StopSignals()
 recovery = Recovery(world, device, batches, raw_model, scaler, give_up=save_where_it_stops)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
@@ -235,15 +238,10 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-if wandb:
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-peak_flops, note = runtime.peak_flops(device, dtype)
-if note:
-    print(note)
-running_mfu = -1.0
-unsaved = ""  # why the last checkpoint could not be written
-first_iter = last_logged = saved_iter = iter_num - 1  # saved_iter: of the last checkpoint
-clock = time.perf_counter()
+if world.is_main:
+    facts = run_facts(device, world, config, defaults, model_args, plan, levers)
+    metrics.readers = open_readers(config, folder, iter_num, facts)
+metrics.start_clock()
 
 with signals.listening():
     while eval_only or iter_num <= max_iters:
@@ -258,29 +256,22 @@ with signals.listening():
             group["lr"] = lr
 
         if eval_only or iter_num % eval_interval == 0:
-            runtime.synchronize(device)
-            paused = time.perf_counter()
-            watch.check()
-            try:
-                [own] = recovery.run(partial(evaluate, model, batches, eval_iters, autocast, world, signals.check))
-            except StopRequested:
-                continue  # to the beginning of the loop, where it is looked at
-            losses = mean_losses(own, world)
-            print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-            if wandb:
-                figures = {f"{split}/loss": loss for split, loss in losses.items()}
-                wandb.log({"iter": iter_num, **figures, "lr": lr, "mfu": running_mfu * 100})
-            if eval_only:
-                break
-            if losses["val"] < best_val_loss or always_save_checkpoint:
-                best_val_loss = losses["val"]
-                if iter_num > 0:
-                    print(f"saving checkpoint to {out_dir}")
-                    if unsaved := save():
-                        print(f"{unsaved}; training goes on")
-                    else:
-                        saved_iter = iter_num
-            clock += time.perf_counter() - paused
+            with metrics.paused():
+                watch.check()
+                try:
+                    [own] = recovery.run(partial(evaluate, model, batches, eval_iters, autocast, world, signals.check))
+                except StopRequested:
+                    continue  # to the beginning of the loop, where it is looked at
+                losses = mean_losses(own, world)
+                metrics.evaluated(iter_num, lr, losses)
+                if eval_only:
+                    break
+                if losses["val"] < best_val_loss or always_save_checkpoint:
+                    best_val_loss = losses["val"]
+                    if iter_num > 0:
+                        print(f"saving checkpoint to {out_dir}")
+                        if save():
+                            print(f"{unsaved}; training goes on")
 
         loss, norm = recovery.run(
             partial(accumulate, model, scaler, batches, autocast),
@@ -291,20 +282,8 @@ with signals.listening():
 
         if iter_num % log_interval == 0:
             world.all_reduce_mean([loss])
-            mean_loss = loss.item()  # waits for the GPU, so that the clock tells the truth
+            metrics.iterated(iter_num, lr, loss, norm)  # waits for the GPU
             watch.check()
-            now = time.perf_counter()
-            seconds = (now - clock) / (iter_num - last_logged)  # of an iteration, since the last line
-            clock, last_logged = now, iter_num
-            mfu = models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops)
-            running_mfu = (
-                mfu if running_mfu < 0 or iter_num - first_iter <= 6 else 0.9 * running_mfu + 0.1 * mfu
-            )  # the first ones warm up
-            line = f"iter {iter_num}: loss {mean_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%"
-            line += f", {tokens_per_iter / seconds:,.0f} tok/s"
-            if peak := runtime.peak_memory_bytes(device):
-                line += f", peak {peak / 2**30:.2f} GiB"
-            print(line)
 
         iter_num += 1
     watch.check_at_the_end()

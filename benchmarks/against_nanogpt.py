@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import models, runtime, settings
+from nanofit.allocator import NAMES
 from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches
 from nanofit.errors import UsageError
@@ -48,8 +49,6 @@ folder = ""  # the data of a side
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "rounds", "steps")
-if side == "ours":
-    runtime.prefer_expandable_segments()  # before CUDA starts
 dtype = config["dtype"] = settings.dtype(config, given)
 settings.one_of(("", "ours", "nanogpt"), config, "side")
 device = runtime.find_device(device)
@@ -170,7 +169,10 @@ class Player:
 
     def __init__(self, name, folder):
         command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}", f"--folder={folder}", "--save="]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # nanoGPT asks nothing of torch's allocator; an empty wish is the user's, and stands.
+        asks = {} if name == "ours" else dict.fromkeys(NAMES, "")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env={**os.environ, **asks}, **pipes)
         self.name, self.seconds, self.losses, self.peak = name, [], [], 0
 
     def play(self):

@@ -16,8 +16,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import runtime, settings
 from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import Job
-from nanofit.autofit.search import divisors
+from nanofit.autofit.plan import Job, divisors
 from nanofit.autofit.trial import run_trial
 from nanofit.errors import UsageError, usage_errors
 from nanofit.models import GPT2_SIZES, file_of

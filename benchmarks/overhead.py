@@ -24,8 +24,6 @@ from nanofit.distributed import ALONE
 from nanofit.recovery import Recovery, StopSignals, Watch
 from nanofit.step import accumulate, combine, update
 
-runtime.prefer_expandable_segments()  # before CUDA starts
-
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 8
 block_size = 256

@@ -22,8 +22,6 @@ from nanofit.autofit.simulate import step_memory
 from nanofit.batches import RandomBatch
 from nanofit.step import train_step
 
-runtime.prefer_expandable_segments()  # before CUDA starts
-
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 preset = "gpt2"
 batch_size = 4

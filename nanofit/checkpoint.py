@@ -13,6 +13,7 @@ import torch
 from nanofit import runtime
 from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
+from nanofit.metrics import is_state
 from nanofit.models import SIZES
 
 NAME = "ckpt.pt"
@@ -232,6 +233,7 @@ _EXPECTED = {  # what an entry must be, and whether a value is that
     "scaler": ("a dict", lambda value: isinstance(value, dict)),
     "data": ("a dict", lambda value: isinstance(value, dict)),
     "split": ("two pairs of whole numbers", lambda value: _is_split(value)),
+    "metrics": ("the state of a run's figures", is_state),
 }
 
 

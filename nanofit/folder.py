@@ -21,6 +21,7 @@ from nanofit.distributed import ALONE
 from nanofit.errors import UsageError, usage_errors
 
 LOCK = "run.lock"
+_held = {}  # folder: this process's hold on it. A run that ended in an error, as in a notebook, may have left it
 
 
 def run_id_of(saved):
@@ -37,11 +38,14 @@ class RunFolder:
     def __init__(self, out_dir, world=ALONE):
         self.out_dir, self.world = out_dir, world
         self.begin_anew()
-        self._lock = None
         self._alone = False  # what lies in the folder is of this run
 
     def path(self, name=NAME):
         return os.path.join(self.out_dir, name)
+
+    def kept_in(self, run_id):
+        """The folder for what another run left here; run_id: None where it can't be told whose it is."""
+        return self.path(f"kept-of-run-{run_id}" if run_id else "kept-damaged")
 
     def load(self):
         """The checkpoint to go on from: where the run stopped last. Raises UsageError as checkpoint.load."""
@@ -76,34 +80,36 @@ class RunFolder:
             import fcntl
         except ImportError:
             return  # Windows has other locks; there, two runs in one folder are the user's to avoid
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self.release()
         with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
-            self._lock = os.open(self.path(LOCK), flags, 0o666)
+            lock = os.open(self.path(LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
+            holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+            os.close(lock)
             if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                holder = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
                 raise UsageError(
                     f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir"
                 ) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
+        _held[os.path.realpath(self.out_dir)] = lock
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
         for part in glob.glob(glob.escape(self.out_dir) + "/*.part"):  # of a run that was killed while it wrote
             with contextlib.suppress(OSError):
                 os.remove(part)
 
     def release(self):
         """Let another run have the folder; when a process ends, that happens by itself."""
-        if self._lock is not None:
+        lock = _held.pop(os.path.realpath(self.out_dir), None)
+        if lock is not None:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._lock, 0)
-            os.close(self._lock)
-            self._lock = None
+                os.ftruncate(lock, 0)
+            os.close(lock)
 
     def save(self, snapshot, name=NAME):
         """Write a checkpoint of this run. All ranks must call it; rank 0 writes, and the others wait for it.
@@ -131,10 +137,9 @@ class RunFolder:
         """Give another run's checkpoints a folder of their own."""
         for name, saved in self._others().items():
             # By id, so that a move that was interrupted goes on in the same folder.
-            aside = os.path.join(self.out_dir, "kept-damaged" if saved is None else f"kept-of-run-{run_id_of(saved)}")
-            target = os.path.join(aside, name)
+            target = os.path.join(self.kept_in(saved and run_id_of(saved)), name)
             try:
-                os.makedirs(aside, exist_ok=True)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
                 while os.path.lexists(target):
                     target += "~"
                 os.rename(self.path(name), target)

@@ -4,12 +4,14 @@ A model.py that has nanoGPT's GPTConfig and GPT trains here. What ours offers be
 is missing, done without: nothing here imports a model.py that it wasn't told of.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
 import json
 import os
 import sys
+import traceback
 import typing
 
 import torch
@@ -38,41 +40,58 @@ def fields(config_class):
 
 
 def own_fields(config_class):
-    """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run."""
+    """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run.
+
+    A field that no --key=value can set, a tuple for one, stays as it is in model.py.
+    """
     hints = typing.get_type_hints(config_class)
     own = {}
     for name, parameter in fields(config_class).items():
         if name in SIZES:
             continue
         default = parameter.default
+        if default is parameter.empty:
+            raise UsageError(
+                f"model.py: the field {name} of GPTConfig has no default, which train.py needs: give it one"
+            )
         # `int | None = None` stands for an int that the config works out by itself.
         kinds = [k for k in (type(default), *(typing.get_args(hints.get(name)) or [hints.get(name)])) if k in KEY_TYPES]
-        if default is parameter.empty or not kinds:
-            raise UsageError(
-                f"model.py: the field {name} of GPTConfig must have a default and be a bool, int, float or str, so "
-                f"that --{name}=... can set it"
-            )
-        own[name] = kinds[0], default
+        if kinds:
+            own[name] = kinds[0], default
     return own
+
+
+@contextlib.contextmanager
+def refusals(prefix=""):
+    """Turn what a model.py refuses, by a ValueError or an assert, into a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, AssertionError) as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without words
+        raise UsageError(f"{prefix}{error if str(error) else f'it refuses: {line}'}") from error
 
 
 def config_of(config_class, model_args):
     """A GPTConfig of these sizes; those that it doesn't have are left out. UsageError where it refuses them."""
     known = {name: value for name, value in model_args.items() if name in fields(config_class)}
-    with usage_errors(ValueError, AssertionError):
+    with refusals():
         return config_class(**known)
 
 
 def build(model_class, config_class, model_args):
     """A model of these sizes."""
     config = config_of(config_class, model_args)
-    with usage_errors(ValueError, AssertionError, prefix="model.py: "):
+    with refusals("model.py: "):
         return model_class(config)
 
 
 def pretrained(model_class, name, dropout):
     """A GPT-2 with trained weights: name as in init_from."""
-    with usage_errors(ValueError, OSError, ImportError, AssertionError, prefix=f"init_from={name!r}: "):
+    if not hasattr(model_class, "from_pretrained"):
+        raise UsageError(f"init_from={name!r}: model.py offers no from_pretrained: start from scratch, or resume")
+    with refusals(f"init_from={name!r}: "), usage_errors(OSError, ImportError, prefix=f"init_from={name!r}: "):
         return model_class.from_pretrained(name, dict(dropout=dropout))
 
 
@@ -147,14 +166,11 @@ def blocks_of(model):
     return getattr(getattr(model, "transformer", None), "h", ())
 
 
-def lacks(model):
-    """A line for each thing that training would use and the model doesn't offer."""
-    lines = []
-    if not offers(model, "return_logits"):
-        lines.append("model.py offers no return_logits: all logits are held, and loss_chunk_mb does nothing")
-    if not blocks_of(model):
-        lines.append("model.py has no transformer.h: recompute does nothing")
-    return lines
+def lacks(model_class):
+    """A line for each thing that training would use and a model doesn't offer."""
+    if "return_logits" in _parameters_of_forward(model_class):
+        return []
+    return ["model.py offers no return_logits: all logits are held, and loss_chunk_mb does nothing"]
 
 
 def share_of_peak(model, sequences, seconds, peak_flops):
@@ -170,7 +186,10 @@ def apply_levers(model, levers):
     if hasattr(model, "loss_chunk_mb"):
         model.loss_chunk_mb = levers.loss_chunk_mb
     if levers.recompute:
-        draws = getattr(model.config, "dropout", 1.0) > 0
+        if not blocks_of(model):
+            print("model.py has no transformer.h: recompute does nothing")
+        # By a field of its own, a model may draw random numbers that dropout says nothing of.
+        draws = getattr(model.config, "dropout", 1.0) > 0 or bool(set(fields(type(model.config))) - set(SIZES))
         for block in blocks_of(model):
             block.forward = _recomputed(block.forward, draws)
 

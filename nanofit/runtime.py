@@ -215,15 +215,6 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def prefer_expandable_segments():
-    """Ask for CUDA memory that grows in place, which fragments less. Before CUDA starts; the user's word stands."""
-    release = tuple(int(n) for n in torch.__version__.split(".")[:2])
-    name = "PYTORCH_ALLOC_CONF" if release >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"  # renamed in 2.9
-    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
-    if sys.platform == "linux" and torch.version.cuda and not asked:
-        os.environ[name] = "expandable_segments:True"
-
-
 def total_memory_bytes(device):
     """All memory of the device; on a CPU, the machine's."""
     if device.type == "cuda":
@@ -330,9 +321,22 @@ def allocator_retries(device):
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
-def peak_memory_bytes(device):
-    """Most bytes that tensors have held on a GPU so far; None where torch doesn't count them."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+def memory_in_use(device):
+    """(bytes that tensors have held at most so far, bytes that the allocator holds now, with what it keeps in reserve).
+
+    On a CPU both are what is resident of this process. None where the system doesn't tell.
+    """
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)  # once: it takes longer than all else here
+        return stats.get("allocated_bytes.all.peak", 0), stats.get("reserved_bytes.all.current", 0)
+    if device.type == "mps":
+        return None, torch.mps.driver_allocated_memory()
+    try:
+        with open("/proc/self/status") as f:
+            status = dict(line.split(":", 1) for line in f)
+        return tuple(int(status[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
+    except (OSError, LookupError, ValueError):
+        return None, None
 
 
 # ---- random numbers ----------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from nanofit.errors import UsageError
 
 BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
 BATCH_BYTES = 18  # that a token of a batch takes there: as it is stored, and twice as int64
-# What a resumed run takes from its checkpoint, as nanoGPT's: the model's shape, and AdamW's own numbers.
-OF_THE_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "weight_decay", "beta1", "beta2")
+OF_THE_CHECKPOINT = ("weight_decay", "beta1", "beta2")  # what a resumed run takes from there, beside the model's shape
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -124,12 +123,11 @@ def differences(saved, config, given):
     """Lines on the keys that differ from the checkpoint's, and what becomes of each. saved: a checkpoint."""
     taken, ignored = [], []
     for key, value in config.items():
-        before = saved["config"].get(key, value)
-        if key in models.SIZES and key not in ("dropout", "block_size"):
-            before = saved["model_args"].get(key, value)
+        shape = key in saved["model_args"] and key not in ("dropout", "block_size")
+        before = saved["model_args" if shape else "config"].get(key, value)
         if before == value or key in ("out_dir", "init_from") or key not in given:
             continue
-        kept = key in OF_THE_CHECKPOINT
+        kept = shape or key in OF_THE_CHECKPOINT
         (ignored if kept else taken).append(f"{key} {before}, not {value}" if kept else f"{key} {before} -> {value}")
     lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
     return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])

@@ -22,7 +22,6 @@ REFERENCE = ROOT / "tests" / "reference"
 RANK = ROOT / "tests" / "rank.py"  # train.py, and then a file that tells a rank's weights
 sys.path.insert(0, str(ROOT))
 
-from nanofit.folder import RunFolder
 
 TOY = {  # the reference runs' model, on the reference runs' data
     "dataset": "markov", "device": "cpu", "compile": False, "n_layer": 2, "n_head": 2, "n_embd": 64,
@@ -64,17 +63,6 @@ def flags(**keys):
     return [f"--{k}={v}" for k, v in keys.items()]
 
 
-TAKEN = []  # folders that are held by runs in this process
-
-
-def remember_taken(folder, take=RunFolder.take):
-    TAKEN.append(folder)
-    take(folder)
-
-
-RunFolder.take = remember_taken
-
-
 def run_script(name, *argv):
     """Run a script of the project as python would, in the current folder: much faster than a new process.
 
@@ -91,9 +79,6 @@ def run_script(name, *argv):
         raise
     finally:
         sys.argv, sys.excepthook, sys.stdout = before
-        for folder in TAKEN:  # as if the process had ended
-            folder.release()
-        TAKEN.clear()
     return Run(out.getvalue(), names)
 
 

@@ -21,8 +21,9 @@ from nanofit.errors import UsageError
 CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at
     "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False,
-    "eval_only": False,    "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20, "dry_run": False,
-    "init_from": "scratch", "out_dir": "out", "recompute": False, "optimizer_state": "float32", "loss_chunk_mb": 0,
+    "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20, "dry_run": False,
+    "eval_only": False, "init_from": "scratch", "out_dir": "out", "recompute": False, "optimizer_state": "float32",
+    "loss_chunk_mb": 0,
 }  # fmt: skip
 SIZES = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=65, dropout=0.0)
 
@@ -96,6 +97,19 @@ def test_a_dry_run_tells_where_memory_goes_and_keeps_nothing(trials, workplace, 
     assert trials[-1].simulate
     assert (trials[-1].micro_batch_size, trials[-1].levers) == (4, plan.levers)
     assert not (workplace / "out").exists()
+
+
+def test_an_evaluation_alone_keeps_nothing(trials, workplace):
+    fit(eval_only=True)
+    assert not (workplace / "out").exists()
+
+
+def test_an_answer_that_cannot_be_kept_is_told_and_taken(trials, workplace, capsys):
+    (workplace / "out").write_text("a file where a folder should be")
+    plan = fit()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("auto-fit: out/auto_fit.json can't be written (")
+    assert said[-1] == f"auto-fit: {plan}"
 
 
 def test_a_device_that_is_elsewhere_is_simulated(trials):

@@ -4,6 +4,8 @@ tests/models/ holds nanoGPT's interface as nanoGPT has it, and a fork with other
 Each is put beside copies of the scripts. One process makes many runs, as starting it takes longer than they do.
 """
 
+import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -14,6 +16,11 @@ import sys
 import pytest
 import torch
 from conftest import REFERENCE, ROOT, TOY, Run, environment, flags, run_script
+
+from nanofit import models
+from nanofit.autofit.plan import Job, MemoryLevers
+from nanofit.autofit.simulate import step_memory
+from nanofit.errors import UsageError
 
 TOLERANCE = 3e-4  # of a printed loss, between processors
 LACKS_RETURN_LOGITS = r"^model\.py offers no return_logits.*all logits are held.*$"
@@ -141,7 +148,7 @@ def split_of(run):
 
 
 @pytest.fixture(scope="module")
-def nanogpt(tmp_path_factory):
+def nanogpt(tmp_path_factory, hugging_face_gpt2):
     """(checkout, runs) with a model.py of nanoGPT's interface."""
     checkout = Checkout(tmp_path_factory.mktemp("nanogpt") / "checkout", "nanogpt_like.py")
     reference = json.loads((REFERENCE / "losses.json").read_text())
@@ -158,6 +165,8 @@ def nanogpt(tmp_path_factory):
     runs["sampled"] = sampling("theirs")
     runs["benched"] = benching()
     runs["no such pretrained"] = training(init_from="gpt3")
+    runs["a folder"] = training(init_from=hugging_face_gpt2[0])
+    runs["heads of unequal size"] = training(n_head=3)
     return checkout, checkout.run(runs)
 
 
@@ -192,7 +201,7 @@ def test_nothing_is_said_to_lack_in_ours():
 @in_one_process
 def test_nanogpts_model_resumes_bit_for_bit(nanogpt):
     checkout, runs = nanogpt
-    assert_same_run(runs["whole"], runs["rest"], start=10)
+    assert_same_run(runs["whole"], runs["rest"], start=18)
     assert checkout.checkpoint("whole")["iter_num"] == 20
     assert set(checkout.checkpoint("whole")["model_args"]) == set(torch.load(
         REFERENCE / "upstream_ckpt.pt", weights_only=True)["model_args"])  # fmt: skip
@@ -231,9 +240,12 @@ def test_nanogpts_model_is_timed(nanogpt):
 
 
 @in_one_process
-def test_only_what_nanogpts_model_knows_is_pretrained(nanogpt):
-    assert re.match("init_from must be 'scratch', 'resume', .*gpt2-xl.*not 'gpt3'",
-                    nanogpt[1]["no such pretrained"].names["sentence"])  # fmt: skip
+def test_what_nanogpts_model_refuses_is_a_sentence(nanogpt):
+    """Its asserts have no words of their own."""
+    sentences = {name: run.names["sentence"] for name, run in nanogpt[1].items()}
+    assert re.match("init_from must be 'scratch', 'resume', .*gpt2-xl.*not 'gpt3'", sentences["no such pretrained"])
+    assert re.match(r"init_from='.*': it refuses: assert model_type in \(.*gpt2-xl", sentences["a folder"])
+    assert sentences["heads of unequal size"] == "model.py: it refuses: assert config.n_embd % config.n_head == 0"
 
 
 # A vocabulary of 50304, as the data set has no meta.pkl: a token's logits and their gradient take 0.6 MB.
@@ -297,6 +309,7 @@ def fork(tmp_path_factory):
         "part": training(max_iters=17, out_dir="parts", dropout=0.1, **fields),
         "rest": training(max_iters=23, out_dir="parts", dropout=0.1, init_from="resume"),
         "sampled": sampling("parts", "mine.py"),
+        "other heads": training(max_iters=20, out_dir="parts", init_from="resume", n_kv_head=2),
         "cropped": training(max_iters=22, out_dir="parts", init_from="resume", block_size=16),
         "kept": training(max_iters=10, out_dir="kept"),
         "recomputed": training(max_iters=10, out_dir="recomputed", recompute=True),
@@ -306,6 +319,7 @@ def fork(tmp_path_factory):
         "no number": training(n_kv_head="two"),
         "a word": training(rope_base="long"),
         "typo": training(n_kv_heads=1),
+        "sampled with other heads": ("sample.py", "--out_dir=parts", "--n_kv_head=2"),
         "pretrained": training(init_from="gpt2"),
     }
     return checkout, checkout.run(runs)
@@ -319,7 +333,7 @@ def test_a_fork_trains_and_resumes_bit_for_bit(fork):
     """Fields given by a config file or by flags, and after that taken from the checkpoint."""
     checkout, runs = fork
     assert set(runs["whole"].iter_loss) == set(range(24))
-    assert_same_run(runs["whole"], runs["rest"], start=10)
+    assert_same_run(runs["whole"], runs["rest"], start=18)
     assert_same_weights(checkout.checkpoint("whole"), checkout.checkpoint("parts"))
     for run in (runs["part"], runs["rest"]):
         assert run.names["shape"]["n_kv_head"] == 1
@@ -336,6 +350,9 @@ def test_a_forks_fields_are_kept_in_the_checkpoint(fork):
     assert untouched["model_args"]["rope_base"] == 10000.0
     assert untouched["model"]["transformer.h.0.attention.to_kv.weight"].shape == (128, 64), "as many as n_head"
     assert {"n_kv_head", "rope_base"} <= set(untouched["config"])
+    resumed = ended_well(fork[1]["other heads"])
+    assert resumed.names["shape"]["n_kv_head"] == 1
+    assert "differs, but stays as it is in the checkpoint: n_kv_head 1, not 2\n" in resumed.text
 
 
 @in_another_process
@@ -348,6 +365,8 @@ def test_a_forks_fields_are_keys_like_any_other(fork):
     assert "not 'two'" in runs["no number"].names["sentence"]
     assert "rope_base must be a number" in runs["a word"].names["sentence"]
     assert "train.py has no key 'n_kv_heads': did you mean 'n_kv_head'?" in runs["typo"].names["sentence"]
+    sentence = runs["sampled with other heads"].names["sentence"]
+    assert sentence == "sample.py has no key 'n_kv_head': it belongs to model.py"
 
 
 @in_another_process
@@ -382,8 +401,8 @@ def test_a_fork_is_timed(fork):
 
 @in_another_process
 def test_a_fork_that_has_nothing_pretrained_says_so(fork):
-    assert "from_pretrained" in fork[1]["pretrained"].names["sentence"]
-    assert "no user should meet" not in fork[1]["pretrained"].names["sentence"]
+    sentence = fork[1]["pretrained"].names["sentence"]
+    assert sentence.startswith("init_from='gpt2': model.py offers no from_pretrained: start from scratch")
 
 
 @pytest.mark.slow
@@ -397,3 +416,98 @@ def test_a_fork_is_fitted(tmp_path):
 def test_a_fork_is_planned_for(tmp_path):
     runs = {"one": training(**PLANNED, n_kv_head=1)}
     assert_planned(Checkout(tmp_path / "checkout", "modern.py").run(runs)["one"])
+
+
+# ---- what is looked for, by itself -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Config:
+    """A GPTConfig whose author had ideas."""
+
+    dropout: float = 0.0
+    noise: float = 0.1
+    window: int | None = None
+    pattern: tuple = ("local", "global")
+
+
+@dataclasses.dataclass
+class Unset:
+    n_experts: int
+
+
+def test_fields_become_keys_where_a_key_can_set_them():
+    assert models.own_fields(Config) == {"noise": (float, 0.1), "window": (int, None)}
+    assert models.config_of(Config, {"n_layer": 2, "noise": 0.2}) == Config(noise=0.2)
+    with pytest.raises(UsageError, match="the field n_experts of GPTConfig has no default"):
+        models.own_fields(Unset)
+
+
+class Noisy(torch.nn.Module):
+    """Blocks that draw random numbers, whatever dropout is."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(config.noise)) for _ in range(2)]
+        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList(blocks)})
+
+    def forward(self, x):
+        for block in self.transformer.h:
+            x = torch.tanh(block(x))
+        return x
+
+
+def test_what_is_recomputed_draws_the_same_numbers_again():
+    gradients = []
+    for levers in (MemoryLevers(), MemoryLevers(recompute=True)):
+        torch.manual_seed(0)
+        model = Noisy(Config())
+        models.apply_levers(model, levers)
+        gradients.append(torch.autograd.grad(model(torch.ones(64, 8)).sum(), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_model_without_transformer_h_is_told_when_recompute_is_asked_for(capsys):
+    model = torch.nn.Linear(2, 2)
+    model.config = Config()
+    models.apply_levers(model, MemoryLevers())
+    assert capsys.readouterr().out == ""
+    models.apply_levers(model, MemoryLevers(recompute=True))
+    assert capsys.readouterr().out == "model.py has no transformer.h: recompute does nothing\n"
+
+
+@pytest.fixture
+def brought():
+    """{name: (GPT, GPTConfig)} of the stand-ins."""
+    found = {}
+    for name in ("nanogpt_like", "modern"):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "models" / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found[name] = module.GPT, module.GPTConfig
+    return found
+
+
+@pytest.mark.parametrize("name", ["nanogpt_like", "modern"])
+def test_dropout_costs_a_plan_no_attention_matrices_in_any_model(brought, name):
+    peaks = []
+    for dropout in (0.0, 0.2):
+        sizes = dict(n_layer=2, n_head=4, n_embd=64, block_size=1024, vocab_size=65, bias=False, dropout=dropout)
+        job = Job(
+            model_file="", model_args=sizes, device="cuda", dtype="bfloat16", grad_clip=1.0, micro_batch_size=2,
+            micro_steps=1,
+        )  # fmt: skip
+        peaks.append(sum(step_memory(*brought[name], job, MemoryLevers()).values()))
+    assert peaks[0] < peaks[1] < 1.3 * peaks[0], "masks are a byte for each value that they drop"
+
+
+@pytest.mark.parametrize(("state", "share"), [("float32", 2), ("offload", 0)])
+def test_an_optimizer_that_is_not_fused_is_simulated(brought, state, share):
+    sizes = dict(n_layer=1, n_head=2, n_embd=128, block_size=16, vocab_size=64, bias=False, dropout=0.0)
+    job = Job(
+        model_file="", model_args=sizes, device="cuda", dtype="float32", grad_clip=1.0, micro_batch_size=1,
+        micro_steps=1,
+    )  # fmt: skip
+    parts = step_memory(*brought["nanogpt_like"], job, MemoryLevers(optimizer_state=state))
+    assert parts["optimizer state"] == pytest.approx(share * parts["weights"], rel=0.01)

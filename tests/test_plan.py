@@ -122,6 +122,8 @@ def test_garbage_is_no_value(line):
         '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": 5}',
         '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": 0}',
         '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": -8}',
+        '{"kind": "Plan", "batch_size": -64, "gradient_accumulation_steps": 1, "micro_batch_size": 8}',
+        '{"kind": "Plan", "batch_size": 1' + 40 * "0" + ', "gradient_accumulation_steps": 1, "micro_batch_size": 7}',
     ],
     ids=lambda line: line[:60],
 )  # fmt: skip
@@ -179,10 +181,32 @@ def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
     )
 
 
-@pytest.mark.parametrize("size", [5, 96, 192, 0, -8])
+def can_be_planned(batch_size, accumulation, micro_batch_size):
+    try:
+        Plan(batch_size, accumulation, micro_batch_size)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("size", [5, 96, 192, 256])
 def test_a_split_that_drifts_cannot_be_planned(size):
     with pytest.raises(AssertionError, match="a micro-batch divides the batch, or joins several"):
         Plan(64, 2, size)
+
+
+@pytest.mark.parametrize("sizes", [(64, 2, 0), (64, 2, -8), (-64, 2, 8), (64, 0, 8), (0, 2, 8)])
+def test_nothing_can_be_split_into_nothing(sizes):
+    with pytest.raises(AssertionError, match="all are at least 1"):
+        Plan(*sizes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_what_can_be_planned_are_the_sizes_that_are_tried(batch_size, accumulation):
+    every = range(-1, batch_size * accumulation + 2)
+    planned = [size for size in every if can_be_planned(batch_size, accumulation, size)]
+    assert planned == micro_batch_sizes(batch_size, accumulation)
 
 
 def test_the_sizes_of_a_micro_batch():

@@ -8,6 +8,7 @@ bit. Prints what went wrong, and ends with exit code 1 if something did.
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
@@ -78,6 +79,15 @@ def facts(log):
     return [(f"iter {a}", b) if a else (f"step {c}", d) if c else (e, f) for a, b, c, d, e, f in found]
 
 
+def figures(folder, out_dir):
+    """[(iteration, kind, losses)] in the order in which metrics.jsonl has them."""
+    with open(os.path.join(folder, out_dir, "metrics.jsonl")) as file:
+        records = [json.loads(line) for line in file]
+    evaluation, iteration = ("train_loss", "val_loss", "best_val_loss"), ("loss", "grad_norm", "lr")
+    kinds = [(r, evaluation if "val_loss" in r else iteration) for r in records if "run" not in r]
+    return [(r["iter"], r["tokens"], *(r[name] for name in kind)) for r, kind in kinds]
+
+
 def run(kills, folder, seed=0):
     """A list of complaints; folder: an empty one, with the data set in data/markov."""
     choose = random.Random(seed)
@@ -107,6 +117,8 @@ def run(kills, folder, seed=0):
             complaints.append(f"{name}: {figure}, not {expected.get(name)}")
     for name in expected.keys() - {name for name, _ in facts(log)}:
         complaints.append(f"{name} never came")
+    if figures(folder, "killed") != figures(folder, "whole"):
+        complaints.append("metrics.jsonl is not that of the run in peace: each figure once, in order, with its value")
     if died < kills:
         complaints.append(f"the run was through after {died} of {kills} kills")
     resumed = len(re.findall(r"^resuming from killed at iteration", log, re.MULTILINE))

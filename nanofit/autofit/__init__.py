@@ -11,12 +11,24 @@ trial, simulate.py is a trial without a device, advice.py knows what would fit, 
 
 from dataclasses import fields, replace
 
-from nanofit.autofit.plan import MemoryLevers
+from nanofit.autofit.plan import GIB, MemoryLevers, Plan
 
 
 def levers_of(config):
     """The MemoryLevers among a run's keys."""
     return MemoryLevers(**{lever.name: config[lever.name] for lever in fields(MemoryLevers)})
+
+
+def as_configured(config):
+    """The Plan of a run that nothing is chosen for."""
+    return Plan(
+        batch_size=config["batch_size"],
+        gradient_accumulation_steps=config["gradient_accumulation_steps"],
+        micro_batch_size=config["batch_size"],
+        levers=levers_of(config),
+        compile=config["compile"],
+        limit_bytes=int(config["memory_limit_gb"] * GIB),
+    )
 
 
 def fit(world, device, config, given, model_args, model_class, iterations_left):

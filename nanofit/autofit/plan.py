@@ -126,7 +126,10 @@ class Plan:
     trials: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
-        assert self.micro_batch_size in micro_batch_sizes(self.batch_size, self.gradient_accumulation_steps), (
+        size, batch_size = self.micro_batch_size, self.batch_size
+        assert min(size, batch_size, self.gradient_accumulation_steps) > 0, "all are at least 1"
+        joined = size // batch_size if size % batch_size == 0 else 0
+        assert batch_size % size == 0 or (joined and self.gradient_accumulation_steps % joined == 0), (
             "a micro-batch divides the batch, or joins several"
         )
 

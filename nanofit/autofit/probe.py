@@ -141,7 +141,6 @@ def simulate(job):
 
 if __name__ == "__main__":
     show_errors_as_sentences()
-    runtime.prefer_expandable_segments()
     task = from_json(sys.stdin.readline(), Job)
     # Standard input ends when the process that asked does: then nobody waits, and the GPU should be free again.
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()

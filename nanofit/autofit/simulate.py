@@ -7,6 +7,8 @@ they would hold: no memory, seconds, and within a few percent of what the device
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from nanofit import models, runtime
 from nanofit.batches import RandomBatch
@@ -38,6 +40,16 @@ class Compact8bit(torch.optim.Optimizer):
             }
 
 
+class AttentionWithoutDropout(TorchFunctionMode):
+    """Leaves dropout out of scaled_dot_product_attention: a CPU, unlike a GPU, would store whole matrices for it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **(kwargs or {}), "dropout_p": 0.0}
+        return func(*args, **(kwargs or {}))
+
+
 def _optimizer(kind, model):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
     if kind == "8bit":
@@ -46,9 +58,8 @@ def _optimizer(kind, model):
         optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
     # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
     optimizer.defaults["fused"] = True
-    if isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    for group in optimizer.param_groups:
+        group["fused"] = True
     return optimizer
 
 
@@ -67,10 +78,6 @@ def step_memory(model_class, config_class, job, levers):
     with FakeTensorMode():
         model = models.build(model_class, config_class, job.model_args)
         models.apply_levers(model, levers)
-        for module in model.modules():
-            # With dropout a CPU, unlike a GPU, would store whole attention matrices.
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0
         optimizer = _optimizer(levers.optimizer_state, model)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
@@ -79,7 +86,7 @@ def step_memory(model_class, config_class, job, levers):
         before_loss = {}
         for block in models.blocks_of(model)[-1:]:
             block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
-        with tracker:
+        with tracker, AttentionWithoutDropout():
             # A step finds AdamW's state, and beyond the first micro-step the gradients so far.
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)

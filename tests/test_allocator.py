@@ -1,0 +1,61 @@
+"""What is asked of the allocator, before torch is there."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment
+
+from nanofit import allocator
+
+
+def asked(monkeypatch, release="2.13.0", kernel="6.1.0", system="linux", **variables):
+    """The allocator's variables after asking, on a machine of this kind."""
+    for name in allocator.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: {"torch": release}[package])
+    monkeypatch.setattr(platform, "release", lambda: kernel)
+    monkeypatch.setattr(sys, "platform", system)
+    allocator.prefer_expandable_segments()
+    return {name: allocator.os.environ[name] for name in allocator.NAMES if name in allocator.os.environ}
+
+
+@pytest.mark.parametrize(
+    ("release", "name"),
+    [("2.6.0", allocator.NAMES[0]), ("2.9.1+cu128", allocator.NAMES[0]), ("2.10.0", allocator.NAMES[1]),
+     ("2.15.0a0", allocator.NAMES[1])],
+)  # fmt: skip
+def test_the_variable_that_the_release_reads(monkeypatch, release, name):
+    assert asked(monkeypatch, release) == {name: "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    "machine", [dict(kernel="5.15.167.4-microsoft-standard-WSL2"), dict(system="win32"), dict(system="darwin")], ids=str
+)
+def test_where_it_would_fail_it_is_not_asked_for(monkeypatch, machine):
+    assert asked(monkeypatch, **machine) == {}
+
+
+@pytest.mark.parametrize("name", allocator.NAMES)
+def test_what_the_user_has_set_stands(monkeypatch, name):
+    assert asked(monkeypatch, **{name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+def test_scripts_ask_before_torch_is_imported(script):
+    code = (
+        "import ast, sys\n"
+        f"names = [n.names[0].name for n in ast.parse(open({script!r}).read()).body if isinstance(n, ast.Import)]\n"
+        "assert names.index('nanofit') < names.index('torch'), names\n"
+        "import os, nanofit\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(*(name for name in os.environ if name.endswith('ALLOC_CONF')))\n"
+    )
+    variables = {k: v for k, v in environment().items() if k not in allocator.NAMES}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in allocator.NAMES

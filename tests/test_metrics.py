@@ -1,0 +1,423 @@
+"""A run's figures: what is made of them, and what their readers keep."""
+
+import contextlib
+import glob
+import importlib.util
+import json
+import math
+import os
+import re
+import resource
+import struct
+import subprocess
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment
+
+from nanofit import metrics as figures_of
+from nanofit.distributed import ALONE, World
+from nanofit.errors import UsageError
+from nanofit.folder import RunFolder
+from nanofit.metrics import Metrics, open_readers, print_line, require_readers
+from nanofit.metrics_file import MetricsFile
+
+CPU = torch.device("cpu")
+KEYS = {
+    "eval_only": False, "wandb_log": False, "wandb_project": "p", "wandb_run_name": "n",
+    "tensorboard_log": False,
+}  # fmt: skip
+LINE = (
+    r"iter \d+: loss \d\.\d{4}, time \d+\.\d\dms, mfu -?\d+\.\d\d%, [\d,]+ tok/s, norm \d+\.\d\d"
+    r"(, peak \d+\.\d\d GiB)?(, [\d.]+ (s|min|h) left)?"
+)
+
+
+def metrics_of(iter_num=0, state=None, max_iters=100, run_id="aaaaaaaa", **changed):
+    """Metrics of a small run, with the readers that its keys ask for."""
+    folder = RunFolder("out")
+    folder.run_id = run_id
+    saved = state and {"metrics": state}
+    made = Metrics(CPU, iter_num, max_iters, 10, 64, lambda seconds: 0.01 / seconds, saved)
+    made.readers = open_readers({**KEYS, **changed}, folder, iter_num, {"device": "CPU"})
+    return made
+
+
+def iterate(metrics, iterations, loss=2.0, norm=0.5):
+    for it in iterations:
+        metrics.iterated(it, 1e-3, torch.tensor(loss + it), torch.tensor(norm))
+
+
+def records(path="out/metrics.jsonl"):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines()]
+
+
+def iterations(path="out/metrics.jsonl"):
+    return [r["iter"] for r in records(path) if "loss" in r]
+
+
+class Clock:
+    """time.perf_counter, moved by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(figures_of.time, "perf_counter", lambda: self.now)
+
+
+# ---- the figures -------------------------------------------------------------------------------------------
+
+
+def test_an_iterations_figures(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
+    metrics = Metrics(CPU, 0, 100, 50, 64, lambda seconds: 0.01 / seconds)
+    metrics.readers = [seen.append]
+    for it in range(9):
+        clock.now += 0.5
+        if it % 2 == 0:  # log_interval=2
+            iterate(metrics, [it])
+    last = seen[-1]
+    assert (last["iter"], last["tokens"], last["loss"], last["lr"], last["grad_norm"]) == (8, 9 * 64, 10.0, 1e-3, 0.5)
+    assert last["seconds"] == pytest.approx(0.5)
+    assert last["tokens_per_second"] == pytest.approx(128)
+    assert last["mfu"] == pytest.approx(0.02)
+    assert [f["seconds_left"] is None for f in seen] == [True, True, True, False, False]
+    assert last["seconds_left"] == pytest.approx((100 - 8) * 0.5)
+
+
+def test_a_pause_is_no_iterations_time_but_counts_for_what_is_left(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
+    metrics = Metrics(CPU, 0, 40, 10, 64, lambda seconds: 0.01 / seconds)
+    metrics.readers = [seen.append]
+    for it in range(8):
+        if it == 0:
+            with metrics.paused():
+                clock.now += 7.0
+        clock.now += 0.5
+        iterate(metrics, [it])
+    assert all(f["seconds"] == pytest.approx(0.5) for f in seen)
+    assert seen[-1]["seconds_left"] == pytest.approx(33 * 0.5 + 4 * 7.0)  # evaluations at 10, 20, 30 and 40
+
+
+def test_an_evaluations_figures_know_the_best():
+    seen = []
+    metrics = Metrics(CPU, 0, 40, 10, 64, lambda seconds: 0.0)
+    metrics.readers = [seen.append]
+    for it, val in ((0, 3.0), (10, 2.0), (20, 2.5), (30, math.nan)):
+        metrics.evaluated(it, 1e-3, {"train": val - 0.1, "val": val})
+    assert [f["best_val_loss"] for f in seen] == [3.0, 2.0, 2.0, 2.0]
+    assert [f["tokens"] for f in seen] == [0, 640, 1280, 1920]
+    again = Metrics(CPU, 30, 40, 10, 1000, lambda seconds: 0.0, {"metrics": metrics.state(30)})
+    again.readers = [seen.append]
+    again.evaluated(40, 1e-3, {"train": 2.4, "val": 2.5})
+    assert seen[-1]["best_val_loss"] == 2.0
+    assert seen[-1]["tokens"] == 30 * 64 + 10 * 1000  # an iteration has another number of tokens now
+
+
+def test_the_device_is_read_once_an_iteration(monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__", "__index__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, _name=name, _real=real, **k: (reads.append(_name), _real(*a, **k))[1]
+        )
+    iterate(metrics_of(), [0])
+    assert reads == ["tolist"]
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_waited_for_once_an_iteration():
+    device = torch.device("cuda")
+    metrics = Metrics(device, 0, 10, 10, 64, lambda seconds: 0.0)
+    metrics.readers = [lambda figures: None]
+    loss, norm = torch.rand(2, device=device).unbind()
+    metrics.iterated(0, 1e-3, loss, norm)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            metrics.iterated(1, 1e-3, loss, norm)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+# ---- the line ----------------------------------------------------------------------------------------------
+
+
+def test_lines_begin_as_nanogpts_do(capsys):
+    metrics = metrics_of()
+    metrics.evaluated(0, 1e-3, {"train": 1.91234, "val": 1.98766})
+    iterate(metrics, range(8), loss=1.0)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "step 0: train loss 1.9123, val loss 1.9877"
+    assert all(re.fullmatch(LINE, line) for line in lines), lines
+    assert "left" not in lines[0]
+    assert "left" in lines[-1]
+
+
+def test_a_line_tells_everything(capsys):
+    print_line({
+        "iter": 10, "loss": 3.12344, "seconds": 0.1352, "mfu": 0.312, "tokens_per_second": 12345.4, "grad_norm": 0.834,
+        "peak_bytes": int(3.2 * 2**30), "seconds_left": 11.2 * 3600,
+    })  # fmt: skip
+    assert capsys.readouterr().out == (
+        "iter 10: loss 3.1234, time 135.20ms, mfu 31.20%, 12,345 tok/s, norm 0.83, peak 3.20 GiB, 11.2 h left\n"
+    )
+
+
+def test_figures_that_are_not_finite_are_printed_as_such(capsys):
+    print_line({
+        "iter": 1, "loss": math.nan, "seconds": 0.1, "mfu": 0.5, "tokens_per_second": 10.0, "grad_norm": math.inf,
+        "peak_bytes": None, "seconds_left": None,
+    })  # fmt: skip
+    assert capsys.readouterr().out == "iter 1: loss nan, time 100.00ms, mfu 50.00%, 10 tok/s, norm inf\n"
+
+
+# ---- the file ----------------------------------------------------------------------------------------------
+
+
+def test_the_file_has_every_figure_in_order():
+    metrics = metrics_of()
+    metrics.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
+    iterate(metrics, range(3))
+    first, evaluation, *rest = records()
+    assert (first["iter"], first["run"]["id"], first["run"]["device"]) == (0, "aaaaaaaa", "CPU")
+    assert (evaluation["iter"], evaluation["val_loss"], evaluation["best_val_loss"]) == (0, 4.1, 4.1)
+    assert [r["loss"] for r in rest] == [2.0, 3.0, 4.0]
+    assert set(rest[0]) == {
+        "iter", "tokens", "lr", "loss", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes",
+        "memory_bytes", "seconds_left",
+    }  # fmt: skip
+
+
+def test_what_is_not_finite_is_null():
+    metrics = metrics_of()
+    metrics.evaluated(0, 1e-3, {"train": math.nan, "val": math.inf})
+    iterate(metrics, [0], loss=math.nan, norm=math.inf)
+    _, evaluation, iteration = records()
+    assert (evaluation["train_loss"], evaluation["val_loss"], evaluation["best_val_loss"]) == (None, None, None)
+    assert (iteration["loss"], iteration["grad_norm"], iteration["lr"]) == (None, None, 1e-3)
+
+
+def test_going_on_cuts_the_file_back():
+    metrics = metrics_of()
+    iterate(metrics, range(10))
+    metrics.evaluated(10, 1e-3, {"train": 4.0, "val": 4.1})
+    state = metrics.state(10)
+    iterate(metrics, range(10, 14))
+    whole = Path("out/metrics.jsonl").read_bytes()
+
+    again = metrics_of(10, state)
+    assert Path("out/metrics.jsonl").read_bytes() == whole  # nothing is cut before there is something new
+    again.evaluated(10, 1e-3, {"train": 4.0, "val": 4.1})
+    iterate(again, range(10, 20))
+    assert iterations() == list(range(20))
+    assert [r["iter"] for r in records() if "val_loss" in r] == [10]
+    assert [r["iter"] for r in records() if "run" in r] == [0, 10]
+    assert os.listdir("out") == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("left", [b'{"iter":3,"to', b'{"iter":3,"tokens":256}', b"\0\0\0\0"])
+def test_half_a_line_is_cut(left):
+    metrics = metrics_of()
+    iterate(metrics, range(3))
+    with open("out/metrics.jsonl", "ab") as file:
+        file.write(left)
+    again = metrics_of(5, metrics.state(5))
+    iterate(again, [5])
+    assert iterations() == [0, 1, 2, 5]
+
+
+def test_a_run_from_scratch_keeps_the_file_of_the_one_before_and_that_one_can_go_on():
+    first = metrics_of(run_id="aaaaaaaa")
+    iterate(first, range(6))
+    iterate(metrics_of(run_id="bbbbbbbb"), range(2), loss=7.0)
+    assert iterations("out/kept-of-run-aaaaaaaa/metrics.jsonl") == list(range(6))
+    assert [r["loss"] for r in records() if "loss" in r] == [7.0, 8.0]
+
+    iterate(metrics_of(4, first.state(4), run_id="aaaaaaaa"), range(4, 8))  # the checkpoint is still the first one's
+    assert iterations() == list(range(8))
+    assert iterations("out/kept-of-run-bbbbbbbb/metrics.jsonl") == [0, 1]
+    assert not os.listdir("out/kept-of-run-aaaaaaaa")
+
+
+def test_a_run_without_figures_leaves_no_file():
+    iterate(metrics_of(), range(2))
+    metrics_of(run_id="bbbbbbbb")
+    metrics_of(run_id="cccccccc", eval_only=True).evaluated(0, 1e-3, {"train": 1.0, "val": 1.0})
+    assert iterations() == [0, 1]
+    assert os.listdir("out") == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("told", ["my notes", '{"iter":0,"run":{"id":"../../outside"}}'])
+def test_a_file_that_is_not_ours_is_kept(told):
+    for _ in range(2):
+        os.makedirs("out", exist_ok=True)
+        Path("out/metrics.jsonl").write_text(f"{told}\n")
+        iterate(metrics_of(), [0])
+        assert iterations() == [0]
+    assert Path("out/kept-damaged/metrics.jsonl").read_text() == f"{told}\n"
+    assert Path("out/kept-damaged/metrics.jsonl~").read_text() == f"{told}\n"
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Writes beyond size bytes of a file fail, the one that crosses the limit after its first part."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_file_and_not_the_run(capsys):
+    metrics = metrics_of()
+    iterate(metrics, range(3))
+    size = os.path.getsize("out/metrics.jsonl")
+    with files_of_at_most(size + 20):
+        iterate(metrics, range(3, 6))
+    iterate(metrics, [6])
+    printed = capsys.readouterr().out
+    assert printed.count("can't be written") == 1
+    assert "training goes on without it" in printed
+    assert len(re.findall(r"^iter ", printed, re.MULTILINE)) == 7
+    assert iterations() == [0, 1, 2]
+    assert os.path.getsize("out/metrics.jsonl") == size  # no part of a line
+
+
+def test_a_folder_that_cannot_be_written_ends_the_file_and_not_the_run(capsys):
+    Path("out").write_text("a file where the folder should be")
+    iterate(metrics_of(), range(2))
+    assert capsys.readouterr().out.count("can't be written") == 1
+
+
+def test_a_kill_leaves_whole_lines():
+    code = (
+        "from nanofit.metrics_file import MetricsFile\n"
+        "file = MetricsFile('out', 'aaaaaaaa', 'kept-{}'.format, 0, {})\n"
+        "for i in range(10**9):\n    file({'iter': i, 'loss': 1.5, 'filler': 'x' * 1000})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    while not os.path.exists("out/metrics.jsonl") or os.path.getsize("out/metrics.jsonl") < 10**6:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    MetricsFile("out", "aaaaaaaa", "kept-{}".format, 500, {})({"iter": 500, "loss": 1.5})
+    assert iterations() == list(range(501))
+
+
+def test_state_of_a_damaged_checkpoint_is_noticed():
+    sound = metrics_of().state(3)
+    assert figures_of.is_state(sound)
+    for broken in (None, [], {}, {**sound, "tokens": 1.5}, {**sound, "best_val_loss": None}, {**sound, "more": 1}):
+        assert not figures_of.is_state(broken)
+
+
+# ---- others' readers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "package"), [("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")])
+def test_a_missing_package_is_told(monkeypatch, key, package):
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    require_readers(KEYS, ALONE)
+    require_readers({**KEYS, key: True}, World(rank=1, size=2))
+    with pytest.raises(UsageError, match=f"{key}=True: pip install {package}, or --{key}=False"):
+        require_readers({**KEYS, key: True}, ALONE)
+
+
+def test_wandb_gets_evaluations_as_before_and_iterations(monkeypatch):
+    seen = []
+    fake = types.SimpleNamespace(init=lambda **k: seen.append(k), log=lambda d: seen.append(d))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    metrics = metrics_of(wandb_log=True)
+    metrics.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
+    iterate(metrics, range(7))
+    start, evaluation, first, *_, last = seen
+    assert (start["project"], start["name"], start["config"]["wandb_log"]) == ("p", "n", True)
+    assert evaluation == {"iter": 0, "train/loss": 4.0, "val/loss": 4.1, "lr": 1e-3, "mfu": -100.0}
+    assert set(first) == {"iter", "loss", "lr", "grad_norm", "mfu", "tokens_per_second"}
+    assert last["mfu"] > 0
+
+
+OFFLINE_RUN = """
+import torch
+from nanofit.folder import RunFolder
+from nanofit.metrics import Metrics, open_readers
+keys = dict(eval_only=False, wandb_log=True, wandb_project="p", wandb_run_name="n", tensorboard_log=False)
+metrics = Metrics(torch.device("cpu"), 0, 9, 10, 64, lambda seconds: 0.5)
+metrics.readers = open_readers(keys, RunFolder("out"), 0, {})
+metrics.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
+for i in range(7):
+    metrics.iterated(i, 1e-3, torch.tensor(2.0 + i), torch.tensor(0.5))
+"""
+
+
+def leveldb_log(data, block=32768, header=7):
+    """The records of wandb's file, which is LevelDB's log after a header: pieces of crc32, length, type, bytes."""
+    at, record = header, b""
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block  # the rest of a block is padding
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last piece
+            yield record
+            record = b""
+
+
+@pytest.mark.slow
+def test_wandb_itself_keeps_them_offline():
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE_RUN], capture_output=True, text=True,
+        env=environment(
+            WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DIR=os.getcwd(), PYTHONPATH=os.pathsep.join(sys.path)
+        ),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = glob.glob("wandb/offline-run-*/run-*.wandb")
+    records = [Record.FromString(data) for data in leveldb_log(Path(path).read_bytes())]
+    history = [
+        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    evaluation, *rest = history
+    assert (evaluation["iter"], evaluation["val/loss"], evaluation["mfu"]) == (0, 4.1, -100.0)
+    assert [(r["iter"], r["loss"], r["grad_norm"]) for r in rest] == [(i, 2.0 + i, 0.5) for i in range(7)]
+    assert rest[-1]["mfu"] == 50.0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_itself_reads_them_back():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = metrics_of(tensorboard_log=True)
+    first.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
+    iterate(first, range(10))
+    first.evaluated(10, 1e-3, {"train": 3.0, "val": 3.1})  # flushes
+    time.sleep(1.1)  # an event file's name has its second, by which they are read in turn
+    again = metrics_of(8, first.state(8), tensorboard_log=True)
+    iterate(again, range(8, 10), loss=5.0)
+    again.evaluated(10, 1e-3, {"train": 2.0, "val": 2.1})
+    events = EventAccumulator("out/tensorboard")
+    events.Reload()
+    losses = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert losses == [(i, 2.0 + i) for i in range(8)] + [(i, 5.0 + i) for i in (8, 9)]
+    assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx({0: 4.1, 10: 2.1})
+    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"} <= set(events.Tags()["scalars"])
