@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 
 import pytest
@@ -358,6 +358,7 @@ class Thief:
             self.count[name] = self.count.get(name, 0) + 1
             return f"{name} {self.count[name]}"
 
+        @wraps(forward)  # what it offers is read off its parameters
         def new_forward(model, *args, **options):
             steal(number("forward") if model.training else "evaluation")
             return forward(model, *args, **options)
