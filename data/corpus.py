@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 from array import array
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for nanofit
@@ -124,31 +124,46 @@ class DataSet:
         self.folder, self.force = Path(folder), force
         self.name = self.folder.resolve().name
         self.record = {}  # goes into prepared.json, with the tokens
+        self.open = ExitStack()  # what is closed however it ends
 
     def __enter__(self):
         with self.writing():
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
-            for left in self.folder.glob("prepare-*.part"):  # of a prepare.py that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            _replace(self.folder)
-            for name in (READY, *FILES):
-                if (self.folder / name).is_dir() or (name == READY and (self.folder / name).exists()):
-                    raise UsageError(f"{self.folder / name} is in the way of a data set's files: move it elsewhere")
-            self._parts = Path(tempfile.mkdtemp(prefix="prepare-", suffix=".part", dir=self.folder))
+            try:
+                self._make_room()
+                self._parts = Path(tempfile.mkdtemp(prefix="prepare-", suffix=".part", dir=self.folder))
+            except BaseException:
+                self._release()
+                raise
         return self
+
+    def _make_room(self):
+        """End what a prepare.py that was killed had begun, and see that nothing is in the way."""
+        for left in self.folder.glob("prepare-*.part"):
+            shutil.rmtree(left, ignore_errors=True)
+        ready = self.folder / READY
+        ours = ready.is_dir() and not ready.is_symlink() and {path.name for path in ready.iterdir()} <= set(FILES)
+        strange = [ready] if os.path.lexists(ready) and not ours else []
+        for path in strange + [self.folder / name for name in FILES if (self.folder / name).is_dir()]:
+            raise UsageError(f"{path} is in the way of a data set's files: move it elsewhere")
+        _replace(self.folder)
+
+    def _release(self):
+        if self._lock is not None:
+            os.close(self._lock)
 
     def __exit__(self, kind, error, trace):
         try:
+            self.open.close()
             if kind is None:
                 self._finish()
         finally:
             shutil.rmtree(self._parts, ignore_errors=True)
             if self._is_new and not any(self.folder.iterdir()):
                 self.folder.rmdir()
-            if self._lock is not None:
-                os.close(self._lock)
+            self._release()
 
     @contextmanager
     def writing(self):
@@ -299,7 +314,7 @@ def write_bpe(made, text):
     """A data set in GPT-2's BPE."""
     bpe = codec.gpt2_bpe()
     for split, part in halves(text).items():
-        check_spaces(part)
+        check_spaces(part, "the text")
         made.write(split, bpe.encode_ordinary(part))
 
 
@@ -325,13 +340,13 @@ def characters(made, symbols, count):
 
 
 # ---- many documents ----------------------------------------------------------------------------------------
-def check_spaces(text):
+def check_spaces(text, name):
     """Refuse what makes tiktoken panic."""
     if len(text) > MOST_SPACES:
         longest = max((len(m[0]) for m in re.finditer(r"\s+", text)), default=0)
         if longest > MOST_SPACES:
             raise UsageError(
-                f"the text has {longest:,} characters of white space in a row, and tiktoken takes {MOST_SPACES:,}: "
+                f"{name} has {longest:,} characters of white space in a row, and tiktoken takes {MOST_SPACES:,}: "
                 "shorten them"
             )
 
@@ -342,10 +357,13 @@ def tokenised(pieces, threads):
     A document's end is followed by the token <|endoftext|>.
     """
     bpe = codec.gpt2_bpe()
+    number = 1  # of the document
 
     def encoded(batch):
-        for text, _ in batch:
-            check_spaces(text)
+        nonlocal number
+        for text, ends in batch:
+            check_spaces(text, f"document {number:,}")
+            number += ends
         all_ids = bpe.encode_ordinary_batch([text for text, _ in batch], num_threads=threads)
         for ids, (_, ends) in zip(all_ids, batch, strict=True):
             yield np.array([*ids, bpe.eot_token] if ends else ids, dtype="<u2"), ends
@@ -391,9 +409,9 @@ class Documents:
         self._ends = array("Q")  # where each document ends, in tokens
         self.tokens = 0
         self._began = time.perf_counter()
-        self._bar = _progress("tokenising", expected)
+        self._bar = made.open.enter_context(_progress("tokenising", expected))
         with made.writing():
-            self._file = open(made.part("documents"), "wb+")  # noqa: SIM115
+            self._file = made.open.enter_context(open(made.part("documents"), "wb"))  # noqa: SIM115
 
     def __len__(self):
         return len(self._ends)

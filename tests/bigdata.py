@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import tiktoken
 from pyarrow.parquet import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,13 +39,13 @@ print("peak", 1024 * count("/proc/self/status", "VmHWM"))
 
 
 def write_corpus(path, megabytes):
-    """A parquet file as its library writes it, of made-up words in documents of some 5,000 characters."""
-    drawn = np.random.default_rng(0)
-    words = np.array(["".join(chr(c) for c in drawn.integers(97, 123, n)) for n in drawn.integers(1, 9, 5000)])
+    """A parquet file as its library writes it, of GPT-2's own words in documents of some 5,000 characters."""
+    drawn, bpe = np.random.default_rng(0), tiktoken.get_encoding("gpt2")
+    words = np.array([word for word in map(bpe.decode, ([i] for i in range(300, 20_000))) if word[1:].isalpha()])
     texts, size = [], 0
     while size < megabytes * 1e6:
-        # A few words are in every other place, as in a language.
-        texts.append(" ".join(words[(5000 * drawn.random(int(drawn.integers(100, 1800))) ** 3).astype(int)]))
+        places = drawn.random(int(drawn.integers(100, 1800))) ** 3  # a few words are everywhere, as in a language
+        texts.append("".join(words[(len(words) * places).astype(int)]))
         size += len(texts[-1])
     write_table(pyarrow.table({"text": texts, "url": [f"https://example.org/{i}" for i in range(len(texts))]}), path)
     print(f"{path}: {len(texts):,} documents, {size / 1e6:.0f} MB of text, {os.path.getsize(path) / 1e6:.0f} MB")

@@ -19,7 +19,7 @@ sys.path.append(os.path.dirname(folder))
 import corpus  # noqa: E402
 from corpus import UsageError, usage_errors  # noqa: E402
 
-PIECE = 2**20  # characters read at a time
+PIECE = 2**16  # characters read at a time; several pieces are tokenised at once
 ENOUGH_FOR_GPT2 = 10_000_000  # tokens
 
 
