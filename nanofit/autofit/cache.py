@@ -40,6 +40,7 @@ def remember(out_dir, key, plan):
     try:
         os.makedirs(out_dir, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f"{NAME}.", suffix=".part", dir=out_dir)
+        os.chmod(part, 0o644)  # mkstemp's files are their owner's alone
         with open(handle, "w", encoding="utf-8") as f:
             json.dump({"key": key, "plan": kept, "trials": trials}, f, indent=2)
             f.write("\n")

@@ -93,6 +93,7 @@ class Trial:
     levers: MemoryLevers = MemoryLevers()
     compiled: bool = False
     peak_bytes: int = 0  # most that was reserved; 0 where it isn't known
+    allocated_bytes: int = 0  # of the peak, what tensors held; 0 where torch doesn't count it
     tokens_per_second: float = 0.0  # 0 where it wasn't measured
     failure: str = ""  # why there are no figures
     retries: int = 0  # of the allocator, which had to give up its cache to find memory
