@@ -6,8 +6,10 @@ It can be copied by itself into a nanoGPT checkout. Names of modules are those o
 Shapes: B sequences, T tokens of each, C = n_embd, nh = n_head, hs = C // nh, V = vocab_size.
 """
 
+import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -294,12 +296,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """GPT-2 with OpenAI's weights, through transformers (imported here alone).
+        """GPT-2 with weights that Hugging Face keeps; one tensor of them is in memory beside the model's own.
 
-        model_type: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder that holds a Hugging Face
-        GPT-2 (config.json and its weights). override_args: {'dropout': p} or nothing.
-        Raises ValueError for anything else, ImportError without transformers, OSError where the weights
-        can't be had.
+        model_type: a folder with the config.json and the weights of a GPT-2; or 'gpt2', 'gpt2-medium', 'gpt2-large',
+        'gpt2-xl', which come from the hub once. A folder's activation is respected. The four names compute with the
+        exact GELU as in nanoGPT, where OpenAI used its approximation by tanh. override_args: {'dropout': p} or nothing.
+        Raises ValueError for what is not a GPT-2 or is damaged, OSError where a file can't be had, ImportError
+        without safetensors.
         """
         override_args = override_args or {}
         if set(override_args) - {"dropout"}:
@@ -309,36 +312,16 @@ class GPT(nn.Module):
                 f"no pretrained model '{model_type}': expected one of {', '.join(PRETRAINED)}, or the path of "
                 "a folder that holds a Hugging Face GPT-2"
             )
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError as e:
-            raise ImportError("pretrained GPT-2 weights are read by transformers: pip install transformers") from e
         print(f"loading weights from pretrained gpt: {model_type}")
-        try:
-            theirs = GPT2LMHeadModel.from_pretrained(model_type)
-        except OSError as e:
-            raise OSError(
-                f"the weights of '{model_type}' can't be had ({str(e).splitlines()[0]}): they come from the Hugging "
-                "Face hub once; without a network, name a folder that holds them"
-            ) from e
-
-        c = theirs.config
-        if c.model_type != "gpt2" or c.n_inner not in (None, 4 * c.n_embd):
-            raise ValueError(f"'{model_type}' is not a GPT-2 with an MLP of 4 x n_embd")
-        config = GPTConfig(
-            block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
-            n_embd=c.n_embd, bias=True, **override_args,
-        )  # fmt: skip
-        model = cls(config)
-        # GPT-2 was released with Conv1D layers, which keep their weights transposed.
-        conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        mask = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some versions list as weights
-        weights = {
-            name: w.t() if name.endswith(conv1d) else w
-            for name, w in theirs.state_dict().items()
-            if not name.endswith(mask)
-        }
-        model.load_state_dict(weights)
+        folder = _fetch(model_type) if model_type in PRETRAINED else model_type
+        sizes, approximate = _read_config(os.path.join(folder, "config.json"))
+        files = _weight_files(folder)
+        _check_size(folder, sizes, files)
+        model = cls(GPTConfig(**sizes, bias=True, **override_args))
+        _copy_weights(model, folder, files)
+        if model_type not in PRETRAINED:
+            for block in model.transformer.h:
+                block.mlp.gelu.approximate = approximate
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -393,3 +376,159 @@ class GPT(nn.Module):
             on_token(drawn)
             idx = torch.cat((idx, drawn), dim=1)
         return idx
+
+
+# ---- Hugging Face's folders, for GPT.from_pretrained -------------------------------------------------------
+
+# GPT-2 was released with Conv1D layers, which keep their weights transposed.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CAUSAL_MASK = (".attn.bias", ".attn.masked_bias")  # which some versions list among the weights
+ACTIVATIONS = {  # by the names of transformers: what nn.GELU calls them
+    "gelu": "none", "gelu_python": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh",
+}  # fmt: skip
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
+
+
+def _fetch(name):
+    """The folder that holds one of OpenAI's models, downloaded unless it has been."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise ImportError(f"'{name}' is fetched by huggingface_hub: pip install huggingface_hub safetensors") from e
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", WEIGHTS[0]])
+    except Exception as e:  # its own errors, and those of the HTTP library that it uses
+        first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise OSError(
+            f"the weights of '{name}' can't be had ({first_line}): they come from the Hugging Face hub once; without "
+            "a network, name a folder that holds them"
+        ) from e
+
+
+def _read_json(path):
+    """The dict in a file."""
+    if not os.path.isfile(path):
+        raise OSError(f"there is no {path}: expected a folder that holds a Hugging Face GPT-2")
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged: it can't be read as JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: expected a dict of keys")
+    return value
+
+
+def _read_config(path):
+    """(sizes for GPTConfig, what nn.GELU calls the activation) of a config.json, if GPT can compute what it says."""
+    theirs = _read_json(path)
+    sizes = {}
+    for ours, key in [("block_size", "n_positions"), *((k, k) for k in ("vocab_size", "n_layer", "n_head", "n_embd"))]:
+        sizes[ours] = theirs.get(key)
+        if type(sizes[ours]) is not int or not 1 <= sizes[ours] < 2**31:
+            raise ValueError(f"{path}: {key} must be a whole number from 1 to 2**31, as in every GPT-2")
+    possible = {  # the first is what transformers takes where a key isn't there
+        "activation_function": ("gelu_new", *ACTIVATIONS),
+        "n_inner": (None, 4 * sizes["n_embd"]),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    if theirs.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: only a GPT-2 can be read, and its model_type is not 'gpt2'")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise ValueError(f"{path}: n_embd={sizes['n_embd']} is not divisible by n_head={sizes['n_head']}")
+    for key, values in possible.items():
+        if theirs.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key} must be {' or '.join(map(repr, dict.fromkeys(values)))} in a GPT-2")
+    return sizes, ACTIVATIONS[theirs.get("activation_function", "gelu_new")]
+
+
+def _weight_files(folder):
+    """The paths of a folder's weights: one file, or the shards that an index lists."""
+    for name in WEIGHTS:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return [path]
+        index = path + ".index.json"
+        if os.path.isfile(index):
+            places = _read_json(index).get("weight_map")
+            shards = set(places.values()) if isinstance(places, dict) and all(map(_is_name, places.values())) else ()
+            if not shards:
+                raise ValueError(f"{index} is damaged: weight_map must give the file in this folder for each weight")
+            paths = [os.path.join(folder, shard) for shard in sorted(shards)]
+            if missing := [path for path in paths if not os.path.isfile(path)]:
+                raise OSError(f"there is no {missing[0]}, which {index} lists: copy the folder again")
+            return paths
+    raise OSError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)} in it, or their shards with an index")
+
+
+def _is_name(value):
+    return isinstance(value, str) and value == os.path.basename(value) and value.endswith((".safetensors", ".bin"))
+
+
+def _check_size(folder, sizes, files):
+    """Raise ValueError for sizes that the files can't hold, before memory is taken for them."""
+    width = sizes["n_embd"]
+    weights = (sizes["vocab_size"] + sizes["block_size"]) * width + 12 * sizes["n_layer"] * width**2
+    held = sum(map(os.path.getsize, files)) // 2  # two bytes each, or more
+    if weights > held:
+        raise ValueError(
+            f"{os.path.join(folder, 'config.json')} describes a model of {weights:,} weights, and the files beside it "
+            f"hold at most {held:,}: one of them is damaged"
+        )
+
+
+def _tensors(path):
+    """(name, tensor) for each of the weights in a file, of which nothing can run."""
+    try:
+        if path.endswith(".bin"):
+            # The oldest format can't be mapped, and is read whole.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            yield from tensors.items()
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, "pt") as file:  # anew, because what was read of an open file stays in memory
+                tensor = file.get_tensor(name)
+            yield name, tensor
+    except ImportError as e:
+        raise ImportError("these weights are read by safetensors: pip install safetensors") from e
+    except Exception as e:  # zip, pickle and safetensors each have their own way to say that a file is damaged
+        first_line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} can't be read, it is damaged or not a file of weights ({first_line})") from e
+
+
+@torch.no_grad()
+def _copy_weights(model, folder, files):
+    """Fill a model with the weights of a Hugging Face GPT-2, each of them exactly once."""
+    left = model.state_dict()
+    embedding, head = left.pop("lm_head.weight"), None  # which is the token embedding as well
+    for path in files:
+        for name, tensor in _tensors(path):
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{path} is damaged or not a file of weights: expected tensors by name")
+            if name.endswith(CAUSAL_MASK):
+                continue
+            if name == "lm_head.weight":
+                head = tensor
+                continue
+            name = "transformer." + name.removeprefix("transformer.")  # a model saved without its head has none
+            if name not in left:
+                raise ValueError(f"{path}: GPT-2 has no weight {name}, or it is there twice")
+            if tensor.dim() == 2 and name.endswith(CONV1D):
+                tensor = tensor.t()
+            ours = left.pop(name)
+            if tensor.shape != ours.shape or not tensor.is_floating_point():
+                expected = f"expected floating point numbers of shape {tuple(ours.shape)}"
+                raise ValueError(f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, {expected}")
+            ours.copy_(tensor)
+    if left:
+        raise ValueError(f"{folder} lacks {len(left)} of GPT-2's weights: {', '.join(list(left)[:3])}, ...")
+    if head is not None and not torch.equal(head.to(embedding), embedding):
+        raise ValueError(f"{folder} has a head (lm_head.weight) of its own, and GPT-2's is its token embedding")

@@ -18,9 +18,10 @@ import torch
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import checkpoint, models, runtime, settings
+from nanofit import checkpoint, models, runtime, settings, weights
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError, usage_errors
+from nanofit.huggingface import codec_of_folder
 from nanofit.step import try_compile
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
@@ -57,22 +58,24 @@ if not start:
 # ---- the model and its alphabet ----------------------------------------------------------------------------
 torch.manual_seed(seed)
 data_dir = None
-if init_from == "resume":
-    # A run that keeps only its best may have stopped before it had one.
-    best = os.path.isfile(os.path.join(out_dir, checkpoint.NAME))
-    name = checkpoint.NAME if best or not os.path.isfile(os.path.join(out_dir, checkpoint.LAST)) else checkpoint.LAST
-    path = os.path.join(out_dir, name)
-    saved = checkpoint.load(out_dir, name)
+if init_from == "resume" or init_from.endswith(weights.SUFFIX):
+    path = init_from
+    if init_from == "resume":
+        name = checkpoint.name_of_model(out_dir)
+        path = os.path.join(out_dir, name)
+    saved = checkpoint.load(out_dir, name) if init_from == "resume" else weights.load(path)
     settings.check_sizes({"batch_size": 1}, GPTConfig, saved["model_args"], elsewhere=False)
     model = models.build(GPT, GPTConfig, saved["model_args"])
     models.load_weights(model, saved["model"], path)
+    weights.set_activation(model, saved.get("activation"))
     print(f"{path}, of iteration {saved.get('iter_num', 'unknown')}")
     if "dataset" in saved.get("config", {}):
         data_dir = os.path.join("data", saved["config"]["dataset"])
 else:
     model = models.pretrained(GPT, init_from, dropout=0.0)
 model.eval().to(device)
-encode, decode, symbols = codec_of(data_dir)
+is_folder = init_from != "resume" and os.path.isdir(init_from)
+encode, decode, symbols = codec_of_folder(init_from) if is_folder else codec_of(data_dir)
 print(f"symbols: {symbols}")
 
 

@@ -20,7 +20,7 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, models, runtime, settings
+from nanofit import autofit, checkpoint, models, runtime, settings, weights
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.distributed import World
@@ -143,6 +143,7 @@ else:
     model_args |= {name: getattr(model.config, name) for name in model_args if name != "block_size"}
 if saved:
     models.load_weights(model, saved["model"], out_dir)
+    weights.set_activation(model, saved.get("activation"))
     print(f"resuming from {out_dir} at iteration {iter_num}", *settings.differences(saved, config, given), sep="\n")
 if block_size < trained_with:
     model.crop_block_size(block_size)
@@ -180,6 +181,7 @@ def snapshot():
         "model": raw_model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_args": model_args,
+        "activation": weights.activation_of(raw_model),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,

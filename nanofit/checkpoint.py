@@ -160,6 +160,12 @@ def peek(path, whole=False):
         return None
 
 
+def name_of_model(out_dir):
+    """The file of a run's model: ckpt.pt, or ckpt.last.pt where a run that keeps its best stopped before it had one."""
+    last_alone = not os.path.isfile(os.path.join(out_dir, NAME)) and os.path.isfile(os.path.join(out_dir, LAST))
+    return LAST if last_alone else NAME
+
+
 def load(out_dir, name=NAME, for_training=False):
     """A checkpoint file in out_dir with its tensors on the CPU, and torch.compile's prefix taken off its names.
 
@@ -184,7 +190,7 @@ def load(out_dir, name=NAME, for_training=False):
     missing = [k for k in required if k not in checkpoint] if isinstance(checkpoint, dict) else required
     if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
-    _check(checkpoint, path, for_training)
+    check(checkpoint, path, for_training)
     checkpoint["model"] = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     return checkpoint
 
@@ -237,7 +243,7 @@ _EXPECTED = {  # what an entry must be, and whether a value is that
 }
 
 
-def _check(checkpoint, path, for_training):
+def check(checkpoint, path, for_training):
     """Raise a UsageError for the first entry that is not what a training run saves, contents included."""
     # What isn't asked for may be anything: whoever shares a checkpoint may have emptied it.
     looked_at = checkpoint if for_training else ("model", "model_args", "config")

@@ -62,6 +62,9 @@ def _rounded(amount):
     return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else amount
 
 
+OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
+
+
 # ---- the top frame -----------------------------------------------------------------------------------------
 
 
@@ -92,7 +95,7 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
             _tell(f"error: {os.strerror(error.errno)}{where}")
         else:
             sys.__excepthook__(kind, error, trace)
-            _tell("This is a mistake of the program's: please report it, with all that is printed above.")
+            _tell(OUR_MISTAKE)
 
     sys.excepthook = show
 

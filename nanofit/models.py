@@ -136,11 +136,16 @@ def _pretrained_sizes(name):
     if name in GPT2_SIZES:
         return {**GPT2_SIZES[name], "block_size": 1024, "vocab_size": 50257, "bias": True}
     path = os.path.join(name, "config.json")
-    with usage_errors(OSError, ValueError, LookupError, TypeError, prefix=f"{path} is not the config of a GPT-2: "):
-        with open(path, encoding="utf-8") as f:
-            theirs = json.load(f)
-        sizes = {ours: theirs[ours] for ours in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        return {**sizes, "block_size": theirs["n_positions"], "bias": True}
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no {path}: init_from expects a folder that holds a Hugging Face GPT-2")
+    prefix = f"{path} is not the config of a GPT-2: "
+    with usage_errors(OSError, ValueError, RecursionError, prefix=prefix), open(path, encoding="utf-8") as f:
+        theirs = json.load(f)
+    keys = {**{name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")}, "block_size": "n_positions"}
+    for key in keys.values():
+        if not isinstance(theirs, dict) or type(theirs.get(key)) is not int or not 1 <= theirs[key] < 2**31:
+            raise UsageError(f"{prefix}{key} must be a whole number from 1 to 2**31")
+    return {**{ours: theirs[key] for ours, key in keys.items()}, "bias": True}
 
 
 # ---- what it offers ----------------------------------------------------------------------------------------

@@ -316,6 +316,11 @@ def peak_reserved_bytes(device):
     return torch.mps.driver_allocated_memory() if device.type == "mps" else _proc("self/status", "VmHWM")
 
 
+def peak_allocated_bytes(device):
+    """Most bytes that tensors have held of a GPU; 0 where torch doesn't count them."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def allocator_retries(device):
     """How often the allocator had to give up its cache to find memory: a sign that it is full."""
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0

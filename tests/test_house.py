@@ -18,6 +18,7 @@ FLOORS = (
         "optimizers",
         "batches",
         "codec",
+        "files",
         "autofit.search",
         "autofit.trial",
         "autofit.cache",
@@ -25,8 +26,8 @@ FLOORS = (
     ),
     ("distributed", "settings", "recovery", "metrics", "report.log", "autofit.advice"),
     ("checkpoint", "step", "autofit.fitter"),
-    ("folder", "autofit.simulate"),
-    ("autofit", "autofit.probe"),
+    ("folder", "weights", "autofit.simulate"),
+    ("autofit", "autofit.probe", "huggingface"),
 )
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -107,9 +107,12 @@ TEXT = ("--input=text.txt",)
 FITTED = How((*SHORT, *ONE), r"^auto-fit: batch_size 1 -> 1,(.*\n)*iter 1: loss \d")
 DOCUMENTS = How(("--source=documents.txt",), "^train has 3 tokens", needs=("bpe",))
 BY_CHARACTERS = "python train.py config/train_shakespeare_char.py"
+EXPORT = "python export.py --out_dir=out-shakespeare-char --to=shakespeare-gpt"
 COMMANDS = {
     "python train.py --help": How(shows="^  --batch_size=12 "),
     "python train.py config/train_openwebtext.py --auto_fit=True": FITTED,
+    EXPORT: How((), "shakespeare-gpt", BY_CHARACTERS),
+    f"{BY_CHARACTERS} --init_from=shakespeare-gpt --out_dir=out-again --max_iters=100": How(SHORT, TRAINED, EXPORT),
     "python train.py config/train_openwebtext.py --dataset=edu --auto_fit=True": FITTED,
     "python train.py config/train_openwebtext.py --device=cuda --memory_limit_gb=12 --dry_run=True": How(
         (*flags(**TINY), *ONE), "^auto-fit: batch_size 1 -> 1, .*$"
@@ -223,7 +226,11 @@ def test_commands_of_the_readme(checkout, command, request):
         pytest.skip(how.why)
     for fixture in how.needs:
         request.getfixturevalue(fixture)
-    if how.after:
-        run(how.after)
-    text = run(command)
+    before = []
+    while how.after:
+        before.append(how.after)
+        how = COMMANDS[how.after]
+    for earlier in reversed(before):
+        run(earlier)
+    how, text = COMMANDS[command], run(command)
     assert re.search(how.shows, text, re.MULTILINE), text

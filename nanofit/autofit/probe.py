@@ -112,7 +112,7 @@ def run(job, levers, device):
     tokens = job.micro_steps * job.micro_batch_size * job.model_args["block_size"]
     return {
         "peak_bytes": runtime.peak_reserved_bytes(device),
-        "allocated_bytes": runtime.peak_memory_bytes(device) or 0,
+        "allocated_bytes": runtime.peak_allocated_bytes(device),
         "tokens_per_second": tokens / (first + (job.micro_steps - 1) * another),
         "retries": runtime.allocator_retries(device) - retries,
         "compile_seconds": compile_seconds,

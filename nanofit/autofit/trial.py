@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 
 from nanofit.autofit.plan import Facts, Trial, from_json, to_json
+from nanofit.errors import OUR_MISTAKE
 
 TRIAL_SECONDS = 600  # a trial that takes longer hangs
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -62,6 +63,7 @@ def run_trial(job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
         cause = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
         failure = f"was killed by signal {-code}{cause}"
     else:
+        said = [line for line in said if OUR_MISTAKE not in line]  # the line before it says more
         last = said[-1].strip().removeprefix("error: ") if said else "no message"
         failure = f"ended with exit code {code} and no answer ({last})" if facts or code else f"gave no answer ({last})"
     return Trial(job.micro_batch_size, job.levers, job.compile, failure=f"the probe {failure}")

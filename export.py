@@ -1,0 +1,56 @@
+"""Take a trained model elsewhere.
+
+python export.py --out_dir=out-shakespeare-char --to=shakespeare-gpt
+python export.py --out_dir=out-shakespeare-char --weights_only_to=shakespeare.safetensors
+"""
+
+import os
+import tempfile
+
+import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+
+# isort: split
+from configurator import configure
+from model import GPT, GPTConfig
+from nanofit import checkpoint, huggingface, models, settings, weights
+from nanofit.errors import UsageError
+from nanofit.files import refuse_to_replace
+
+# ---- keys: a config file or --key=value overrides them -----------------------------------------------------
+out_dir = "out"  # the checkpoint
+to = ""  # a new folder, for Hugging Face's transformers
+push_to = ""  # 'user/name': the same folder as a model on the Hugging Face hub
+weights_only_to = ""  # a new file of the weights alone, 'name.safetensors'
+keep_padding = False  # keep the symbols that pad the vocabulary, which stand for nothing
+config, given = configure(globals())
+
+if not (to or push_to or weights_only_to):
+    raise UsageError("nothing to do: name a new folder, --to=my-gpt, or --weights_only_to=my-gpt.safetensors")
+if weights_only_to and not weights_only_to.endswith(weights.SUFFIX):
+    raise UsageError(f"weights_only_to must end in {weights.SUFFIX}, not {weights_only_to!r}")
+for path in filter(None, (to, weights_only_to)):
+    refuse_to_replace(path)
+
+# ---- the checkpoint ----------------------------------------------------------------------------------------
+name = checkpoint.name_of_model(out_dir)
+source = os.path.join(out_dir, name)
+saved = checkpoint.load(out_dir, name)
+saved.pop("optimizer", None)  # twice as large as the weights
+if weights_only_to:
+    weights.save(saved, weights_only_to)
+    print(f"{source} -> {weights_only_to}: {os.path.getsize(weights_only_to) / 2**20:.1f} MiB")
+
+if to or push_to:
+    settings.check_sizes({"batch_size": 1}, GPTConfig, saved["model_args"], elsewhere=False)
+    model = models.build(GPT, GPTConfig, saved["model_args"])
+    models.load_weights(model, saved.pop("model"), source)
+    weights.set_activation(model, saved.get("activation"))
+    dataset = saved.get("config", {}).get("dataset")
+    data_dir = dataset and os.path.join("data", dataset)
+    with tempfile.TemporaryDirectory() as unnamed:
+        folder = to or os.path.join(unnamed, "model")
+        title = push_to or os.path.basename(os.path.abspath(to))
+        difference = huggingface.export(model, saved, folder, title, data_dir, keep_padding)
+        print(f"{source} -> {to or push_to}: transformers' logits differ from ours by at most {difference:.1e}")
+        if push_to:
+            print(f"pushed to {huggingface.push(folder, push_to)}")

@@ -1,0 +1,45 @@
+"""Files and folders that appear under their name whole, or not at all."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanofit.errors import UsageError
+
+
+def refuse_to_replace(path):
+    """Raise a UsageError where there is something that writing to path would replace; an empty folder is nothing."""
+    if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
+        return
+    if os.path.lexists(path):
+        what = "is not empty" if os.path.isdir(path) else "is there already"
+        raise UsageError(f"{path} {what}: name another one, or remove it first")
+
+
+@contextmanager
+def whole_or_not_at_all(path):
+    """Gives a path to write a new file or folder to, which gets its own name when it is done.
+
+    Raises UsageError where the name is taken, and where the disk doesn't take it; what was written is gone then.
+    """
+    refuse_to_replace(path)
+    parent, name = os.path.split(os.path.abspath(path))
+    umask = os.umask(0)  # there is no other way to ask
+    os.umask(umask)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".part", dir=parent) as room:
+            part = os.path.join(room, name)
+            yield part
+            for file in [Path(part), *Path(part).rglob("*")]:
+                if file.is_file():
+                    os.chmod(file, 0o666 & ~umask)  # safetensors makes files that nobody else can read
+                    with open(file, "rb+") as f:
+                        os.fsync(f.fileno())
+            refuse_to_replace(path)
+            if os.path.isdir(path):
+                os.rmdir(path)
+            os.rename(part, path)
+    except OSError as e:
+        raise UsageError(f"{path} can't be written ({e.strerror or e})") from e

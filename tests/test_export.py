@@ -1,0 +1,571 @@
+"""export.py and what it writes, read by transformers alone, by train.py, and by nanofit.weights."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, flags, run_script, train
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig
+from nanofit import checkpoint, huggingface, models, weights
+from nanofit.codec import codec_of
+from nanofit.errors import UsageError
+
+
+def export(**keys):
+    pytest.importorskip("transformers")
+    return run_script("export.py", *flags(**keys)).text
+
+
+def trained():
+    """nanoGPT's checkpoint of the toy data set, in out."""
+    os.makedirs("out", exist_ok=True)
+    shutil.copy(REFERENCE / "upstream_ckpt.pt", "out/ckpt.pt")
+
+
+def save(model, **entries):
+    """A checkpoint of a model, in out."""
+    os.makedirs("out", exist_ok=True)
+    sizes = {name: getattr(model.config, name) for name in models.SIZES}
+    torch.save({"model": model.state_dict(), "model_args": sizes, **entries}, "out/ckpt.pt")
+
+
+def drawn(kind=GPT, **sizes):
+    """A model with random weights so large that its logits differ widely."""
+    torch.manual_seed(0)
+    sizes = {**dict(block_size=16, vocab_size=50304, n_layer=2, n_head=2, n_embd=16, bias=False), **sizes}
+    model = kind(GPTConfig(**sizes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8)
+    return model
+
+
+def ours():
+    """The model that is in out, with its activation."""
+    saved = checkpoint.load("out")
+    model = models.build(GPT, GPTConfig, saved["model_args"])
+    model.load_state_dict(saved["model"])
+    weights.set_activation(model, saved.get("activation"))
+    return model.eval()
+
+
+@torch.no_grad()
+def difference(a, b, vocab_size=None):
+    """The largest difference between logits of two of our models, at every position that they have."""
+    size = min(a.config.vocab_size, b.config.vocab_size)
+    idx = torch.randint(size, (2, a.config.block_size), generator=torch.Generator().manual_seed(1))
+    return (a(idx, idx)[0][..., :size] - b(idx, idx)[0][..., :size]).abs().max().item()
+
+
+# ---- read by transformers, in a process that has nothing of ours -------------------------------------------
+
+STRANGER = """
+import json, sys, torch, transformers
+from pathlib import Path
+assert not any(name.split(".")[0] in ("model", "nanofit", "configurator") for name in sys.modules)
+told = {}
+for folder, texts in json.loads(Path("texts.json").read_text()).items():
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    idx = torch.tensor(json.loads(Path(folder + ".idx.json").read_text()))
+    with torch.no_grad():
+        logits = [model(idx[:, :t]).logits[:, -1] for t in range(1, idx.shape[1] + 1)]
+    torch.save(torch.stack(logits, 1), folder + ".logits.pt")
+    ids = [tokenizer(text).input_ids for text in texts]
+    generate = transformers.pipeline("text-generation", model=folder)
+    prompt = tokenizer.decode(ids[0][:3])
+    told[folder] = {
+        "ids": ids,
+        "texts": [tokenizer.decode(i) for i in ids],
+        "tokens": len(tokenizer(generate(prompt)[0]["generated_text"]).input_ids),
+        "prompt": generate(prompt)[0]["generated_text"].startswith(prompt),
+        "model": type(model).__name__,
+        "vocabulary": len(tokenizer),
+    }
+Path("told.json").write_text(json.dumps(told))
+"""
+
+
+def read_by_a_stranger(texts):
+    """What transformers makes of exported folders, {folder: texts for its tokenizer}; logits beside it, in files."""
+    Path("texts.json").write_text(json.dumps(texts))
+    Path("stranger.py").write_text(STRANGER)
+    done = subprocess.run([sys.executable, "-I", "stranger.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(Path("told.json").read_text())
+
+
+def random_texts(count):
+    """Unicode of all kinds: whole planes, scripts, ASCII, and the white space and endings that BPE cuts at."""
+    draw = random.Random(0)
+    spaces = " \t\n\r\x0b\x1c\x85\xa0\u2003\u200b\u3000'sdmtlvre1\u0661a\u0301"
+    kinds = (
+        lambda: chr(draw.randrange(0x110000)), lambda: chr(draw.randrange(0x3000)), lambda: chr(draw.randrange(128)),
+        lambda: draw.choice(spaces), lambda: draw.choice(("<|endoftext|>", "\U0001f469\u200d\U0001f680", "'ll", "  ")),
+    )  # fmt: skip
+    texts = ["".join(draw.choice(kinds)() for _ in range(draw.randrange(1, 60))) for _ in range(count)]
+    return ["".join(c for c in text if not "\ud800" <= c < "\ue000") for text in texts]
+
+
+@pytest.mark.slow
+def test_transformers_alone_reads_what_was_exported(bpe, shared):
+    trained()
+    export(to="char")
+    folders = {"char": ours()}
+    save(drawn(bias=True, dropout=0.1))
+    export(to="words")
+    folders["words"] = ours()
+    text = (shared / "text" / "tinyshakespeare.txt").read_text()
+    encode, decode, _ = codec_of("data/markov")
+    texts = {"char": [decode(list(range(65))) * 3], "words": [text, *random_texts(1000)]}
+    prompts = {}
+    for folder, model in folders.items():
+        vocab_size = min(50257, model.config.vocab_size)
+        prompts[folder] = torch.randint(vocab_size, (2, model.config.block_size))
+        Path(f"{folder}.idx.json").write_text(json.dumps(prompts[folder].tolist()))
+
+    told = read_by_a_stranger(texts)
+    for folder, model in folders.items():
+        assert told[folder]["model"] == "GPT2LMHeadModel"
+        theirs = torch.load(f"{folder}.logits.pt")  # (2, T, V): each position by a prompt that ends there
+        with torch.no_grad():
+            expected = model(prompts[folder], prompts[folder])[0][..., : theirs.shape[-1]]
+        assert theirs.std() > 0.2
+        assert (theirs - expected).abs().max() < 1e-4
+        assert told[folder]["prompt"]
+        assert 3 < told[folder]["tokens"] <= model.config.block_size + 1  # BPE may cut a generated text in more tokens
+    assert [told[folder]["vocabulary"] for folder in folders] == [65, 50257]
+    assert told["char"]["texts"] == texts["char"]
+    assert told["char"]["ids"] == [encode(texts["char"][0])]
+    tiktoken_encode, tiktoken_decode, _ = codec_of(None)
+    for text, ids, back in zip(texts["words"], told["words"]["ids"], told["words"]["texts"], strict=True):
+        assert ids == tiktoken_encode(text)
+        assert back == tiktoken_decode(ids) == text
+
+
+def test_the_tokenizer_is_gpt2s_own(bpe, shared):
+    """The merges that are worked out of tiktoken's ranks are those that OpenAI released."""
+    pytest.importorskip("tokenizers")
+    merges = json.loads(huggingface.tokenizer_of(None).to_str())["model"]["merges"]
+    released = [path.read_text(encoding="utf-8") for path in (shared / "tiktoken_cache").iterdir()]
+    [released] = [text.splitlines()[1:] for text in released if text.startswith("#version")]
+    assert len(released) == 50000
+    assert [" ".join(merge) for merge in merges] == released
+
+
+def test_tinyshakespeare_by_characters_goes_through_its_tokenizer(shared):
+    text = (shared / "text" / "tinyshakespeare.txt").read_text()
+    symbols = sorted(set(text))
+    meta = {"vocab_size": 65, "stoi": {c: i for i, c in enumerate(symbols)}, "itos": dict(enumerate(symbols))}
+    Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
+    tokenizer = huggingface.tokenizer_of("data/markov")
+    for start in range(0, len(text), 200_000):
+        part = text[start : start + 2_000]
+        assert tokenizer.encode(part).ids == codec_of("data/markov")[0](part)
+        assert tokenizer.decode(tokenizer.encode(part).ids) == part
+    with pytest.raises(Exception, match="UNK"):  # as codec_of, a character that the data set lacks is refused
+        tokenizer.encode("\u4e00")
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+
+def test_what_the_folder_holds():
+    trained()
+    os.umask(0o022)
+    text = export(to="new/hf")
+    assert "out/ckpt.pt -> new/hf: transformers' logits differ from ours by at most" in text
+    config = json.loads(Path("new/hf/config.json").read_text())
+    assert config["activation_function"] == "gelu"
+    assert (config["n_positions"], config["vocab_size"], config["eos_token_id"]) == (32, 65, None)
+    weights_there = load_file("new/hf/model.safetensors")
+    assert "lm_head.weight" not in weights_there
+    assert not weights_there["transformer.h.1.mlp.c_fc.bias"].any()  # the model has none
+    assert {path.stat().st_mode & 0o777 for path in Path("new/hf").iterdir()} == {0o644}
+    card = Path("new/hf/README.md").read_text()
+    for told in (
+        "| iteration | 20 |",
+        "| validation loss | 4.1481 |",
+        "| parameters | 104,832 |",
+        "learning_rate = 0.003",
+    ):
+        assert told in card
+    assert "out-to_resume" not in card  # the folder of the run is nobody else's business
+    assert os.listdir("new") == ["hf"]
+
+
+def test_the_vocabulary_is_cut_to_the_tokenizers_or_kept(bpe):
+    save(drawn(n_layer=1))
+    export(to="cut")
+    export(to="kept", keep_padding=True)
+    assert load_file("cut/model.safetensors")["transformer.wte.weight"].shape == (50257, 16)
+    kept = load_file("kept/model.safetensors")["transformer.wte.weight"]
+    torch.testing.assert_close(kept, ours().lm_head.weight, atol=0, rtol=0)
+    assert json.loads(Path("kept/config.json").read_text())["vocab_size"] == 50304
+    assert json.loads(Path("kept/config.json").read_text())["eos_token_id"] == 50256
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_what_is_exported_comes_back(activation):
+    model = drawn(vocab_size=65, bias=activation == "gelu")
+    weights.set_activation(model, activation)
+    save(model, activation=weights.activation_of(model), config={"dataset": "markov"})
+    export(to="hf")
+    back = GPT.from_pretrained("hf").eval()
+    assert weights.activation_of(back) == activation
+    assert difference(back, model) < 1e-4
+    weights.set_activation(back, "gelu" if activation == "gelu_new" else "gelu_new")
+    assert difference(back, model) > 1e-3
+
+
+def losses_of(model, steps):
+    """Training losses on the toy data, the same batches for every model."""
+    data = torch.from_numpy(np.fromfile("data/markov/train.bin", dtype=np.uint16).astype(np.int64))
+    draw = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(data) - 33, (8, 1), generator=draw)
+        batch = data[starts + torch.arange(33)]
+        loss = model(batch[:, :-1], batch[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_goes_on_from_what_was_exported():
+    save(drawn(vocab_size=65, block_size=32, bias=True), config={"dataset": "markov"})
+    export(to="hf")
+    before, after = losses_of(ours(), 20), losses_of(GPT.from_pretrained("hf").train(), 20)
+    assert after == pytest.approx(before, abs=1e-3)
+    assert after[-1] < after[0] - 0.1
+    imported = train(init_from="hf", out_dir="imported", max_iters=10, eval_iters=1)
+    assert before[0] > 5  # a new model has 4.2
+    assert imported.iter_loss[0] == pytest.approx(before[0], rel=0.1)  # of another batch
+    export(out_dir="imported", to="again")
+
+
+def test_the_symbols_of_an_exported_folder():
+    trained()
+    export(to="hf")
+    encode, decode, name = huggingface.codec_of_folder("hf")
+    theirs_encode, theirs_decode, _ = codec_of("data/markov")
+    text = theirs_decode(list(range(65)))
+    assert encode(text) == theirs_encode(text)
+    assert decode(encode(text)) == text
+    assert name == os.path.join("hf", "tokenizer.json")
+    with pytest.raises(UsageError, match="the prompt has what hf/tokenizer.json has no symbol for"):
+        encode("\u4e00")
+    Path("hf/tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="hf/tokenizer.json can't be read"):
+        huggingface.codec_of_folder("hf")
+
+
+# ---- models that transformers' GPT-2 is not ----------------------------------------------------------------
+
+
+class Squared(GPT):
+    """GPT-2's weights, another activation."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.mlp.gelu = type("ReLU2", (nn.Module,), {"forward": lambda self, x: F.relu(x) ** 2})()
+
+
+class Gated(GPT):
+    """A weight more in each block."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.mlp.gate = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+
+
+class Wide(GPT):
+    """Another shape."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer.h[1].mlp.c_fc = nn.Linear(config.n_embd, 6 * config.n_embd)
+        self.transformer.h[1].mlp.c_proj = nn.Linear(6 * config.n_embd, config.n_embd)
+
+
+class Grouped(GPT):
+    """Without a weight that GPT-2 has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.transformer.h[0].attn.c_proj
+
+
+class Untied(GPT):
+    """A head of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+
+def export_model(model):
+    pytest.importorskip("transformers")
+    return huggingface.export(model, {}, "hf", title="x", data_dir="data/markov", keep_padding=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Squared, "with GPT-2's weights it computes something else .logits differ by"),
+        (Gated, "it has 2 weights that GPT-2 hasn't: h.0.mlp.gate.weight"),
+        (Wide, r"its h.1.mlp.c_fc.weight has the shape \(96, 16\), and GPT-2's would have \(64, 16\)"),
+        (Grouped, "it has no h.0.attn.c_proj.weight"),
+    ],
+)
+def test_what_transformers_can_not_express_is_said_and_not_written(kind, sentence):
+    with pytest.raises(
+        UsageError, match=f"this model is no GPT-2, and transformers' GPT-2 can't express it: {sentence}"
+    ):
+        export_model(drawn(kind, vocab_size=65))
+    assert sorted(os.listdir()) == ["data"]
+
+
+def test_a_head_of_its_own_is_expressed():
+    assert export_model(drawn(Untied, vocab_size=65)) < 1e-4
+    assert json.loads(Path("hf/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@torch.no_grad()
+def test_the_two_gelus_differ_by_less_than_a_thousandth_in_loss():
+    """What OpenAI's names cost by computing with the exact GELU, as far as can be told without OpenAI's weights."""
+    trained()
+    model = ours()
+    idx = torch.randint(65, (64, 33), generator=torch.Generator().manual_seed(0))
+    exact = model(idx[:, :-1], idx[:, 1:])[1].item()
+    weights.set_activation(model, "gelu_new")
+    approximate = model(idx[:, :-1], idx[:, 1:])[1].item()
+    assert 0 < abs(approximate - exact) < 1e-3
+
+
+# ---- weights alone -----------------------------------------------------------------------------------------
+
+
+def test_weights_alone_hold_what_makes_the_model():
+    trained()
+    assert "out/ckpt.pt -> w.safetensors" in export(weights_only_to="w.safetensors")
+    whole, alone = checkpoint.load("out"), weights.load("w.safetensors")
+    assert alone["model_args"] == whole["model_args"]
+    assert alone["config"] == {"dataset": "markov"}
+    assert (alone["iter_num"], alone["best_val_loss"]) == (20, pytest.approx(4.1481, abs=1e-4))
+    assert set(alone["model"]) == set(whole["model"])
+    assert all(torch.equal(alone["model"][name], whole["model"][name]) for name in whole["model"])
+    assert os.path.getsize("w.safetensors") < 0.34 * os.path.getsize("out/ckpt.pt")
+    models.load_weights(models.build(GPT, GPTConfig, alone["model_args"]), alone["model"], "w.safetensors")
+
+
+def test_weights_alone_keep_the_activation():
+    model = drawn(vocab_size=65)
+    weights.set_activation(model, "gelu_new")
+    save(model, activation=weights.activation_of(model))
+    export(weights_only_to="w.safetensors")
+    assert weights.load("w.safetensors")["activation"] == "gelu_new"
+
+
+def rewrite(**changes):
+    """w.safetensors with other metadata; None leaves an entry out."""
+    with safe_open("w.safetensors", "pt") as file:
+        metadata = file.metadata() | changes
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    save_file(load_file("w.safetensors"), "w.safetensors", metadata)
+
+
+def cut():
+    data = Path("w.safetensors").read_bytes()
+    Path("w.safetensors").write_bytes(data[: len(data) // 2])
+
+
+BAD_WEIGHTS = {
+    "none": (lambda: os.remove("w.safetensors"), "there is no file w.safetensors"),
+    "cut": (cut, "w.safetensors can't be read, it is damaged or not a file of weights"),
+    "empty": (lambda: Path("w.safetensors").write_bytes(b""), "w.safetensors can't be read"),
+    "no sizes": (
+        lambda: rewrite(model_args=None),
+        "w.safetensors lacks model_args: .*for a Hugging Face model, name its",
+    ),
+    "no JSON": (lambda: rewrite(model_args="{"), "w.safetensors can't be read"),
+    "deep": (lambda: rewrite(config="[" * 100_000), "w.safetensors can't be read"),
+    "a list": (lambda: rewrite(model_args="[]"), "w.safetensors is damaged .*: model_args must be a dict of sizes"),
+    "a size less": (lambda: rewrite(model_args='{"n_layer": 1}'), "w.safetensors: its model_args lack n_head"),
+    "another type": (lambda: rewrite(config='{"dataset": 1}'), "w.safetensors is damaged .*: config must be a dict of"),
+    "tied to nothing": (lambda: rewrite(tied='{"lm_head.weight": "gone"}'), "w.safetensors can't be read"),
+    "tied to a list": (lambda: rewrite(tied='{"lm_head.weight": []}'), "w.safetensors can't be read"),
+    "not tied": (lambda: rewrite(tied="[]"), "w.safetensors can't be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weights_alone_that_are_damaged(case):
+    act, sentence = BAD_WEIGHTS[case]
+    trained()
+    weights.save(checkpoint.load("out"), "w.safetensors")
+    act()
+    with pytest.raises(UsageError, match=sentence) as e:
+        weights.load("w.safetensors")
+    assert len(str(e.value)) < 300
+
+
+def test_an_activation_that_is_none_or_has_no_place():
+    with pytest.raises(UsageError, match="the checkpoint's activation must be gelu or gelu_new, not 'relu'"):
+        weights.set_activation(drawn(vocab_size=65), "relu")
+    with pytest.raises(UsageError, match="the checkpoint's activation must be gelu or gelu_new"):
+        weights.set_activation(drawn(vocab_size=65), {"gelu": 1})
+    squared = drawn(Squared, vocab_size=65)
+    assert weights.activation_of(squared) is None
+    weights.set_activation(squared, None)
+    with pytest.raises(UsageError, match="activation is gelu_new, and the model of model.py has no nn.GELU"):
+        weights.set_activation(squared, "gelu_new")
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def no_checkpoint():
+    os.remove("out/ckpt.pt")
+
+
+def half_a_checkpoint():
+    data = Path("out/ckpt.pt").read_bytes()
+    Path("out/ckpt.pt").write_bytes(data[: len(data) // 2])
+
+
+def no_meta():
+    os.remove("data/markov/meta.pkl")
+
+
+def other_meta():
+    meta = {"vocab_size": 300, "stoi": {chr(i): i for i in range(300)}, "itos": {i: chr(i) for i in range(300)}}
+    Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def crossed_meta():
+    meta = {"vocab_size": 65, "stoi": {chr(i): i for i in range(65)}, "itos": {i: chr(64 - i) for i in range(65)}}
+    Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def occupied():
+    os.mkdir("hf")
+    Path("hf/mine").write_text("")
+
+
+MISTAKES = [
+    (lambda: None, {}, "nothing to do: name a new folder, --to="),
+    (lambda: None, {"weights_only_to": "w.bin"}, "weights_only_to must end in .safetensors, not 'w.bin'"),
+    (no_checkpoint, {"to": "hf"}, "there is no checkpoint out/ckpt.pt"),
+    (half_a_checkpoint, {"to": "hf"}, "out/ckpt.pt can't be read, it is damaged or not a checkpoint"),
+    (half_a_checkpoint, {"weights_only_to": "w.safetensors"}, "out/ckpt.pt can't be read"),
+    (occupied, {"to": "hf"}, "hf is not empty: name another one, or remove it first"),
+    (lambda: Path("w.safetensors").write_text("mine"), {"weights_only_to": "w.safetensors"}, "w.safetensors is there"),
+    (lambda: None, {"to": "data/markov/meta.pkl/hf"}, "data/markov/meta.pkl/hf can't be written .File exists"),
+    (other_meta, {"to": "hf"}, "vocabulary of 65 and data/markov/meta.pkl has 300 symbols: bring the meta.pkl"),
+    (crossed_meta, {"to": "hf"}, "data/markov/meta.pkl: stoi and itos are not each other's inverse"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "keys", "sentence"), MISTAKES)
+def test_a_mistake_is_a_sentence_and_leaves_nothing(act, keys, sentence):
+    trained()
+    act()
+    before = {path: path.stat().st_size for path in Path().rglob("*")}
+    with pytest.raises(UsageError, match=sentence):
+        export(**keys)
+    assert {path: path.stat().st_size for path in Path().rglob("*")} == before
+
+
+def test_gpt2s_symbols_are_not_taken_for_a_model_of_characters(bpe):
+    trained()
+    no_meta()
+    with pytest.raises(
+        UsageError, match="vocabulary of 65 and GPT-2's BPE, which is taken .*markov.meta.pkl.* has 50257"
+    ):
+        export(to="hf")
+
+
+def test_a_run_that_stopped_before_it_had_a_best_is_exported():
+    trained()
+    os.rename("out/ckpt.pt", f"out/{checkpoint.LAST}")
+    assert "out/ckpt.last.pt -> w.safetensors" in export(weights_only_to="w.safetensors")
+
+
+def test_an_empty_folder_is_written_to():
+    trained()
+    os.mkdir("hf")
+    export(to="hf")
+    assert os.path.isfile("hf/config.json")
+
+
+@pytest.mark.parametrize("keys", [{"to": "hf"}, {"weights_only_to": "w.safetensors"}])
+def test_a_full_disk_leaves_nothing(keys):
+    trained()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # bytes that a file may have
+    try:
+        with pytest.raises(UsageError, match="(hf|w.safetensors) can't be written"):
+            export(**keys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(os.listdir()) == ["data", "out"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "safetensors"])
+def test_a_missing_package_is_a_sentence(monkeypatch, package):
+    trained()
+    monkeypatch.setitem(sys.modules, package, None)
+    keys = {"to": "hf"} if package == "transformers" else {"weights_only_to": "w.safetensors"}
+    with pytest.raises(UsageError, match=f"pip install {package}"):
+        run_script("export.py", *flags(**keys))
+
+
+# ---- the hub -----------------------------------------------------------------------------------------------
+
+
+def test_pushing_uploads_the_whole_folder(monkeypatch):
+    """A hub that takes what it is given: what it is given is looked at."""
+    trained()
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            return f"https://hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploaded[repo_id] = sorted(os.listdir(folder_path))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert "pushed to https://hub/me/markov" in export(push_to="me/markov")
+    files = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert uploaded == {"me/markov": [*files, "tokenizer.json", "tokenizer_config.json"]}
+    assert sorted(os.listdir()) == ["data", "out"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("me/mar kov", "Repo id must"), ("me/markov", "offline")])
+def test_pushing_that_fails_is_a_sentence_and_keeps_the_folder(monkeypatch, name, reason):
+    trained()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=f"push_to='{name}' failed .*{reason}.*hf auth login"):
+        export(to="hf", push_to=name)
+    assert os.path.isfile("hf/model.safetensors")
