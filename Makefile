@@ -14,7 +14,7 @@ endif
 OUT := out-python-char
 RESULTS := benchmarks/results
 
-.PHONY: help train test torture bigdata lint gpu clean
+.PHONY: help train test picture torture bigdata lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
@@ -27,9 +27,13 @@ help:
 train: data/python_char/meta.pkl
 	$(PY) train.py config/train_python_char.py --out_dir=$(OUT) --auto_fit=True
 	$(PY) sample.py --out_dir=$(OUT) --num_samples=1 --max_new_tokens=400 --start="def "
+	$(PY) report.py $(OUT)
 
 test: $(SETUP)
 	$(PY) -m pytest -q $(WORKERS)
+
+picture: $(SETUP)
+	$(PY) tests/browser.py $(OUT)/report.html $(RESULTS)/report.png --height=900
 
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100

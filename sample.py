@@ -5,10 +5,12 @@ python sample.py --init_from=gpt2-xl --start="FILE:prompt.txt" --num_samples=5
 python sample.py --start=- --num_samples=1 < prompts.txt
 """
 
+import contextlib
 import inspect
 import math
 import os
 import sys
+from collections import deque
 from pathlib import Path
 
 import nanofit  # noqa: F401  # before torch: see there
@@ -120,6 +122,9 @@ class Shown:
 streams = num_samples == 1 and sys.stdout.isatty() and "on_token" in inspect.signature(GPT.generate).parameters
 
 
+last_texts = deque(maxlen=10)  # which the report shows
+
+
 def draw(text):
     """Print num_samples texts that go on from this one."""
     tokens = encode(text)
@@ -131,7 +136,8 @@ def draw(text):
         # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
         drawn = GPT.generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
         for row in drawn:
-            print("" if streams else decode(row.tolist()))
+            last_texts.append(decode(row.tolist()))
+            print("" if streams else last_texts[-1])
             print("---------------")
         left -= len(batch)
 
@@ -146,3 +152,8 @@ with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
     for line in sys.stdin if start == "-" else [start]:
         if prompt_text := line.removesuffix("\n") if start == "-" else line:
             draw(prompt_text)
+if init_from == "resume":
+    kept = os.path.join(out_dir, "sample.txt")
+    with contextlib.suppress(OSError):  # the folder may be somebody else's
+        Path(f"{kept}.part").write_text("\n---------------\n".join(last_texts), encoding="utf-8")
+        os.replace(f"{kept}.part", kept)

@@ -84,10 +84,9 @@ auto_fit = False  # split batch_size x gradient_accumulation_steps again, so tha
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
-# a field of GPTConfig that isn't nanoGPT's is a key too
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
 defaults = keys_of(globals())
-own_fields = models.own_fields(GPTConfig)
+own_fields = models.own_fields(GPTConfig)  # those that nanoGPT's lacks are keys too
 config, given = configure(globals(), more=own_fields)
 
 # ---- what was asked for, checked before anything is written ------------------------------------------------
@@ -295,5 +294,7 @@ with signals.listening():
 
 folder.release()
 world.destroy()
+if not eval_only:
+    print(f"python report.py {out_dir} shows this run")
 if unsaved or output.failure:
     raise UsageError(unsaved or f"standard output could not be written ({output.failure}); all else was done")

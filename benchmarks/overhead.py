@@ -1,11 +1,13 @@
-"""What it costs to survive: the training loop's guards against a loop without them, in pairs in one process.
+"""What it costs to survive and to be watched: train.py's loop against barer ones, in turns in one process.
 
     python benchmarks/overhead.py
 
 The guards: generators and place in the data kept for each iteration, the signal looked at, the part that may run
-out of memory wrapped, gradients that are not finite left out. Prints a table, and one line of JSON last.
+out of memory wrapped, gradients that are not finite left out. The figures: those of every iteration, made, printed into
+a file and written to metrics.jsonl. Prints a table, and one line of JSON last.
 """
 
+import contextlib
 import os
 import statistics
 import tempfile
@@ -21,6 +23,8 @@ from model import GPT, GPTConfig
 from nanofit import runtime, settings
 from nanofit.batches import Batches
 from nanofit.distributed import ALONE
+from nanofit.folder import RunFolder
+from nanofit.metrics import Metrics, open_readers
 from nanofit.recovery import Recovery, StopSignals, Watch
 from nanofit.step import accumulate, combine, update
 
@@ -69,7 +73,7 @@ class Bare:
 
 
 class Guarded(Bare):
-    """train.py's loop."""
+    """A loop that survives what train.py's does, and tells nothing."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -84,10 +88,31 @@ class Guarded(Bare):
         )
         self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)
         self.watch.note(self.count, norm)
+        loss = self.tell(loss, norm)
         self.count += 1
-        loss = loss.item()
         self.watch.check()
         return loss
+
+    def tell(self, loss, norm):
+        return loss.item()
+
+
+class Told(Guarded):
+    """train.py's loop, with a line for every iteration."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.losses, self.out = [], open(os.path.join(folder, "lines"), "w")  # noqa: SIM115  # open as long as this
+        tokens = MICRO_STEPS * batch_size * block_size
+        self.metrics = Metrics(device, 0, 10**6, 10**6, tokens, lambda seconds: 1e-3 / seconds)
+        keys = {"eval_only": False, "wandb_log": False, "tensorboard_log": False}
+        self.metrics.readers = open_readers(keys, RunFolder(os.path.join(folder, "out")), 0, {})
+        self.metrics.readers.append(lambda figures: self.losses.append(figures["loss"]))
+
+    def tell(self, loss, norm):
+        with contextlib.redirect_stdout(self.out):
+            self.metrics.iterated(self.count, 1e-3, loss, norm)
+        return self.losses.pop()
 
 
 def turn(side):
@@ -102,26 +127,25 @@ with tempfile.TemporaryDirectory() as folder:
     tokens = np.random.default_rng(0).integers(vocab_size, size=1_000_000, dtype=np.uint16)
     for split in ("train", "val"):
         tokens.tofile(os.path.join(folder, f"{split}.bin"))
-    bare, guarded = Bare(folder), Guarded(folder)
-    seconds = {"bare": [], "guarded": []}
+    sides = {"bare": Bare(folder), "guarded": Guarded(folder), "told": Told(folder)}
+    seconds = {name: [] for name in sides}
     for index in range(rounds + 1):
-        pair = [("bare", partial(turn, bare)), ("guarded", partial(turn, guarded))]
-        found = {name: run() for name, run in (pair if index % 2 else reversed(pair))}
-        for a, b in zip(found["bare"][1], found["guarded"][1], strict=True):
-            assert abs(a - b) < 1e-2, "both compute the same"
+        order = list(sides) if index % 2 else list(reversed(sides))
+        found = {name: turn(sides[name]) for name in order}
+        for a, *others in zip(*(found[name][1] for name in sides), strict=True):
+            assert all(abs(a - b) < 1e-2 for b in others), "all compute the same"
         if index:  # the first turn warms up
             for name in seconds:
                 seconds[name].append(found[name][0])
 
 median = {name: statistics.median(took) for name, took in seconds.items()}
-ratios = [b / a for a, b in zip(seconds["bare"], seconds["guarded"], strict=True)]
 for name, took in median.items():
     print(f"{name:10} {took * 1000:10.3f} ms an iteration")
-spread = statistics.quantiles(ratios, n=4)
-print(f"time with guards, ratio {statistics.median(ratios):.4f} (quartiles {spread[0]:.4f}, {spread[2]:.4f})")
-print(f"guards cost {(median['guarded'] - median['bare']) * 1e6:.0f} microseconds an iteration")
-figures = {
-    "seconds_per_iteration": median,
-    "time_ratio": {"median": statistics.median(ratios), "quartiles": [spread[0], spread[2]]},
-}
+figures = {"seconds_per_iteration": median}
+for what, less, more in (("guards", "bare", "guarded"), ("figures", "guarded", "told")):
+    ratios = [b / a for a, b in zip(seconds[less], seconds[more], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"time with {what}, ratio {statistics.median(ratios):.4f} (quartiles {low:.4f}, {high:.4f})")
+    print(f"{what} cost {(median[more] - median[less]) * 1e6:.0f} microseconds an iteration")
+    figures[f"time_ratio_{what}"] = {"median": statistics.median(ratios), "quartiles": [low, high]}
 finish("overhead", config, device, figures, save)

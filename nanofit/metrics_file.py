@@ -21,6 +21,7 @@ import re
 import time
 
 FILE = "metrics.jsonl"
+_START = b',"run":{'  # nothing else in the file has these bytes
 
 
 class MetricsFile:
@@ -94,6 +95,16 @@ def run_of(path):
         run = record_of(file.readline()).get("run")
     run_id = run.get("id") if isinstance(run, dict) else None
     return run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{8}", run_id) else None  # part of a path
+
+
+def starts_in(lines):
+    """The facts of each start of the run in whole lines of the file, bytes or what is searched like bytes."""
+    at = lines.find(_START)
+    while at >= 0:
+        end = lines.find(b"\n", at) + 1
+        if isinstance(run := record_of(lines[lines.rfind(b"\n", 0, at) + 1 : end]).get("run"), dict):
+            yield run
+        at = lines.find(_START, end or len(lines))
 
 
 def _bytes_before(path, iter_num):

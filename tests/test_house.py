@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "nanofit"
 # Each floor may use those below it, and nothing of its own.
 FLOORS = (
-    ("allocator", "errors", "progress", "metrics_file", "autofit.plan", "autofit.compiling"),
+    ("allocator", "errors", "progress", "metrics_file", "autofit.plan", "autofit.compiling", "report"),
     (
         "runtime",
         "models",
@@ -22,12 +22,11 @@ FLOORS = (
         "autofit.search",
         "autofit.trial",
         "autofit.cache",
-        "report",
     ),
-    ("distributed", "settings", "recovery", "metrics", "report.log", "autofit.advice"),
-    ("checkpoint", "step", "autofit.fitter"),
-    ("folder", "weights", "autofit.simulate"),
-    ("autofit", "autofit.probe", "huggingface"),
+    ("distributed", "settings", "recovery", "metrics", "autofit.advice", "report.log", "report.charts"),
+    ("checkpoint", "step", "autofit.fitter", "report.run", "report.page"),
+    ("folder", "weights", "autofit.simulate", "report.picture", "report.server"),
+    ("autofit", "autofit.probe", "huggingface", "report.memory"),
 )
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

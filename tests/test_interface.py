@@ -111,6 +111,9 @@ EXPORT = "python export.py --out_dir=out-shakespeare-char --to=shakespeare-gpt"
 COMMANDS = {
     "python train.py --help": How(shows="^  --batch_size=12 "),
     "python train.py config/train_openwebtext.py --auto_fit=True": FITTED,
+    "python report.py out": How((), "report.html", "python train.py config/train_openwebtext.py --auto_fit=True"),
+    "python report.py out --watch": Cannot("it serves until it is ended: tests/test_report.py ends it"),
+    "python report.py out-a out-b --png=curves.png": Cannot("it wants two runs: tests/test_report.py makes them"),
     EXPORT: How((), "shakespeare-gpt", BY_CHARACTERS),
     f"{BY_CHARACTERS} --init_from=shakespeare-gpt --out_dir=out-again --max_iters=100": How(SHORT, TRAINED, EXPORT),
     "python train.py config/train_openwebtext.py --dataset=edu --auto_fit=True": FITTED,
@@ -206,8 +209,9 @@ def run(command):
             if stop.code:
                 raise
             return stop.text
-    for path in Path("data").glob("*/*.bin") if name.startswith("data/") else ():  # what is prepared doesn't replace what is larger
-        path.unlink()
+    if name.startswith("data/"):  # what is prepared doesn't replace what is larger
+        for path in Path("data").glob("*/*.bin"):
+            path.unlink()
     done = subprocess.run([sys.executable, name, *arguments], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout

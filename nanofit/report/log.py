@@ -9,10 +9,11 @@ import pyarrow
 import pyarrow.json  # comes with datasets; an order of magnitude faster than json
 
 from nanofit.errors import UsageError
-from nanofit.metrics_file import FILE, record_of
+from nanofit.metrics_file import FILE, record_of, starts_in
 
 ITERATION = (
     "iter", "tokens", "lr", "loss", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes", "memory_bytes",
+    "seconds_left",
 )  # fmt: skip
 EVALUATION = ("iter", "tokens", "train_loss", "val_loss", "best_val_loss")
 BLOCK = 2**23  # bytes that are read and parsed together
@@ -26,17 +27,17 @@ class Log:
     """A run's figures, as far as they are written: update() reads on.
 
     iterations, evaluations: {name: float64 (n,)}, nan where a figure isn't known or isn't finite. starts: the run's
-    facts, once for each time that it began or went on.
+    facts, once for each time that it began or went on. version: another number with each change.
     """
 
     def __init__(self, folder):
-        self.path = os.path.join(folder, FILE)
+        self.path, self.version = os.path.join(folder, FILE), 0
         if not os.path.isfile(self.path):
             raise UsageError(f"there are no figures in {folder}: train.py --out_dir={folder} writes them to {FILE}")
         self._forget()
 
     def _forget(self):
-        self.starts = []
+        self.starts, self.version = [], self.version + 1
         self._columns = {kind: {name: array("d") for name in kind} for kind in (ITERATION, EVALUATION)}
         self._end, self._last = 0, b""  # bytes read so far, and the last line of them
 
@@ -62,12 +63,13 @@ class Log:
                 block += file.readline()
                 whole = block[: block.rfind(b"\n") + 1]  # a line that is being written waits for the next time
                 self._add(whole)
+                self.version += 1
                 self._end += len(whole)
                 self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :] or self._last
         return self
 
     def _add(self, lines):
-        self.starts += [record_of(line)["run"] for line in _lines_with(lines, b',"run":{') if record_of(line)]
+        self.starts += starts_in(lines)
         try:
             options = pyarrow.json.ReadOptions(block_size=2 * BLOCK)
             table = pyarrow.json.read_json(io.BytesIO(lines), options, AS_NUMBERS)
@@ -80,14 +82,6 @@ class Log:
         for kind, rows in ((ITERATION, of_iteration), (EVALUATION, of_evaluation)):
             for name, column in self._columns[kind].items():
                 column.frombytes(found[name][rows].tobytes())
-
-
-def _lines_with(lines, words):
-    at = lines.find(words)
-    while at >= 0:
-        end = lines.index(b"\n", at) + 1
-        yield lines[lines.rfind(b"\n", 0, at) + 1 : end]
-        at = lines.find(words, end)
 
 
 def _number(value):
