@@ -44,6 +44,7 @@ device = runtime.find_device(device)
 runtime.set_device(device)
 torch.manual_seed(seed)
 model_args = models.sizes_of("scratch", {**config, "dropout": 0.0}, None, None, own_fields)
+settings.check_sizes(config, GPTConfig, model_args, elsewhere=False)
 
 if real_data:
     batches = Batches(os.path.join("data", "openwebtext"), batch_size=batch_size, block_size=block_size, device=device)

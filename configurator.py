@@ -13,6 +13,7 @@ is a bool, int, float or str. Two ways in:
 """
 
 import ast
+import builtins
 import difflib
 import os
 import re
@@ -23,7 +24,7 @@ import traceback
 if __name__ != "configurator":  # run by exec, from a script that may lie elsewhere; this file was opened from here
     sys.path.append(os.getcwd())
 
-from nanofit.errors import UsageError, show_errors_as_sentences
+from nanofit.errors import UsageError, show_errors_as_sentences, shown
 
 SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so one may name another's keys
 
@@ -31,15 +32,6 @@ SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so o
 def keys_of(namespace):
     """The configuration keys among a module's globals, with their values."""
     return {k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, (bool, int, float, str))}
-
-
-def _shown(value, form=repr):
-    """value as text for a message, cut where it is long."""
-    try:
-        text = form(value)
-    except (ValueError, RecursionError):  # an int of more than 4,300 digits; lists in lists in lists
-        return f"a value of type {type(value).__name__} that is too large to show"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def coerce(key, value, kind, default, source, text=None):
@@ -51,8 +43,8 @@ def coerce(key, value, kind, default, source, text=None):
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
-        raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {_shown(value)}")
-    if kind is str and "\0" in (value if isinstance(value, str) else ""):
+        raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {shown(value)}")
+    if kind is str and "\0" in (value if type(value) is str else text or ""):
         raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
     if type(value) is kind:
         return value
@@ -60,10 +52,10 @@ def coerce(key, value, kind, default, source, text=None):
         return text
     if kind is float and type(value) is int:
         return float(value)
-    if kind is bool and _shown(value, str).lower() in ("true", "false", "1", "0"):
+    if kind is bool and shown(value, str).lower() in ("true", "false", "1", "0"):
         return str(value).lower() in ("true", "1")
     expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string in quotes"}[kind]
-    raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {_shown(value)}")
+    raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {shown(value)}")
 
 
 def _nearest(word, words):
@@ -192,8 +184,9 @@ def configure(namespace, argv=None, more=None):
                     override(key, value, arg)
                     say(f"  {key} = {namespace[key]!r}")
                     continue
-                # A helper of the file's own is kept, as in nanoGPT, but may not replace a name of the script.
-                namespace.setdefault(key, value)
+                # A helper of the file's own is kept, as in nanoGPT, but may not replace a name that the script uses.
+                if not hasattr(builtins, key):
+                    namespace.setdefault(key, value)
                 if isinstance(value, (bool, int, float, str)) and not _scripts_that_know(key):
                     print(
                         f"warning: {arg}: no script knows the key '{key}': {_nearest(key, defaults)}", file=sys.stderr

@@ -46,7 +46,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             # The two numbers of heads that come nearest and fit.
-            fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            small = [n for n in range(1, math.isqrt(self.n_embd) + 1) if self.n_embd % n == 0]
+            fits = {*small, *(self.n_embd // n for n in small)}
             nearest = sorted(sorted(fits, key=lambda n: (abs(n - self.n_head), -n))[:2])
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal "

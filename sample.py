@@ -142,6 +142,11 @@ def draw(text):
         left -= len(batch)
 
 
+def lines_of_standard_input():
+    with usage_errors(OSError, UnicodeDecodeError, prefix="standard input can't be read: "):
+        yield from sys.stdin
+
+
 # Every token is a pass in this one context, for which each weight is converted once.
 with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
     if compile:
@@ -149,7 +154,7 @@ with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
         model, failure = try_compile(model, lambda compiled: compiled(trial), device, dynamic=True)
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
-    for line in sys.stdin if start == "-" else [start]:
+    for line in lines_of_standard_input() if start == "-" else [start]:
         if prompt_text := line.removesuffix("\n") if start == "-" else line:
             draw(prompt_text)
 if init_from == "resume":

@@ -102,7 +102,7 @@ trained_with = model_args["block_size"]
 if not saved or "block_size" in given:
     model_args["block_size"] = settings.crop_to(block_size, trained_with, init_from)
 block_size = model_args["block_size"]
-settings.check_sizes(config, GPTConfig, model_args, settings.is_elsewhere(config))
+settings.check_sizes(config, GPTConfig, {**model_args, "block_size": trained_with}, settings.is_elsewhere(config))
 iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
 if not settings.is_elsewhere(config):
     device = world.init(backend, device)

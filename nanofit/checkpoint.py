@@ -1,9 +1,11 @@
 """ckpt.pt: written whole or not at all, read whether nanoGPT or this project wrote it."""
 
+import contextlib
 import errno
 import math
 import os
 import pickle
+import sys
 import tempfile
 import zipfile
 from dataclasses import asdict, replace
@@ -12,7 +14,7 @@ import torch
 
 from nanofit import runtime
 from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
-from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
+from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usage_errors
 from nanofit.metrics import is_state
 from nanofit.models import SIZES
 
@@ -23,6 +25,10 @@ REQUIRED = ("model", "model_args", "optimizer", "iter_num", "best_val_loss", "co
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
 _IMPLEMENTATION = ("fused", "foreach", "capturable")
 _ANOTHER_OPTIMIZER = ("maximize", "amsgrad", "differentiable")
+_REAL = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)  # fmt: skip
 
 
 def all_finite(tensors):
@@ -112,25 +118,25 @@ def _umask():
 
 def _keep_previous(path):
     """Give ckpt.pt a second name, so that it is never without its own."""
-    previous = os.path.join(os.path.dirname(path), PREVIOUS)
     if not os.path.exists(path):
         return
-    if os.path.exists(previous):
-        os.remove(previous)
+    previous = os.path.join(os.path.dirname(path), PREVIOUS)
+    spare = f"{path}.{os.getpid()}.previous.part"
     try:
-        os.link(path, previous)
+        os.link(path, spare)
     except OSError:
-        return  # some file systems have no second names: then no previous one is kept
+        return  # some file systems have no second names: then an older one stays, or none is kept
+    try:
+        os.replace(spare, previous)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(spare)  # which still is there where both were names of one file
 
 
 def _read(path):
     """What torch.load gives for a file whose bytes are those that were written; a UsageError where they aren't."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # torch.load doesn't compare checksums
-                    raise UsageError(f"the checksum of {damaged} is wrong")
-        return _open(path)
+        return _open(path, whole=True)
     except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
         if is_out_of_memory(e):
             raise
@@ -139,9 +145,19 @@ def _read(path):
         raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({said})") from e
 
 
-def _open(path):
+def _open(path, whole=False):
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise UsageError("it is compressed")  # a few bytes may stand for all memory; torch.save does no such
+            if whole and (damaged := file.testzip()):  # torch.load doesn't compare checksums
+                raise UsageError(f"the checksum of {damaged} is wrong")
     # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if zipped and path.isprintable():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with open(path, "rb") as f:  # torch maps only a file whose name is text
+        return torch.load(f, map_location="cpu", weights_only=True)
 
 
 def peek(path, whole=False):
@@ -152,8 +168,9 @@ def peek(path, whole=False):
     if not os.path.isfile(path):
         return None
     try:
-        held = _read(path) if whole else _open(path)
-        return held if type(held.get("iter_num")) is int and isinstance(held.get("config", {}), dict) else None
+        held = _open(path, whole)
+        fits = _is_iteration(held.get("iter_num")) and isinstance(held.get("config", {}), dict)
+        return held if fits else None
     except Exception as e:  # as in _read
         if is_out_of_memory(e):
             raise
@@ -202,19 +219,34 @@ def _maps(value, keys, values):
     return isinstance(value, dict) and all(isinstance(k, keys) and isinstance(v, values) for k, v in value.items())
 
 
-def _is_finite(value):
-    """Whether a value is a number, or a tensor of one as nanoGPT saves its loss, and not a nan."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex() and math.isfinite(value)
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_plain(value):
+    """Whether a value is a tensor of real numbers that are all there: none is made of others, or of no memory."""
+    return (
+        isinstance(value, torch.Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and value.dtype in _REAL
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )
+
+
+def _is_finite(value, least=-sys.float_info.max):
+    """Whether a value is a number from least on, or a tensor of one as nanoGPT saves its loss, and not a nan."""
+    if _is_plain(value) and value.numel() == 1:
+        value = value.item()
+    return type(value) in (int, float) and least <= value <= sys.float_info.max
+
+
+def _is_iteration(value):
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_adamw(value):
     if not isinstance(value, dict) or not isinstance(groups := value.get("param_groups"), list):
         return False
-    return _maps(value.get("state"), object, dict) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
+    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
+        return False
+    numbers = [index for group in groups for index in group["params"]]
+    return numbers == list(range(len(numbers))) and _maps(value.get("state"), int, dict)
 
 
 def _is_split(value):
@@ -229,15 +261,22 @@ def _is_split(value):
     return whole and batch_size * accumulation == micro_batch_size * micro_steps
 
 
+def _is_fingerprints(value):
+    return _maps(value, str, list) and all(type(n) is int for known in value.values() for n in known)
+
+
 _EXPECTED = {  # what an entry must be, and whether a value is that
-    "model": ("tensors by name", lambda value: _maps(value, str, torch.Tensor)),
+    "model": (
+        "tensors of real numbers by name",
+        lambda value: _maps(value, str, torch.Tensor) and all(map(_is_plain, value.values())),
+    ),
     "optimizer": ("the state_dict of AdamW", _is_adamw),
     "model_args": ("a dict of sizes", lambda value: _maps(value, str, object)),
-    "iter_num": ("a whole number from 0 on", lambda value: type(value) is int and value >= 0),
+    "iter_num": ("a whole number from 0 on, of 64 bits", _is_iteration),
     "best_val_loss": ("a finite number", _is_finite),
     "config": ("a dict of keys", lambda value: _maps(value, str, object) and isinstance(value.get("dataset", ""), str)),
     "scaler": ("a dict", lambda value: isinstance(value, dict)),
-    "data": ("a dict", lambda value: isinstance(value, dict)),
+    "data": ("two whole numbers for each split", _is_fingerprints),
     "split": ("two pairs of whole numbers", lambda value: _is_split(value)),
     "metrics": ("the state of a run's figures", is_state),
 }
@@ -250,8 +289,7 @@ def check(checkpoint, path, for_training):
     for entry, (expected, fits) in _EXPECTED.items():
         if entry in checkpoint and entry in looked_at and not fits(checkpoint[entry]):
             raise UsageError(f"{path} is damaged or not a checkpoint of this model: {entry} must be {expected}")
-    weights = checkpoint["model"].values()
-    if any(w.is_complex() for w in weights) or not all_finite(weights):
+    if not all_finite(checkpoint["model"].values()):
         raise UsageError(f"{path} holds weights that are not finite: {_elsewhere(path)}")
     if for_training:
         _check_moments(checkpoint["optimizer"], path)
@@ -283,15 +321,25 @@ def _check_moments(optimizer, path):
         for option in _ANOTHER_OPTIMIZER:
             if group.get(option):
                 raise UsageError(f"{path}: its optimizer has {option} set, which no training run here does")
-        for name, value in group.items():
-            if name in ("lr", "eps", "weight_decay") and not _is_finite(value):
-                raise UsageError(f"{path}: its optimizer has {name}={value}, which is not a finite number")
+        for name in ("lr", "eps", "weight_decay"):
+            if not _is_finite(group.get(name, 0.0), least=0.0):
+                raise UsageError(
+                    f"{path}: its optimizer has {name}={shown(group[name])}: it must be a number from 0 on"
+                )
+        betas = group.get("betas", (0.0, 0.0))
+        if type(betas) not in (tuple, list) or len(betas) != 2 or not all(_is_finite(b, 0.0) and b < 1 for b in betas):
+            raise UsageError(f"{path}: its optimizer has betas={shown(betas)}: they must be two numbers from 0 to 1")
     for index, moments in optimizer["state"].items():
-        for name, value in moments.items():
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(0.0)
-            below = name in ("step", "exp_avg_sq") and tensor.numel() and not tensor.is_complex() and tensor.min() < 0
-            if tensor.is_complex() or below or not all_finite([tensor]):
-                raise UsageError(f"{path}: {name} of weight {index} in its optimizer is negative or not finite")
+        for name in ("step", "exp_avg", "exp_avg_sq") if moments else ():
+            value, least = moments.get(name), -math.inf if name == "exp_avg" else 0.0
+            if name == "step":
+                sound = _is_finite(value, least)
+            else:
+                sound = _is_plain(value) and all_finite([value]) and (not value.numel() or value.min() >= least)
+            if not sound:
+                raise UsageError(
+                    f"{path}: {name} of weight {index} in its optimizer is missing, negative, not finite or no number"
+                )
 
 
 def restore(saved, optimizer, scaler, batches, world, device):
@@ -303,12 +351,13 @@ def restore(saved, optimizer, scaler, batches, world, device):
         if saved.get("data", {}).get(split, known) != known:
             print(f"{split}.bin is not what it was when the checkpoint was saved: the run goes on with what is there")
     load_optimizer(optimizer, saved["optimizer"])
-    if scaler.is_enabled() and saved.get("scaler"):
-        scaler.load_state_dict(saved["scaler"])
-    if len(saved.get("rng", ())) == world.size:
-        rng = saved["rng"][world.rank]
-        runtime.set_rng_state(rng["generators"], device)
-        batches.load_state_dict(rng["data"])
+    with usage_errors(LookupError, TypeError, RuntimeError, prefix="the checkpoint's scaler or rng is damaged: "):
+        if scaler.is_enabled() and saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
+        if len(saved.get("rng", ())) == world.size:
+            rng = saved["rng"][world.rank]
+            runtime.set_rng_state(rng["generators"], device)
+            batches.load_state_dict(rng["data"])
 
 
 def split_of(batches, world, levers):

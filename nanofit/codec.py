@@ -8,6 +8,7 @@ import pickletools
 from nanofit.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST_META = 2**26  # bytes: some millions of symbols
 
 # The opcodes that strings, numbers, lists and dicts are pickled with. The others import, call, or build tuples, of
 # which a few bytes make a key that takes forever to hash.
@@ -46,6 +47,8 @@ def load_meta(folder):
     if not os.path.isfile(path):
         raise UsageError(f"{path} is not a file: prepare the data again")
     try:
+        if (size := os.path.getsize(path)) > LARGEST_META:
+            raise ValueError(f"it has {size:,} bytes")
         with open(path, "rb") as f:
             meta = _unpickle(f.read())
     except Exception as e:  # a damaged pickle can raise almost anything

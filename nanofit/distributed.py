@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanofit import runtime
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, shown, usage_errors
 
 # Longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 minutes are not.
 TIMEOUT = timedelta(hours=3)
@@ -33,12 +33,12 @@ class World:
         """The World that torchrun's environment variables tell of."""
         variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
         told = {name: os.environ.get(name, str(alone)) for name, alone in variables.items()}
-        sound = all(value.isdecimal() for value in told.values())
+        sound = all(value.isdecimal() and len(value) < 10 for value in told.values())
         world = cls(*map(int, told.values())) if sound else cls()
         if not sound or not 0 <= world.local_rank <= world.rank < world.size:
+            named = ", ".join(f"{name}={shown(value)}" for name, value in told.items())
             raise UsageError(
-                f"{', '.join(f'{name}={value!r}' for name, value in told.items())} in the environment are not what "
-                "torchrun sets: start with torchrun, or unset them"
+                f"{named} in the environment are not what torchrun sets: start with torchrun, or unset them"
             )
         return world
 
@@ -67,7 +67,9 @@ class World:
                 print(f"backend nccl needs CUDA: gloo joins the ranks on {device_name}")
         if not dist.is_backend_available(backend):
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
-        dist.init_process_group(backend, timeout=TIMEOUT, **options)
+        prefix = "the ranks can't meet, start with torchrun, or unset RANK and WORLD_SIZE: "
+        with usage_errors(ValueError, RuntimeError, OverflowError, TypeError, prefix=prefix):
+            dist.init_process_group(backend, timeout=TIMEOUT, **options)
         self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
         # gloo's threads give back their last tensors a moment after the call that waited for them, and need
         # Python's lock to do so: where Python is shutting down already, the process aborts.

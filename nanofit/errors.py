@@ -16,6 +16,8 @@ _OUT_OF_MEMORY = (
     "not enough memory",  # and on Windows
 )
 
+_LOST_RANK = ("gloo/transport", "Gloo connectFullMesh", "Connection closed by peer", "Connection reset by peer")
+
 
 class UsageError(ValueError):
     """A mistake in what the user gave. Its message is a sentence, shown without a traceback.
@@ -44,11 +46,27 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def shown(value, form=repr):
+    """value as text for a message, cut where it is long."""
+    try:
+        text = form(value)
+    except (ValueError, RecursionError):  # an int of more than 4,300 digits; lists in lists in lists
+        return f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def is_out_of_memory(error):
     """Whether an exception says that the memory of a device or of the machine ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_lost_rank(error):
+    """Whether an exception says that another rank, or the way to it, is gone."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):  # torch's
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_RANK)
 
 
 def memory_sentence(error):
@@ -63,6 +81,7 @@ def _rounded(amount):
 
 
 OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
+LONGEST = 1000  # characters of a sentence; a name in it may be longer
 
 
 # ---- the top frame -----------------------------------------------------------------------------------------
@@ -74,6 +93,8 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
     The exit code is 1, or 130 after Ctrl-C. An error of any other kind is our own mistake: it keeps its traceback.
     when_memory_ends() says what to do then.
     """
+
+    _mend_standard_streams()
 
     def show(kind, error, trace):
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
@@ -87,6 +108,11 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
                 _tell(f"error: {error}")
         elif is_out_of_memory(error):
             _tell(f"error: {memory_sentence(error)}\n{when_memory_ends()}")
+        elif is_lost_rank(error):
+            _tell(
+                f"error: rank {os.environ.get('RANK', '?')} has lost another ({first_line(error)[:200]}); a checkpoint "
+                "that was written is whole, and --init_from=resume goes on from it"
+            )
         elif issubclass(kind, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what reads us is gone, and isn't told again at the end
             _tell("error: standard output was closed before all of it was written")
@@ -100,7 +126,26 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
     sys.excepthook = show
 
 
+def _mend_standard_streams():
+    """Open those that were closed: the next file would get their number, and what libraries print with it.
+
+    Characters that the locale lacks are printed as escapes.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the process ends
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _tell(sentence):
+    sentence = sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]}..."
     with contextlib.suppress(OSError, ValueError):  # standard error may be gone as well; the exit code still tells
         print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
@@ -112,15 +157,16 @@ def _flush():
 
 
 class PatientOutput:
-    """A standard output that gives up, instead of raising, where it can't be written: a full disk, a closed terminal.
-
-    failure: why it gave up, or ''.
-    """
+    """A standard output that gives up, and doesn't raise, where it can't be written: a full disk, a closed terminal."""
 
     def __init__(self, stream):
-        self._stream, self.failure = stream, ""
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # characters that the locale lacks
+        self._stream, self._failure = stream, ""
+
+    @property
+    def failure(self):
+        """Why it gave up, or ''."""
+        self.flush()  # what waits to be written may fail as well
+        return self._failure
 
     def write(self, text):
         self._try(lambda: self._stream.write(text))
@@ -130,14 +176,14 @@ class PatientOutput:
         self._try(self._stream.flush)
 
     def _try(self, act):
-        if self.failure:
+        if self._failure:
             return
         try:
             act()
         except (OSError, ValueError) as e:
-            self.failure = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
+            self._failure = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
             if isinstance(e, OSError) and e.errno == errno.EPIPE:
-                self.failure = "its reader has gone"
+                self._failure = "its reader has gone"
             with contextlib.suppress(OSError):  # what is buffered would be tried again when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 

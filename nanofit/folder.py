@@ -18,7 +18,7 @@ import uuid
 from nanofit import checkpoint
 from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
 from nanofit.distributed import ALONE
-from nanofit.errors import UsageError, usage_errors
+from nanofit.errors import UsageError, shown, usage_errors
 
 LOCK = "run.lock"
 _held = {}  # folder: this process's hold on it. A run that ended in an error, as in a notebook, may have left it
@@ -26,10 +26,12 @@ _held = {}  # folder: this process's hold on it. A run that ended in an error, a
 
 def run_id_of(saved):
     """The id of the run that a checkpoint belongs to. nanoGPT's have none: theirs is made of what they hold."""
-    if re.fullmatch("[0-9a-f]{8}", str(saved.get("run_id"))):  # it becomes part of a file's name
-        return saved["run_id"]
-    told = [saved.get("iter_num"), saved.get("best_val_loss"), sorted(map(repr, saved.get("config", {}).items()))]
-    return hashlib.sha256(repr(told).encode(errors="replace")).hexdigest()[:8]
+    own = saved.get("run_id")
+    if isinstance(own, str) and re.fullmatch("[0-9a-f]{8}", own):  # it becomes part of a file's name
+        return own
+    config = sorted(map(shown, saved.get("config", {}).items()))
+    told = [shown(saved.get("iter_num")), shown(saved.get("best_val_loss")), *config]
+    return hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:8]
 
 
 class RunFolder:
@@ -81,16 +83,20 @@ class RunFolder:
         except ImportError:
             return  # Windows has other locks; there, two runs in one folder are the user's to avoid
         self.release()
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # neither a link nor a wait for a pipe's end
         with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
-            lock = os.open(self.path(LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            lock = os.open(self.path(LOCK), flags, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+            holder = ""
+            with contextlib.suppress(OSError):  # a pipe tells nothing
+                holder = os.read(lock, 200).decode(errors="replace").strip()
             os.close(lock)
             if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UsageError(
-                    f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir"
+                    f"out_dir={self.out_dir!r} is in use by {holder or 'another process'}: let it end, or give "
+                    "another --out_dir"
                 ) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
@@ -99,9 +105,10 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-        for part in glob.glob(glob.escape(self.out_dir) + "/*.part"):  # of a run that was killed while it wrote
-            with contextlib.suppress(OSError):
-                os.remove(part)
+        for ours in ("ckpt*.pt.*.part", "auto_fit.json.*.part"):  # of a run that was killed while it wrote
+            for part in glob.glob(os.path.join(glob.escape(self.out_dir), ours)):
+                with contextlib.suppress(OSError):
+                    os.remove(part)
 
     def release(self):
         """Let another run have the folder; when a process ends, that happens by itself."""

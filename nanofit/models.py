@@ -17,7 +17,7 @@ import typing
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nanofit.errors import UsageError, usage_errors
+from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
 GPT2_SIZES = {  # what OpenAI released, by the name on the Hugging Face hub
@@ -91,8 +91,18 @@ def pretrained(model_class, name, dropout):
     """A GPT-2 with trained weights: name as in init_from."""
     if not hasattr(model_class, "from_pretrained"):
         raise UsageError(f"init_from={name!r}: model.py offers no from_pretrained: start from scratch, or resume")
-    with refusals(f"init_from={name!r}: "), usage_errors(OSError, ImportError, prefix=f"init_from={name!r}: "):
-        return model_class.from_pretrained(name, dict(dropout=dropout))
+    try:
+        with refusals(f"init_from={name!r}: "):
+            model = model_class.from_pretrained(name, dict(dropout=dropout))
+    except UsageError:
+        raise
+    except Exception as e:  # transformers and safetensors have their own ways to say that a file is damaged
+        if is_out_of_memory(e):
+            raise
+        raise UsageError(f"init_from={name!r}: {first_line(e)[:300]}") from e
+    if not all(torch.isfinite(weight.sum()) for weight in model.parameters()):
+        raise UsageError(f"init_from={name!r} holds weights that are not finite: take another")
+    return model
 
 
 def load_weights(model, weights, where):

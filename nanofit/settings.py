@@ -5,9 +5,10 @@ import os
 
 from nanofit import models, optimizers, runtime
 from nanofit.autofit import compiling
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, shown
 
 BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
+BEYOND_REASON = 2**50  # bytes that no device has, in this machine or another
 BATCH_BYTES = 18  # that a token of a batch takes there: as it is stored, and twice as int64
 OF_THE_CHECKPOINT = ("weight_decay", "beta1", "beta2")  # what a resumed run takes from there, beside the model's shape
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -47,6 +48,8 @@ def check(config, world):
     at_least(1, config, "eval_interval", "eval_iters", "log_interval")
     at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
     at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2", "loss_chunk_mb")
+    if config["memory_limit_gb"] * 2**30 > BEYOND_REASON:
+        raise UsageError(f"memory_limit_gb={config['memory_limit_gb']} is more than any device has: it counts GiB")
     for key in ("beta1", "beta2"):
         if not config[key] < 1:
             raise UsageError(f"{key} must be below 1, not {config[key]}")
@@ -89,22 +92,28 @@ def check_compile_mode(config):
 
 def check_sizes(config, config_class, model_args, elsewhere):
     """Raise a UsageError where the model refuses its sizes, or it or a batch can't be in this machine's memory."""
-    at_least(1, model_args, *(name for name in models.SIZES if name not in ("bias", "dropout")))
-    models.config_of(config_class, model_args)
+    counts = [name for name in models.SIZES if name not in ("bias", "dropout")]
+    at_least(1, model_args, *counts)
+    for name in counts:
+        if model_args[name] >= 2**63:
+            raise UsageError(f"{name} must be a number of 64 bits, not {shown(model_args[name])}")
     layers, width, there = model_args["n_layer"], model_args["n_embd"], runtime.host_memory_bytes()
     weights = 4 * (layers * 12 * width**2 + (model_args["vocab_size"] + model_args["block_size"]) * width)
-    need = {
-        f"a model of n_layer={layers}, n_embd={width}, vocab_size={model_args['vocab_size']}, "
-        f"block_size={model_args['block_size']}": layers * BLOCK_BYTES + (0 if elsewhere else weights),
-        f"a batch of batch_size={config['batch_size']}, block_size={model_args['block_size']}": config["batch_size"]
-        * (model_args["block_size"] + 1)
-        * BATCH_BYTES,
-    }
-    for what, needed in need.items():
-        if needed > there:
+    positions = model_args["block_size"]
+    a_model = (
+        f"a model of n_layer={layers}, n_embd={width}, vocab_size={model_args['vocab_size']}, block_size={positions}"
+    )
+    a_batch = f"a batch of batch_size={config['batch_size']}, block_size={positions}"
+    for what, needed, limit in (
+        (a_model, layers * BLOCK_BYTES + weights, BEYOND_REASON if elsewhere else there),
+        (a_model, layers * BLOCK_BYTES, there),
+        (a_batch, config["batch_size"] * (positions + 1) * BATCH_BYTES, there),
+    ):
+        if needed > limit:
             raise UsageError(
                 f"{what} takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:.1f}: make it smaller"
             )
+    models.config_of(config_class, model_args)
 
 
 def opening_lines(config, given, device, dtype, model_args, tokens_per_iter):
@@ -125,8 +134,11 @@ def differences(saved, config, given):
     for key, value in config.items():
         shape = key in saved["model_args"] and key not in ("dropout", "block_size")
         before = saved["model_args" if shape else "config"].get(key, value)
-        if before == value or key in ("out_dir", "init_from") or key not in given:
+        if type(before) not in models.KEY_TYPES or before == value or key not in given:
             continue
+        if key in ("out_dir", "init_from"):
+            continue
+        before = shown(before, str)
         kept = shape or key in OF_THE_CHECKPOINT
         (ignored if kept else taken).append(f"{key} {before}, not {value}" if kept else f"{key} {before} -> {value}")
     lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []

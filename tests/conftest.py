@@ -63,22 +63,29 @@ def flags(**keys):
     return [f"--{k}={v}" for k, v in keys.items()]
 
 
+@contextlib.contextmanager
+def as_a_process(name, *argv):
+    """What python sets up for a script of the project, put back at the end; the value is the script's path."""
+    before = sys.argv, sys.excepthook, sys.stdout, sys.stderr
+    sys.argv = [name, *argv]
+    try:
+        yield str(ROOT / name)
+    finally:
+        sys.argv, sys.excepthook, sys.stdout, sys.stderr = before
+
+
 def run_script(name, *argv):
     """Run a script of the project as python would, in the current folder: much faster than a new process.
 
     Where it ends with a SystemExit, what it had printed is that one's .text.
     """
     out = io.StringIO()
-    before = sys.argv, sys.excepthook, sys.stdout
-    sys.argv = [name, *argv]
     try:
-        with contextlib.redirect_stdout(out):
-            names = runpy.run_path(str(ROOT / name), run_name="__main__")
+        with as_a_process(name, *argv) as path, contextlib.redirect_stdout(out):
+            names = runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         stop.text = out.getvalue()
         raise
-    finally:
-        sys.argv, sys.excepthook, sys.stdout = before
     return Run(out.getvalue(), names)
 
 

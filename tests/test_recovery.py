@@ -115,7 +115,9 @@ def test_a_kill_before_the_file_gets_its_name_leaves_the_checkpoint_before(workp
         "from nanofit import checkpoint\n"
         "save = lambda n: checkpoint.save({'model': {'w': torch.ones(9)}, 'iter_num': n}, 'out')\n"
         "save(1)\n"
-        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "replace = os.replace\n"
+        "is_its_name = lambda target: target.endswith('ckpt.pt')\n"
+        "os.replace = lambda *names: os.kill(os.getpid(), 9) if is_its_name(names[1]) else replace(*names)\n"
         "save(2)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment())

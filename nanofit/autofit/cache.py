@@ -8,6 +8,7 @@ from dataclasses import asdict
 from nanofit.autofit.plan import Plan, from_dict
 
 NAME = "auto_fit.json"
+LARGEST = 2**24  # bytes that an answer may have
 
 
 def recall(out_dir, key):
@@ -16,8 +17,8 @@ def recall(out_dir, key):
     if not os.path.exists(path):
         return None, ""
     try:
-        if not os.path.isfile(path):
-            raise ValueError("a folder or a pipe")
+        if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
+            raise ValueError("a folder or a pipe, or somebody else's")
         with open(path, encoding="utf-8") as f:
             kept = json.load(f)
         if differs := [name for name in key if kept["key"].get(name) != json.loads(json.dumps(key[name]))]:

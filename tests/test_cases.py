@@ -1,0 +1,723 @@
+"""A table of what may go wrong: what a run is given, what it must print, how it must end, what it must leave alone.
+
+A new case is a row. Each runs a script in an empty folder that has the toy data set, and checks besides that no
+traceback was printed, that no line is longer than a person reads, and that no half-written file is left.
+"""
+
+import contextlib
+import errno
+import fcntl
+import fnmatch
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import runpy
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REFERENCE, as_a_process, flags
+
+from nanofit import runtime
+from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.plan import Plan
+
+KEYS = {
+    "train.py": dict(
+        device="cpu", dataset="markov", compile=False, n_layer=1, n_head=1, n_embd=16, block_size=8, batch_size=2,
+        gradient_accumulation_steps=1, eval_iters=1, eval_interval=2, max_iters=2, warmup_iters=1, learning_rate=1e-3,
+    ),
+    "sample.py": dict(device="cpu", num_samples=1, max_new_tokens=4, start="a"),
+    "bench.py": dict(
+        device="cpu", compile=False, real_data=False, n_layer=1, n_head=1, n_embd=16, block_size=8, batch_size=2
+    ),
+}  # fmt: skip
+LONGEST_LINE = 1050  # characters that a line of a message may have
+LOCK, SAMPLE = "out/run.lock", "out/sample.txt"
+STARTED = (LOCK, "out/metrics.jsonl")  # what a run that trains may write
+SAVED = (*STARTED, "out/ckpt.pt", "out/ckpt.prev.pt")  # what a run that trains and saves may write
+
+
+@dataclass(frozen=True)
+class Case:
+    """given: functions of pytest's MonkeyPatch that prepare the folder and the machine, called in turn. says: patterns
+    that must all be found in what is printed, on standard output or error. changes: paths, as patterns, that may
+    change, appear or go; all others must be as they were.
+    """
+
+    what: str
+    given: tuple
+    script: str
+    argv: tuple
+    keys: dict
+    code: int
+    says: tuple
+    never: tuple
+    changes: tuple
+
+
+TABLE = []
+
+
+def row(what, *given, says=(), code=1, changes=(), never=(), script="train.py", argv=(), **keys):
+    """One row of the table; keys are the script's, given as --key=value."""
+    says, never, changes = ((told,) if isinstance(told, str) else told for told in (says, never, changes))
+    TABLE.append(Case(what, given, script, tuple(argv), keys, code, says, never, changes))
+
+
+def end_of(script, *argv):
+    """(exit code, all that was printed) of a script, run in this process with its top frame at work."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), as_a_process(script, *argv) as path:
+        if isinstance(sys.stdout, Broken):
+            sys.stdout.heard = printed
+        else:
+            sys.stdout = printed
+        try:
+            runpy.run_path(path, run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+    return code, printed.getvalue()
+
+
+def tree():
+    """{path: what it is} of all that lies in the current folder."""
+    found = {}
+    for folder, folders, files in os.walk("."):
+        for name in folders + files:
+            path = os.path.relpath(os.path.join(folder, name))
+            if path in (LOCK, SAMPLE):  # who held the folder last, and what was sampled last: nobody's work
+                continue
+            if os.path.islink(path):
+                found[path] = f"link to {os.readlink(path)}"
+            elif os.path.isfile(path) and os.path.getsize(path) < 2**30:
+                found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            else:
+                found[path] = "a folder" if os.path.isdir(path) else "a pipe, or too large"
+    return found
+
+
+# ---- what may be given -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_run_before(tmp_path_factory):
+    """A run that ended: ckpt.pt of iteration 4, ckpt.prev.pt of iteration 2."""
+    place = tmp_path_factory.mktemp("before")
+    shutil.copytree(REFERENCE / "markov", place / "data" / "markov")
+    with contextlib.chdir(place):
+        code, printed = end_of("train.py", *flags(**{**KEYS["train.py"], "max_iters": 4}))
+    assert code == 0, printed
+    a_run.folder = place / "out"
+
+
+def a_run(patch):
+    shutil.copytree(a_run.folder, "out")
+
+
+def file(path, content=b""):
+    """A file of these bytes."""
+
+    def make(patch):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return make
+
+
+def folder(path):
+    return lambda patch: os.makedirs(path)
+
+
+def pipe(path):
+    def make(patch):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path)
+
+    return make
+
+
+def link(path, target):
+    def make(patch):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(target, path)
+
+    return make
+
+
+def gone(path):
+    return lambda patch: os.remove(path)
+
+
+def moved(path, target):
+    return lambda patch: os.rename(path, target)
+
+
+def copied(path, target):
+    return lambda patch: (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, target)
+
+
+def damaged(path):
+    """A bit is turned in the middle of a file."""
+
+    def turn(patch):
+        content = bytearray(Path(path).read_bytes())
+        content[len(content) // 2] ^= 1
+        Path(path).write_bytes(content)
+
+    return turn
+
+
+def cut(path, size):
+    return lambda patch: os.truncate(path, size)
+
+
+def held(change, path="out/ckpt.pt"):
+    """A checkpoint whose content was changed: change(content) does, or gives what is there instead."""
+
+    def do(patch):
+        content = torch.load(path, weights_only=True)
+        new = change(content)
+        torch.save(content if new is None else new, path)
+
+    return do
+
+
+def entry(name, value):
+    return held(lambda c: {**c, name: value})
+
+
+def of_model(name, change):
+    """A checkpoint in which a weight is changed in place."""
+    return held(lambda c: (change(c["model"][name]), None)[1])
+
+
+def moments(change):
+    """A checkpoint in which change(moments) was called on those of its first weight."""
+    return held(lambda c: (change(c["optimizer"]["state"][0]), None)[1])
+
+
+def group(**values):
+    return held(lambda c: c["optimizer"]["param_groups"][0].update(values))
+
+
+def size(**values):
+    return held(lambda c: c["model_args"].update(values))
+
+
+def last_of(number, path="out/ckpt.last.pt", **more):
+    """A checkpoint as where a run stopped, beside its best."""
+
+    def make(patch):
+        content = torch.load("out/ckpt.pt", weights_only=True)
+        torch.save({**content, "iter_num": number, **more}, path)
+
+    return make
+
+
+def environment(**values):
+    def put(patch):
+        for name, value in values.items():
+            patch.setenv(name, value) if value is not None else patch.delenv(name, raising=False)
+
+    return put
+
+
+def meta(**more):
+    """meta.pkl with these entries changed."""
+
+    def make(patch):
+        content = pickle.loads(Path("data/markov/meta.pkl").read_bytes())
+        Path("data/markov/meta.pkl").write_bytes(pickle.dumps({**content, **more}))
+
+    return make
+
+
+def fails(place, number=0, message=None, error=OSError):
+    """place, 'module.name', raises: a system's error of this number, or error(message)."""
+
+    def fail(*args, **options):
+        raise error(message) if message else OSError(number, os.strerror(number), "that file")
+
+    return lambda patch: patch.setattr(place, fail)
+
+
+def hugging_face(text=None, **more):
+    """A folder hf whose config.json is that of a small GPT-2 with these entries, or this text."""
+    sizes = dict(model_type="gpt2", n_layer=1, n_head=1, n_embd=16, vocab_size=65, n_positions=16)
+    return file("hf/config.json", text or json.dumps({**sizes, **more}))
+
+
+def lock(patch):
+    """A lock that another run holds. (Its file is never closed: the lock goes with this process.)"""
+    fcntl.flock(os.open(LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+
+
+class Broken(io.StringIO):
+    """A standard output that takes some lines, and then fails with this error number."""
+
+    def __init__(self, number, lines=0):
+        super().__init__()
+        self.number, self.lines, self.heard = number, lines, None
+
+    def write(self, text):
+        if self.lines <= 0:
+            raise OSError(self.number, os.strerror(self.number))
+        self.lines -= text.count("\n")
+        return self.heard.write(text)
+
+    def flush(self):
+        if self.lines <= 0:
+            raise OSError(self.number, os.strerror(self.number))
+
+
+def output(make):
+    return lambda patch: patch.setattr(sys, "stdout", make())
+
+
+# fmt: off
+# ---- runs in one folder ------------------------------------------------------------------------------------
+OTHERS = ("out/kept-of-run-*", "out/ckpt.prev.pt", LOCK)
+BOTH_KEPT = (
+    "ckpt.prev.pt, of iteration 2, is another run's: kept as",
+    "ckpt.pt, of iteration 4, is another run's: kept",
+)
+row("a run in a new folder", code=0, changes=("out", *SAVED), says="saving checkpoint to out")
+row("a run that goes on", a_run, init_from="resume", max_iters=6, code=0, changes=SAVED, never="another run")
+row("a run that has nothing left to do", a_run, init_from="resume", max_iters=4, code=0, changes=SAVED)
+row("from scratch over another run", a_run, code=0, changes=("out/*",), says=BOTH_KEPT)
+row("from scratch, and no iteration that saves", a_run, eval_only=True, code=0)
+row("from scratch, nothing trained", a_run, max_iters=0, code=0, changes="out/*", says=BOTH_KEPT)
+row("what is moved aside twice has two names", a_run, code=0, says="kept as", changes=("out/*",))
+row("a kept folder that is a file", a_run, file("out/kept-of-run-x"), code=0, changes=("out/*",), says=BOTH_KEPT)
+row("another run's last", a_run, last_of(3, run_id="0" * 8), init_from="resume", max_iters=6, code=0,
+    says="ckpt.last.pt is of another run than out/ckpt.pt and is left alone", changes=("out/*",))
+row("this run's last is where it goes on", a_run, last_of(5), init_from="resume", max_iters=5, code=0,
+    says="resuming from out at iteration 5", changes=("out/ckpt*", *STARTED))
+row("an earlier last is left", a_run, last_of(3), init_from="resume", max_iters=6, code=0,
+    says="resuming from out at iteration 4", changes=("out/ckpt*", *STARTED))
+row("a damaged last beside a whole best", a_run, last_of(5), damaged("out/ckpt.last.pt"), init_from="resume",
+    says="to go on from there, remove out/ckpt.last.pt")
+row("a last that is empty", a_run, file("out/ckpt.last.pt"), init_from="resume", says="remove out/ckpt.last.pt")
+row("a damaged last, and the advice", a_run, last_of(5), damaged("out/ckpt.last.pt"), gone("out/ckpt.last.pt"),
+    init_from="resume", max_iters=6, code=0, says="resuming from out at iteration 4", changes=SAVED)
+row("a damaged checkpoint beside the one before", a_run, damaged("out/ckpt.pt"), init_from="resume", says=("damaged",
+    "out/ckpt.prev.pt beside it is whole, of iteration 2: to go on from there, rename it to ckpt.pt"))
+row("a damaged checkpoint, and the advice", a_run, damaged("out/ckpt.pt"), gone("out/ckpt.pt"),
+    moved("out/ckpt.prev.pt", "out/ckpt.pt"), init_from="resume", max_iters=6, code=0, changes=SAVED,
+    says="resuming from out at iteration 2")
+row("all three damaged", a_run, last_of(5), *(damaged(f"out/ckpt{n}.pt") for n in ("", ".prev", ".last")),
+    init_from="resume", says="out/ckpt.pt can't be read, it is damaged", never="is whole")
+row("a damaged checkpoint, from scratch: it is kept", a_run, damaged("out/ckpt.pt"), code=0,
+    says="out/ckpt.pt, of iteration 4, is another run's: kept", changes=("out/*",))
+row("a cropped block_size keeps what was before", a_run, init_from="resume", block_size=4, max_iters=6, code=0,
+    says=("block_size 8 -> 4: the model is cropped for good", *BOTH_KEPT), changes=("out/*",))
+row("a larger block_size", a_run, init_from="resume", block_size=16, says="set --block_size=8 or less")
+row("a part that is a link to somebody's file", a_run, file("theirs", "words"), link("out/ckpt.pt.part", "../theirs"),
+    init_from="resume", max_iters=6, code=0, changes=SAVED)
+row("a part of another program", a_run, file("out/film.part", "half"), init_from="resume", max_iters=6, code=0,
+    changes=SAVED)
+row("parts of a killed run", a_run, file("out/ckpt.pt.abc.part", "half"), file("out/auto_fit.json.x.part"),
+    init_from="resume", max_iters=6, code=0, changes=(*SAVED, "out/*.part"))
+row("no locks on this file system", fails("fcntl.flock", errno.ENOLCK), code=0, changes=("out", *SAVED),
+    says="out can't be locked (No locks available): make sure that no other run writes there")
+row("no locks at all", fails("fcntl.flock", errno.ENOSYS), code=0, changes=("out", *SAVED), says="can't be locked")
+row("somebody holds the lock", a_run, file(LOCK, "process 7 on there\n"), fails("fcntl.flock", errno.EWOULDBLOCK),
+    init_from="resume", says="out_dir='out' is in use by process 7 on there: let it end, or give another --out_dir")
+row("somebody holds the lock, who wrote no name", file(LOCK), fails("fcntl.flock", errno.EWOULDBLOCK),
+    says="in use by another process")
+row("a lock that is really held", folder("out"), lock, says="in use by another process")
+row("a lock that is a link", file("theirs", "words"), folder("out"), link(LOCK, "../theirs"), says="can't be written")
+row("a lock that is a folder", folder(LOCK), says="out_dir='out' can't be written to")
+row("a lock that is a pipe", pipe(LOCK), code=0, changes=SAVED)
+row("no second names on this file system", a_run, fails("os.link", errno.EPERM), init_from="resume", max_iters=6,
+    code=0, changes=(*STARTED, "out/ckpt.pt"))
+row("a checkpoint that is a folder", folder("out/ckpt.pt"), code=0, says="kept-damaged", changes=("out/*",))
+row("a checkpoint that is a pipe", pipe("out/ckpt.pt"), code=0, says="kept-damaged", changes=("out/*",))
+row("a checkpoint that is a link to nothing", folder("out"), link("out/ckpt.pt", "nowhere"), code=0,
+    says="kept-damaged", changes=("out/*",))
+row("a previous checkpoint that is a folder", a_run, gone("out/ckpt.prev.pt"), folder("out/ckpt.prev.pt/in"), code=0,
+    init_from="resume", max_iters=6, says="kept-damaged", changes=("out/*",))
+row("a last one that is a pipe", a_run, pipe("out/ckpt.last.pt"), init_from="resume", max_iters=6, code=0,
+    says="kept-damaged", changes=("out/*",))
+
+# ---- folders -----------------------------------------------------------------------------------------------
+row("out_dir is a file", file("out", "words"), says="out_dir='out' can't be made")
+row("out_dir is a pipe", pipe("out"), says="out_dir='out' can't be made")
+row("out_dir in a file", file("out", "words"), out_dir="out/run", says="out_dir='out/run' can't be made")
+row("out_dir where nobody may write", out_dir="/proc/out", says="out_dir='/proc/out' can't be made")
+row("out_dir that can't hold files", out_dir="/proc/self", says="out_dir='/proc/self' can't be written to")
+row("out_dir of no name", out_dir="", says="out_dir")
+row("out_dir with a zero byte", argv=["--out_dir='a\\0b'"], says="out_dir holds a zero byte")
+row("out_dir with a name too long", out_dir="x" * 300, says="File name too long")
+row("out_dir with a name far too long", out_dir="x" * 30000, says="xxx...")
+row("out_dir with bytes that are no text", out_dir=os.fsdecode(b"out-\xff"), code=0, changes="out-*")
+row("and a run that goes on there", a_run, moved("out", os.fsdecode(b"out-\xff")), out_dir=os.fsdecode(b"out-\xff"),
+    init_from="resume", max_iters=6, code=0, changes="out-*/*")
+row("a read-only disk", fails("os.makedirs", errno.EROFS), says="Read-only file system")
+row("a read-only folder", folder("out"), fails("os.open", errno.EROFS), says="Read-only file system")
+row("nothing to resume", init_from="resume", says="there is no checkpoint out/ckpt.pt: train with --out_dir=out first")
+row("resume where a folder has its name", folder("out/ckpt.pt"), init_from="resume", says="there is no checkpoint")
+row("resume where a pipe has its name", pipe("out/ckpt.pt"), init_from="resume", says="there is no checkpoint")
+row("resume where a device has its name", folder("out"), link("out/ckpt.pt", "/dev/zero"), init_from="resume",
+    says="there is no checkpoint")
+
+# ---- the disk ----------------------------------------------------------------------------------------------
+row("a full disk", fails("torch.save", errno.ENOSPC), changes=("out", *STARTED),
+    says=("not saved: out/ckpt.pt can't be written (No space left on device)", "training goes on"))
+row("a full disk in a run that goes on", a_run, fails("torch.save", errno.ENOSPC), init_from="resume", max_iters=6,
+    changes=SAVED, says="not saved")
+row("a quota", fails("torch.save", errno.EDQUOT), changes=("out", *STARTED), says="not saved")
+row("a disk that fails", fails("os.fsync", errno.EIO), changes=("out", *STARTED), says="Input/output error")
+row("a disk that can't rename", a_run, fails("os.replace", errno.EIO), init_from="resume", max_iters=6,
+    says="not saved", changes=STARTED)
+row("another run's can't be moved", a_run, fails("os.rename", errno.EPERM), changes=(*STARTED, "out/kept-*"),
+    says="can't be moved")
+row("no memory to save with", fails("torch.save", message="no", error=MemoryError), changes=("out", *STARTED),
+    says="not saved")
+
+# ---- what a checkpoint holds -------------------------------------------------------------------------------
+
+
+def refused(what, *given, says, **keys):
+    """A checkpoint that resuming refuses; nothing is changed."""
+    row(f"a checkpoint with {what}", a_run, *given, init_from="resume", max_iters=6, says=says, **keys)
+
+
+WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
+refused("a weight that is nan", of_model(FC, lambda w: w[0, 0].fill_(math.nan)), says="weights that are not finite")
+refused("a weight that is infinite", of_model(WTE, lambda w: w[1].fill_(math.inf)), says="weights that are not finite")
+refused("complex weights", held(lambda c: c["model"].update({FC: c["model"][FC].to(torch.complex64)})),
+    says="model must be tensors of real numbers")
+refused("a weight of another shape", held(lambda c: c["model"].update({FC: torch.zeros(3, 3)})), says="size mismatch")
+refused("a weight that stands for a whole disk", held(lambda c: c["model"].update({FC: torch.zeros(1).expand(2**20,
+    2**20)})), says="damaged")
+refused("a weight that is no tensor", held(lambda c: c["model"].update({FC: [1]})),
+    says="model must be tensors of real numbers by name")
+refused("a weight of 8 bits", held(lambda c: c["model"].update({FC: c["model"][FC].to(torch.float8_e4m3fn)})), says=())
+refused("a weight without memory", held(lambda c: c["model"].update({FC: torch.empty(64, 16, device="meta")})),
+    says="damaged")
+refused("a sparse weight", held(lambda c: c["model"].update({FC: c["model"][FC].to_sparse()})), says="damaged")
+refused("no weights", entry("model", {}), says="it lacks model")
+refused("a weight missing", held(lambda c: (c["model"].pop(FC), None)[1]), says="Missing key")
+refused("ten thousand weights too many",
+    held(lambda c: c["model"].update({f"w{i}": torch.zeros(1) for i in range(10000)})),
+    says="weights don't fit its model_args")
+refused("moments that are nan", moments(lambda m: m["exp_avg"].fill_(math.nan)), says="exp_avg of weight 0")
+refused("negative squares", moments(lambda m: m["exp_avg_sq"].fill_(-1)), says="exp_avg_sq of weight 0")
+refused("complex moments", moments(lambda m: m.update(exp_avg=m["exp_avg"] * 1j)), says="exp_avg of weight 0")
+refused("a negative step", moments(lambda m: m["step"].fill_(-5)), says="step of weight 0")
+refused("a step that is a nan", moments(lambda m: m.update(step=math.nan)), says="step of weight 0")
+refused("a step that is a word", moments(lambda m: m.update(step="three")), says="step of weight 0")
+refused("a step of many numbers", moments(lambda m: m.update(step=torch.ones(3))), says="step of weight 0")
+refused("half of the moments", moments(lambda m: m.pop("exp_avg_sq")), says="exp_avg_sq of weight 0")
+refused("a moment that is no tensor", moments(lambda m: m.update(exp_avg=0.5)), says="exp_avg of weight 0")
+refused("moments of another shape", moments(lambda m: m.update(exp_avg=torch.zeros(2))), says="exp_avg of weight 0")
+refused("moments of a weight that isn't there", held(lambda c: c["optimizer"]["state"].update({99: {},
+    98: c["optimizer"]["state"][0]})), says="optimizer")
+refused("moments by name", held(lambda c: c["optimizer"].update(state={"a": c["optimizer"]["state"][0]})),
+    says="optimizer")
+refused("an optimizer that climbs", group(maximize=True), says="maximize")
+refused("another optimizer", group(amsgrad=True), says="amsgrad")
+refused("eps that is nan", group(eps=math.nan), says="eps")
+refused("a negative eps", group(eps=-1.0), says="eps")
+refused("a negative decay", group(weight_decay=-5.0), says="weight_decay")
+refused("betas beyond one", group(betas=(5.0, 5.0)), says="betas")
+refused("betas that are nan", group(betas=(math.nan, 0.9)), says="betas")
+refused("betas that are a word", group(betas="ab"), says="betas")
+refused("one group", held(lambda c: (c["optimizer"]["param_groups"].pop(), None)[1]), says="optimizer")
+refused("groups without weights", group(params=[]), says="optimizer")
+refused("a group of one weight twice", held(lambda c: c["optimizer"]["param_groups"][0]["params"].__setitem__(0, 1)),
+    says="optimizer")
+refused("no optimizer", entry("optimizer", None), says="it lacks optimizer")
+refused("an optimizer that is a list", entry("optimizer", [1]), says="optimizer must be the state_dict of AdamW")
+refused("a negative iter_num", entry("iter_num", -3), says="iter_num must be a whole number")
+refused("a fraction of an iteration", entry("iter_num", 2.5), says="iter_num must be a whole number")
+refused("an iter_num that is true", entry("iter_num", True), says="iter_num must be a whole number")
+refused("an iter_num beyond any run", entry("iter_num", 10**30), says="iter_num must be a whole number")
+refused("a best loss that is nan", entry("best_val_loss", math.nan), says="best_val_loss must be a finite number")
+refused("a best loss that is complex", entry("best_val_loss", torch.tensor(1j)), says="best_val_loss")
+refused("a best loss that is a word", entry("best_val_loss", "good"), says="best_val_loss must be a finite number")
+refused("a config that is a list", entry("config", [1]), says="config must be a dict of keys")
+refused("generators that are a number", entry("rng", 5), says="its rng is damaged")
+refused("generators that are empty", entry("rng", [{}]), says="its rng is damaged")
+refused("a generator's state of zeros", held(lambda c: (c["rng"][0]["generators"]["cpu"].zero_(), None)[1]),
+    says="its rng is damaged")
+refused("generators of None", entry("rng", [None]), says="its rng is damaged")
+refused("data's states that are no tensors", held(lambda c: c["rng"][0]["data"].update(after=3)),
+    says="its rng is damaged")
+refused("data that is a number", entry("data", 5), says="data must be two whole numbers for each split")
+refused("data of tensors", entry("data", {"train": torch.ones(2), "val": torch.ones(3)}), says=())
+refused("a split that doesn't divide", entry("split", {"of": [2, 1], "into": [3, 1]}), says="split")
+refused("a split that is a word", entry("split", "half"), says="split must be")
+refused("a split with levers of tomorrow", entry("split", {"of": [2, 1], "into": [1, 2], "levers": {"warp": 9}}),
+    says="split")
+refused("no sizes", entry("model_args", {"n_layer": 1}), says="model_args lack n_head")
+refused("sizes of another type", size(n_layer="1"), says="n_layer in its model_args must be of type int")
+refused("no layers", size(n_layer=0), says="n_layer must be at least 1")
+refused("negative width", size(n_embd=-16), says="n_embd must be at least 1")
+refused("layers beyond reason", size(n_layer=10**12), says=("a model of n_layer=1000000000000", "make it smaller"))
+refused("a width beyond reason", size(n_embd=10**9), says="make it smaller")
+refused("a vocabulary beyond reason", size(vocab_size=2**40), says="make it smaller")
+refused("positions beyond reason", size(block_size=2**50), says="make it smaller")
+refused("heads that don't divide a large width", size(n_embd=10**18, n_head=7), says="make it smaller")
+refused("no zip and no pickle", file("out/ckpt.pt", b"words" * 99), says="damaged or not a checkpoint")
+refused("nothing in it", cut("out/ckpt.pt", 0), says="damaged or not a checkpoint")
+refused("half of its bytes", cut("out/ckpt.pt", 9999), says="damaged or not a checkpoint")
+refused("a list in it", held(lambda c: [1, 2]), says="not a checkpoint of a training run: it lacks")
+refused("a tensor in it", held(lambda c: torch.zeros(3)), says="it lacks")
+refused("code in it", file("out/ckpt.pt", pickle.dumps(print)), says="it holds more than plain data",
+    never="weights_only")
+row("a config of odd values", a_run, held(lambda c: c["config"].update(batch_size=torch.ones(3), seed=None)),
+    init_from="resume", max_iters=6, code=0, changes=SAVED)
+row("an id that is a path", a_run, entry("run_id", "../../x"), code=0, changes="out/*", never="kept-of-run-\\.\\.")
+row("an id that is a list", a_run, entry("run_id", [[]]), init_from="resume", max_iters=6, code=0, changes="out/*")
+row("an iteration after the last", a_run, entry("iter_num", 10**9), init_from="resume", code=0, changes=LOCK)
+row("no data and generators, as nanoGPT's", a_run, entry("rng", None), entry("data", None), entry("split", None),
+    init_from="resume", max_iters=6, code=0, changes=SAVED)
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+row("a learning rate that is infinite", argv=["--learning_rate=1e999"], says="learning_rate must be a finite number")
+row("a learning rate that is nan", learning_rate="nan", says="learning_rate must be a number")
+row("a learning rate beyond reason", learning_rate=1e30, max_iters=3, says="finite", changes=("out", *SAVED))
+row("a learning rate beyond reason, one iteration", learning_rate=1e38, max_iters=0, says="finite", changes=("out",
+    *STARTED))
+row("decay beyond reason", weight_decay=1e300, says="finite", changes=("out", *STARTED))
+row("a batch beyond reason", batch_size=10**13, says=("a batch of batch_size=10000000000000", "make it smaller"))
+row("a batch beyond any number", batch_size=10**30, says="whole numbers of at most 64 bits")
+row("a batch of a hundred thousand digits", argv=["--batch_size=" + "9" * 100000], says="batch_size")
+row("a width beyond reason", n_embd=10**9, says="make it smaller")
+row("a width beyond reason that doesn't divide", n_embd=10**18, n_head=7, says="make it smaller")
+row("layers beyond reason", n_layer=10**9, says="make it smaller")
+row("heads beyond reason", n_head=10**15, says="is not divisible by n_head")
+row("positions beyond reason", block_size=10**15, says="make it smaller")
+row("steps beyond reason on no ranks", gradient_accumulation_steps=0,
+    says="gradient_accumulation_steps must be at least 1")
+row("a batch of none", batch_size=0, says="batch_size must be at least 1")
+row("a negative batch", batch_size=-4, says="batch_size must be at least 1")
+row("dropout that is nan", argv=["--dropout=nan"], says="dropout must be a number")
+row("dropout of one", dropout=1.0, says="dropout must be at least 0 and below 1")
+row("beta of one", beta1=1.0, says="beta1 must be below 1")
+row("an infinite memory", memory_limit_gb="1e999", says="memory_limit_gb must be a finite number")
+row("memory beyond any number", memory_limit_gb=1e305, says="memory_limit_gb=1e+305 is more than any device has")
+row("a negative memory", memory_limit_gb=-1.0, says="memory_limit_gb must be at least 0")
+row("an evaluation of none", eval_iters=0, says="eval_iters must be at least 1")
+row("a chunk beyond reason", loss_chunk_mb=10**18, code=0, changes=("out", *SAVED))
+row("iterations beyond reason", max_iters=2**63, eval_only=True, code=0)
+row("a schedule that ends before it begins", warmup_iters=5, lr_decay_iters=-3, code=0, changes=("out", *SAVED))
+
+# ---- keys and config files ---------------------------------------------------------------------------------
+row("an unknown key", argv=["--batchsize=3"], says="train.py has no key 'batchsize'")
+row("a key without a value", argv=["--batch_size"], says="has no value")
+row("a key of NULs", argv=["--\\0=3"], says="has no key")
+row("a config file that isn't there", argv=["nowhere.py"], says="config file 'nowhere.py' does not exist")
+row("a config file that is a folder", folder("c.py"), argv=["c.py"], says="config file 'c.py' is not a file")
+row("a config file that is a pipe", pipe("c.py"), argv=["c.py"], says="config file 'c.py' is not a file")
+row("a config file that is a device", argv=["/dev/zero"], says="is not a file")
+row("a config file that ends the program", file("c.py", "import sys\nsys.exit(0)"), argv=["c.py"],
+    says="c.py ends the program")
+row("a config file that is no Python", file("c.py", "batch size = 3"), argv=["c.py"], says="c.py, line 1")
+row("a config file that is no text", file("c.py", b"\xff\xfe\x00"), argv=["c.py"], says="c.py")
+row("a config file with a zero byte", file("c.py", b"x = 1\0"), argv=["c.py"], says="c.py")
+row("a config file that calls itself", file("c.py", "def f(): f()\nf()"), argv=["c.py"], says="RecursionError")
+row("a config file too deep", file("c.py", "batch_size = " + "(" * 5000 + "1" + ")" * 5000), argv=["c.py"], says="c.py")
+row("a config file that asserts", file("c.py", "assert 1 > 2"), argv=["c.py"], says="c.py, line 1: AssertionError")
+row("a config file that takes a builtin's name", file("c.py", "print = len = max = min = None"), argv=["c.py"], code=0,
+    changes=("out", *SAVED))
+row("a value too deep", argv=["--batch_size=" + "[" * 9000], says="batch_size must be a whole number")
+row("an unknown init_from", init_from="gpt5", says="init_from must be")
+row("init_from with a zero byte", argv=["--init_from='a\\0'"], says="zero byte")
+row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")
+row("a device of tomorrow", device="tpu", says="device must be")
+row("a device of nothing", device="", says="device must be")
+row("a GPU that isn't here", fails("torch.cuda.is_available", message="x",
+    error=RuntimeError) if False else lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False),
+    device="cuda:7", says="torch sees no CUDA GPU")
+
+# ---- data --------------------------------------------------------------------------------------------------
+row("no such data set", dataset="marcov", says="did you mean --dataset=markov")
+row("a data set of no name", dataset="", says="train.bin does not exist")
+row("train.bin is a pipe", pipe("data/markov/train.bin"), says="train.bin is not a file")
+row("train.bin is a folder", gone("data/markov/train.bin"), folder("data/markov/train.bin"), says="is not a file")
+row("train.bin is a device", link("data/markov/train.bin", "/dev/zero"), says="train.bin is not a file")
+row("train.bin is a link to nothing", link("data/markov/train.bin", "nowhere"), says="train.bin does not exist")
+row("val.bin is gone", gone("data/markov/val.bin"), says="val.bin does not exist")
+row("train.bin of an odd size", cut("data/markov/train.bin", 4001), says="expected uint16 tokens")
+row("train.bin of nothing", cut("data/markov/train.bin", 0), says="has 0 bytes")
+row("train.bin of too few", cut("data/markov/train.bin", 16), says="too few for block_size=8")
+row("tokens beyond the vocabulary", file("data/markov/train.bin", b"\xff" * 4000), says="holds token 65535",
+    changes=("out", *STARTED))
+row("val tokens beyond the vocabulary", file("data/markov/val.bin", b"\xff" * 4000), says="holds token 65535",
+    changes=("out", *STARTED))
+row("other data of the same size", a_run, file("data/markov/train.bin", bytes(120000)), init_from="resume", max_iters=6,
+    code=0, changes=SAVED, says="train.bin is not what it was when the checkpoint was saved")
+row("other data of another size", a_run, cut("data/markov/val.bin", 8000), init_from="resume", max_iters=6, code=0,
+    changes=SAVED, says="val.bin is not what it was")
+row("data on a disk that fails", fails("nanofit.batches._fingerprint", errno.EIO), says="Input/output error")
+row("meta.pkl is a pipe", pipe("data/markov/meta.pkl"), says="meta.pkl is not a file")
+row("meta.pkl is a folder", gone("data/markov/meta.pkl"), folder("data/markov/meta.pkl"), says="meta.pkl is not a file")
+row("meta.pkl is empty", cut("data/markov/meta.pkl", 0), says="meta.pkl can't be read")
+row("meta.pkl is damaged", cut("data/markov/meta.pkl", 99), says="meta.pkl can't be read")
+row("meta.pkl holds code", file("data/markov/meta.pkl", pickle.dumps(print)), says="it wants to run")
+row("meta.pkl holds a list", file("data/markov/meta.pkl", pickle.dumps([])), says="must hold a dict with vocab_size")
+row("meta.pkl as large as a disk", cut("data/markov/meta.pkl", 2**40), says="meta.pkl can't be read")
+row("a vocabulary of none", meta(vocab_size=0), says="must hold a dict with vocab_size")
+row("a vocabulary that is true", meta(vocab_size=True), says="must hold a dict with vocab_size")
+row("a vocabulary beyond reason", meta(vocab_size=2**40), says="make it smaller")
+row("a vocabulary beyond any number", meta(vocab_size=10**40), says="vocab_size must be a number of 64 bits")
+row("a vocabulary too small for the data", meta(vocab_size=3), says="but the vocabulary has 3", changes=("out",
+    *STARTED))
+
+# ---- weights from elsewhere --------------------------------------------------------------------------------
+row("an empty folder", folder("hf"), init_from="hf", says="hf/config.json is not the config of a GPT-2")
+row("a config that is a pipe", pipe("hf/config.json"), init_from="hf", says="hf/config.json")
+row("a config that is a device", folder("hf"), link("hf/config.json", "/dev/zero"), init_from="hf",
+    says="hf/config.json")
+row("a config that is a list", hugging_face("[1, 2]"), init_from="hf", says="hf/config.json is not the config")
+row("a config that is no JSON", hugging_face("{"), init_from="hf", says="hf/config.json is not the config")
+row("a config too deep", hugging_face("[" * 100000), init_from="hf", says="hf/config.json is not the config")
+row("a config that is no text", file("hf/config.json", b"\xff\xff"), init_from="hf",
+    says="hf/config.json is not the config")
+row("a config of words", hugging_face(n_layer="12"), init_from="hf", says="hf/config.json")
+row("a config of nothing", hugging_face(n_layer=None), init_from="hf", says="hf/config.json")
+row("a config of fractions", hugging_face(n_embd=16.5), init_from="hf", says="hf/config.json")
+row("a config of infinities",
+    hugging_face('{"n_layer": Infinity, "n_head": 1, "n_embd": 16, "vocab_size": 65, "n_positions": 8}'),
+    init_from="hf", says="hf/config.json")
+row("a config beyond reason", hugging_face(n_embd=10**9), init_from="hf", says="make it smaller")
+row("a config of negative sizes", hugging_face(n_layer=-1), init_from="hf", says="n_layer must be at least 1")
+
+# ---- auto_fit's answer, which is only a cache --------------------------------------------------------------
+
+
+def fitted(what, *given, **case):
+    """A run that would fit the device, and whose search is known."""
+    answer = Plan(2, 1, 1)
+    known = lambda patch: patch.setattr(Fitter, "plan", lambda self, remembered: remembered or answer)  # noqa: E731
+    case = {"code": 0, "changes": ("out", *SAVED, "out/auto_fit.json"), **case}
+    row(f"an answer that {what}", known, *given, auto_fit=True, max_iters=1, says="batch_size 2 -> 1", **case)
+
+
+fitted("is new")
+fitted("is a folder", folder("out/auto_fit.json/in"), never="Error")
+fitted("is a pipe", pipe("out/auto_fit.json"))
+fitted("is a device", folder("out"), link("out/auto_fit.json", "/dev/zero"))
+fitted("is a link to nothing", folder("out"), link("out/auto_fit.json", "nowhere"))
+fitted("is no JSON", file("out/auto_fit.json", "{"))
+fitted("is no text", file("out/auto_fit.json", b"\xff\xfe"))
+fitted("is a list", file("out/auto_fit.json", "[1]"))
+fitted("is deep", file("out/auto_fit.json", "[" * 200000))
+fitted("is as large as a disk", file("out/auto_fit.json", "{}"), cut("out/auto_fit.json", 2**40))
+fitted("can't be read", file("out/auto_fit.json", "{}"), fails("json.load", errno.EIO))
+fitted("can't be written", fails("tempfile.mkstemp", errno.ENOSPC), code=1, changes=("out", *STARTED))
+fitted("can't be renamed", fails("nanofit.autofit.cache.os.replace", errno.EIO), code=1, changes=("out", *STARTED))
+# ---- ranks -------------------------------------------------------------------------------------------------
+row("a rank that is a word", environment(RANK="first"), says="are not what torchrun sets")
+row("a negative rank", environment(RANK="-1", WORLD_SIZE="2"), says="are not what torchrun sets")
+row("a rank beyond the others", environment(RANK="2", LOCAL_RANK="0", WORLD_SIZE="2"),
+    says="are not what torchrun sets")
+row("a world of none", environment(WORLD_SIZE="0"), says="are not what torchrun sets")
+row("a world beyond reason", environment(WORLD_SIZE="1" + "0" * 5000), says="WORLD_SIZE")
+row("a rank without a meeting place", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=None),
+    says="torchrun")
+row("a world without a meeting place", environment(WORLD_SIZE="2", MASTER_ADDR=None), gradient_accumulation_steps=2,
+    says="torchrun")
+row("a meeting place that is no number", environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost",
+    MASTER_PORT="x"), says="torchrun")
+row("a meeting place beyond the numbers", environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost",
+    MASTER_PORT="99999999"), says="torchrun")
+
+# ---- the machine -------------------------------------------------------------------------------------------
+row("no home", environment(HOME=None, USER=None, LOGNAME=None, TMPDIR="/nowhere"), code=0, changes=("out", *SAVED))
+row("output on a full disk", output(lambda: Broken(errno.ENOSPC, 3)), changes=("out", *SAVED),
+    says="standard output could not be written (No space left on device); all else was done")
+row("output that nobody reads", output(lambda: Broken(errno.EPIPE, 3)), changes=("out", *SAVED),
+    says="standard output could not be written (its reader has gone)")
+row("output to a terminal that was closed", output(lambda: Broken(errno.EIO, 3)), changes=("out", *SAVED),
+    says="standard output could not be written (Input/output error)")
+row("output that was never there", output(lambda: None), changes=("out", *SAVED), code=0)
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------
+
+
+def sample(what, *given, **case):
+    row(f"sampling: {what}", *given, **{"script": "sample.py", **case})
+sample("a few tokens", a_run, code=0, says="out/ckpt.pt, of iteration 4")
+sample("nothing there", says="there is no checkpoint out/ckpt.pt")
+sample("where only a last one is", a_run, last_of(5), gone("out/ckpt.pt"), code=0,
+    says="out/ckpt.last.pt, of iteration 5")
+sample("a damaged checkpoint", a_run, damaged("out/ckpt.pt"), says="damaged")
+sample("weights that are nan", a_run, of_model(FC, lambda w: w.fill_(math.nan)), says="weights that are not finite")
+sample("a temperature that underflows", a_run, temperature=1e-320, says="temperature must be from 0.0001 on")
+sample("a temperature of none", a_run, temperature=0.0, says="use --top_k=1")
+sample("an infinite temperature", a_run, temperature="1e999", says="temperature must be")
+sample("a negative top_k", a_run, top_k=-1, says="top_k must be at least 0")
+sample("a top_k beyond reason", a_run, top_k=2**62, code=0)
+sample("a seed beyond reason", a_run, seed=2**63, code=0)
+sample("a seed below reason", a_run, seed=-(2**63), code=0)
+sample("samples beyond reason", a_run, num_samples=0, says="num_samples must be at least 1")
+sample("a prompt from nowhere", a_run, start="FILE:nowhere", says="the prompt can't be read")
+sample("a prompt from a pipe", a_run, pipe("p"), start="FILE:p", says="p is not a file")
+sample("a prompt from a folder", a_run, start="FILE:out", says="out is not a file")
+sample("a prompt that is no text", a_run, file("p", b"\xff\xfe"), start="FILE:p", says="the prompt can't be read")
+sample("a prompt of nothing", a_run, start="", says="start is empty")
+sample("a prompt of unknown characters", a_run, start="\N{SNOWMAN}" * 9, says="not among the 65 symbols")
+sample("no standard input", a_run, lambda patch: patch.setattr(sys, "stdin", None), start="-", code=0)
+sample("standard input that is no text", a_run, lambda patch: patch.setattr(sys, "stdin",
+    io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")), start="-", says="standard input")
+sample("a vocabulary beyond reason", a_run, size(vocab_size=2**40), says="make it smaller")
+sample("dropout beyond one", a_run, size(dropout=2.0), says="dropout must be")
+sample("a data set that is gone", a_run, moved("data", "elsewhere"), environment(TIKTOKEN_CACHE_DIR="nowhere",
+    http_proxy="x", https_proxy="http://127.0.0.1:9"), says="GPT-2's BPE can't be fetched")
+sample("ids beyond the symbols", a_run, meta(itos={i: 7 for i in range(65)}), says="itos the symbol of each id")
+sample("a data set's name with a zero byte", a_run, held(lambda c: c["config"].update(dataset="a\0b")),
+    environment(TIKTOKEN_CACHE_DIR="nowhere", https_proxy="http://127.0.0.1:9"), says="BPE")
+sample("output that nobody reads", a_run, output(lambda: Broken(errno.EPIPE, 2)), says="standard output was closed")
+sample("output on a full disk", a_run, output(lambda: Broken(errno.ENOSPC, 2)), says="No space left on device")
+
+# ---- the benchmark -----------------------------------------------------------------------------------------
+row("bench: a width beyond reason", script="bench.py", n_embd=10**9, says="make it smaller")
+row("bench: a batch beyond reason", script="bench.py", batch_size=10**13, says="make it smaller")
+row("bench: no data", script="bench.py", real_data=True, says="data/openwebtext/train.bin does not exist")
+
+
+# fmt: on
+# ---- the test ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=f"{i}: {c.what}") for i, c in enumerate(TABLE)])
+def test_case(case, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "peak_flops", lambda device, dtype: (1e12, ""))  # it would be measured each time
+        for prepare in case.given:
+            prepare(patch)
+        before = tree()
+        code, printed = end_of(case.script, *flags(**{**KEYS[case.script], **case.keys}), *case.argv)
+    assert "Traceback" not in printed, printed
+    assert code == case.code, printed
+    for told in case.says:
+        assert told in printed, printed
+    for told in case.never:
+        assert not re.search(told, printed), printed
+    lines = [line for line in printed.splitlines() if not line.startswith("Overriding")]  # which tells what was given
+    assert max(map(len, lines), default=0) <= LONGEST_LINE, printed
+    after = tree()
+    changed = {path for path in before | after if before.get(path) != after.get(path)}
+    assert [p for p in sorted(changed) if not any(fnmatch.fnmatch(p, allowed) for allowed in case.changes)] == []
+    assert not [p for p in after.keys() - before.keys() if p.endswith(".part")]
