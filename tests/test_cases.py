@@ -584,7 +584,7 @@ row("a vocabulary too small for the data", meta(vocab_size=3), says="but the voc
     *STARTED))
 
 # ---- weights from elsewhere --------------------------------------------------------------------------------
-row("an empty folder", folder("hf"), init_from="hf", says="hf/config.json is not the config of a GPT-2")
+row("an empty folder", folder("hf"), init_from="hf", says="there is no hf/config.json: init_from expects a folder")
 row("a config that is a pipe", pipe("hf/config.json"), init_from="hf", says="hf/config.json")
 row("a config that is a device", folder("hf"), link("hf/config.json", "/dev/zero"), init_from="hf",
     says="hf/config.json")
@@ -600,7 +600,7 @@ row("a config of infinities",
     hugging_face('{"n_layer": Infinity, "n_head": 1, "n_embd": 16, "vocab_size": 65, "n_positions": 8}'),
     init_from="hf", says="hf/config.json")
 row("a config beyond reason", hugging_face(n_embd=10**9), init_from="hf", says="make it smaller")
-row("a config of negative sizes", hugging_face(n_layer=-1), init_from="hf", says="n_layer must be at least 1")
+row("a config of negative sizes", hugging_face(n_layer=-1), init_from="hf", says="n_layer must be a whole number")
 
 # ---- auto_fit's answer, which is only a cache --------------------------------------------------------------
 
