@@ -683,11 +683,7 @@ sample("standard input that is no text", a_run, lambda patch: patch.setattr(sys,
     io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")), start="-", says="standard input")
 sample("a vocabulary beyond reason", a_run, size(vocab_size=2**40), says="make it smaller")
 sample("dropout beyond one", a_run, size(dropout=2.0), says="dropout must be")
-sample("a data set that is gone", a_run, moved("data", "elsewhere"), environment(TIKTOKEN_CACHE_DIR="nowhere",
-    http_proxy="x", https_proxy="http://127.0.0.1:9"), says="GPT-2's BPE can't be fetched")
 sample("ids beyond the symbols", a_run, meta(itos={i: 7 for i in range(65)}), says="itos the symbol of each id")
-sample("a data set's name with a zero byte", a_run, held(lambda c: c["config"].update(dataset="a\0b")),
-    environment(TIKTOKEN_CACHE_DIR="nowhere", https_proxy="http://127.0.0.1:9"), says="BPE")
 sample("output that nobody reads", a_run, output(lambda: Broken(errno.EPIPE, 2)), says="standard output was closed")
 sample("output on a full disk", a_run, output(lambda: Broken(errno.ENOSPC, 2)), says="No space left on device")
 
