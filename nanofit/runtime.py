@@ -221,7 +221,7 @@ def total_memory_bytes(device):
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return _proc("meminfo", "MemTotal")
+    return host_memory_bytes()  # where there is no /proc, too
 
 
 def host_memory_bytes():
