@@ -18,7 +18,7 @@ RESULTS := benchmarks/results
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
-	@echo "make torture kill a small run a hundred times, and resume it each time"
+	@echo "make torture kill a small run a hundred times, and resume it each time; what only whole processes show"
 	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
 	@echo "make lint    check the style"
 	@echo "make gpu     on a GPU with 24 GB: the tests that need one, then the benchmarks; keeps what they measure"
@@ -37,6 +37,7 @@ picture: $(SETUP)
 
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100
+	$(PY) -m pytest -q tests/processes.py
 
 bigdata: $(SETUP)
 	$(PY) tests/bigdata.py

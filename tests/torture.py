@@ -7,6 +7,7 @@ bit. Prints what went wrong, and ends with exit code 1 if something did.
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -106,7 +107,7 @@ def run(kills, folder, seed=0):
         if not os.WIFSIGNALED(status):
             break
         died += 1
-        saving += os.path.exists(os.path.join(folder, "killed", "ckpt.pt.part"))
+        saving += bool(glob.glob(os.path.join(folder, "killed", "ckpt.pt.*.part")))
     if os.WIFSIGNALED(status):
         status = attempt(folder, "killed", logs["killed"], iterations)
     log = Path(logs["killed"]).read_text()
@@ -119,6 +120,10 @@ def run(kills, folder, seed=0):
         complaints.append(f"{name} never came")
     if figures(folder, "killed") != figures(folder, "whole"):
         complaints.append("metrics.jsonl is not that of the run in peace: each figure once, in order, with its value")
+    if left := [
+        name for name in os.listdir(os.path.join(folder, "killed")) if name.startswith("kept-") or ".part" in name
+    ]:
+        complaints.append(f"left in the folder: {left}")
     if died < kills:
         complaints.append(f"the run was through after {died} of {kills} kills")
     resumed = len(re.findall(r"^resuming from killed at iteration", log, re.MULTILINE))
