@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -257,7 +258,7 @@ def _lock(folder):
 def _replace(folder):
     """Let the files in folder/READY take the places of the old ones; where a kill stopped that, end it."""
     ready = folder / READY
-    if ready.is_symlink() or not ready.is_dir():
+    if ready.is_symlink() or not ready.is_dir() or not set(os.listdir(ready)) <= set(FILES):
         return
     if (ready / FILES[0]).exists():  # nothing has come yet, so whatever is there is old
         for name in FILES:
@@ -357,25 +358,23 @@ def tokenised(pieces, threads):
     A document's end is followed by the token <|endoftext|>.
     """
     bpe = codec.gpt2_bpe()
-    number = 1  # of the document
 
-    def encoded(batch):
-        nonlocal number
-        for text, ends in batch:
-            check_spaces(text, f"document {number:,}")
+    def encode(number, text, ends):
+        check_spaces(text, f"document {number:,}")
+        ids = bpe.encode_ordinary(text)
+        return np.array([*ids, bpe.eot_token] if ends else ids, dtype="<u2"), ends
+
+    with ThreadPoolExecutor(threads) as pool:  # tiktoken lets other threads run
+        batch, size, number = [], 0, 1
+        for text, ends in pieces:
+            batch.append((number, text, ends))
+            size += len(text)
             number += ends
-        all_ids = bpe.encode_ordinary_batch([text for text, _ in batch], num_threads=threads)
-        for ids, (_, ends) in zip(all_ids, batch, strict=True):
-            yield np.array([*ids, bpe.eot_token] if ends else ids, dtype="<u2"), ends
-
-    batch, size = [], 0
-    for text, ends in pieces:
-        batch.append((text, ends))
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield from encoded(batch)
-            batch, size = [], 0
-    yield from encoded(batch)
+            if size >= BATCH_CHARACTERS:
+                yield from pool.map(encode, *zip(*batch, strict=True))
+                batch, size = [], 0
+        if batch:
+            yield from pool.map(encode, *zip(*batch, strict=True))
 
 
 def share_for_val(lengths, block_size):
