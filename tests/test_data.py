@@ -338,6 +338,7 @@ def test_files_that_cannot_be_prepared(project, bpe, name, content, sentence):
         (["--source=mixed"], "has .jsonl and .txt files: choose, as with --source='mixed/[*][*]/[*].jsonl'"),
         (["--source=columns.parquet"], "has the columns body, n: expected one named 'text'; choose .* --text_column"),
         (["--source=columns.parquet", "--text_column=n"], "the column 'n' holds int values, not texts"),
+        (["--source=docs.jsonl", "--name=sample"], "--name chooses among what a hub data set has"),
         (["--max_tokens=0"], "--max_tokens: expected a whole number above zero"),
         (["--max_tokens=many"], "--max_tokens: expected a whole number above zero"),
         (["--num_proc=0"], "--num_proc: expected a whole number above zero"),
