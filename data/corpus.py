@@ -258,7 +258,7 @@ def _lock(folder):
 def _replace(folder):
     """Let the files in folder/READY take the places of the old ones; where a kill stopped that, end it."""
     ready = folder / READY
-    if ready.is_symlink() or not ready.is_dir() or not set(os.listdir(ready)) <= set(FILES):
+    if ready.is_symlink() or not ready.is_dir():
         return
     if (ready / FILES[0]).exists():  # nothing has come yet, so whatever is there is old
         for name in FILES:
