@@ -19,6 +19,7 @@ help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
 	@echo "make torture kill a small run a hundred times, and resume it each time; what only whole processes show"
+	@echo "make picture take the picture of a report that README shows, with Chromium"
 	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
 	@echo "make lint    check the style"
 	@echo "make gpu     on a GPU with 24 GB: the tests that need one, then the benchmarks; keeps what they measure"

@@ -3,7 +3,7 @@ out_dir = "out-python-char"
 dataset = "python_char"
 eval_interval = 500
 eval_iters = 20
-log_interval = 100
+log_interval = 10
 
 # 16 sequences x 128 tokens x 1 micro-step = 2,048 tokens an iteration; 1,500 iterations = 3.1 million tokens
 batch_size = 16

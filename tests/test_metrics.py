@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
+from conftest import TOY, environment, train, train_on_ranks
 
 from nanofit import metrics as figures_of
 from nanofit.distributed import ALONE, World
@@ -321,6 +321,35 @@ def test_state_of_a_damaged_checkpoint_is_noticed():
     assert figures_of.is_state(sound)
     for broken in (None, [], {}, {**sound, "tokens": 1.5}, {**sound, "best_val_loss": None}, {**sound, "more": 1}):
         assert not figures_of.is_state(broken)
+
+
+def figures(folder):
+    """What a run's file tells, without what clocks and the allocator say."""
+    timed = ("seconds", "tokens_per_second", "mfu", "peak_bytes", "memory_bytes", "seconds_left")
+    told = [r for r in records(f"{folder}/metrics.jsonl") if "run" not in r]
+    return [{name: value for name, value in r.items() if name not in timed} for r in told]
+
+
+def test_a_run_that_went_on_has_the_file_of_one_that_never_stopped():
+    whole = train(out_dir="whole", max_iters=25, always_save_checkpoint=True)
+    train(out_dir="parts", max_iters=25)
+    os.replace("parts/ckpt.prev.pt", "parts/ckpt.pt")  # of iteration 20, which is not the last
+    train(out_dir="parts", init_from="resume", max_iters=25)
+    assert figures("parts") == figures("whole")
+    assert [r["iter"] for r in records("parts/metrics.jsonl") if "run" in r] == [0, 20]
+    told = {r["iter"]: r["loss"] for r in figures("whole") if "loss" in r}
+    assert told == pytest.approx(whole.iter_loss, abs=1e-4)
+    changed = records("whole/metrics.jsonl")[0]["run"]["changed"]
+    assert {"n_layer", "out_dir", "dataset"} <= set(changed) <= {*TOY, "out_dir"}
+    assert "log_interval" not in changed  # named, and what it is anyway
+
+
+@pytest.mark.slow
+def test_one_rank_writes():
+    run, _, _ = train_on_ranks(2, max_iters=6, gradient_accumulation_steps=2)
+    assert iterations() == list(range(7))
+    assert {r["iter"]: r["loss"] for r in figures("out") if "loss" in r} == pytest.approx(run.iter_loss, abs=1e-4)
+    assert records()[0]["run"]["ranks"] == 2
 
 
 # ---- others' readers ---------------------------------------------------------------------------------------

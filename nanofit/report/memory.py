@@ -18,7 +18,7 @@ from nanofit.metrics_file import FILE, starts_in
 from nanofit.report.run import CHECKPOINTS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-FEW_LAYERS = (2, 4)  # memory is linear in n_layer: these are simulated in place of many
+FEW_LAYERS = (1, 2)  # memory is linear in n_layer: these are simulated in place of many
 
 
 class Question:
