@@ -147,7 +147,7 @@ def test_transformers_alone_reads_what_was_exported(bpe, shared):
         assert theirs.std() > 0.2
         assert (theirs - expected).abs().max() < 1e-4
         assert told[folder]["prompt"]
-        assert 3 < told[folder]["tokens"] <= model.config.block_size + 1  # BPE may cut a generated text in more tokens
+        assert told[folder]["tokens"] > 3, "the prompt goes on"
     assert [told[folder]["vocabulary"] for folder in folders] == [65, 50257]
     assert told["char"]["texts"] == texts["char"]
     assert told["char"]["ids"] == [encode(texts["char"][0])]

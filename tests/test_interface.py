@@ -141,7 +141,7 @@ COMMANDS = {
     "python data/openwebtext/prepare.py --max_tokens=100_000_000": DOCUMENTS,
     "python data/openwebtext/prepare.py --source=... --out=NAME": DOCUMENTS,
     "python data/openwebtext/prepare.py --source=HuggingFaceFW/fineweb-edu --name=sample-10BT "
-    "--max_tokens=100_000_000 --out=edu": DOCUMENTS,
+    "--max_tokens=100_000_000 --out=edu": How((*DOCUMENTS.flags, "--name="), DOCUMENTS.shows, needs=DOCUMENTS.needs),
     "python data/from_text/prepare.py FOLDER": How(shows="^train has 66 tokens", needs=("bpe",)),
     "python benchmarks/memory.py": How((*flags(block_size=8, batch_sizes="1"),), "^{.*}$", slow=True),
 }
