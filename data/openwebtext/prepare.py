@@ -165,7 +165,7 @@ def texts(args):
     files = local_files(args.source)
     if files is None:
         found = on_the_hub(args.source, args.name, args.text_column, args.max_tokens is not None, args.num_proc)
-    elif args.name is not None:
+    elif args.name:
         raise UsageError(f"--name chooses among what a hub data set has, but --source {args.source} names files")
     else:
         found = (text for path in files for text in READERS[kind_of(path)](path, args.text_column))
