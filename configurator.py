@@ -171,12 +171,13 @@ def configure(namespace, argv=None, more=None):
         namespace[key] = value
         given.add(key)
 
-    for arg in argv:
+    for arg, following in zip(argv, [*argv[1:], ""], strict=False):  # the last has none
         if arg in ("-h", "--help"):
             continue
         if "=" not in arg:
             if arg.startswith("-"):
-                raise UsageError(f"'{arg}' has no value: write {arg}=value, for example --{next(iter(defaults))}=...")
+                meant = following if following and not following.startswith("-") else "value"
+                raise UsageError(f"'{arg}' has no value: write {arg}={meant}, with the sign between them")
             # An argument that isn't UTF-8 holds lone surrogates, which can't be printed.
             say(f"Overriding config with {arg.encode(errors='backslashreplace').decode()}:")
             for key, value in _run_config_file(arg, namespace).items():

@@ -109,7 +109,7 @@ if not settings.is_elsewhere(config):
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
-opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter)
+opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter, meta)
 print(*opening, *models.lacks(GPT), sep="\n")
 fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 if dry_run:

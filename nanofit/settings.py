@@ -116,13 +116,17 @@ def check_sizes(config, config_class, model_args, elsewhere):
     models.config_of(config_class, model_args)
 
 
-def opening_lines(config, given, device, dtype, model_args, tokens_per_iter):
-    """What a run tells first: where it computes, and on what."""
+def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, meta=None):
+    """What a run tells first: where it computes, and on what. meta: that of the data set, where it has one."""
     where = f"device {device}{'' if 'device' in given else ' (the best one here)'}"
     how = f"dtype {dtype}{'' if 'dtype' in given else ' (the best for it)'}"
     limit = config["memory_limit_gb"] and not config["auto_fit"] and str(device) in ("cpu", "mps")
+    if config["init_from"] != "scratch":
+        whose = "the checkpoint's" if config["init_from"] == "resume" else "the model's"
+    else:
+        whose = f"of data/{config['dataset']}/meta.pkl" if meta else "GPT-2's 50257, rounded up"
     return [
-        f"{where}, {how}, vocab_size {model_args['vocab_size']}",
+        f"{where}, {how}, vocab_size {model_args['vocab_size']} ({whose})",
         *([f"memory_limit_gb: without auto_fit nothing holds a run to it on {device}"] if limit else []),
         f"tokens per iteration will be: {tokens_per_iter:,}",
     ]

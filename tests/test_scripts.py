@@ -174,6 +174,7 @@ def test_bench_ends_with_nanogpts_line():
     text = run_script("bench.py", *flags(**BENCH, real_data=False)).text
     assert re.fullmatch(r"time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d\d%", text.splitlines()[-1])
     assert len(re.findall(r"^\d+/20 loss: \d+\.\d{4}$", text, re.M)) == 20
+    assert re.search(r"^[\d,]+ tokens per second$", text, re.M)
 
 
 def test_bench_on_real_data(workplace):

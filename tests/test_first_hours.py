@@ -1,0 +1,131 @@
+"""What someone who knows nanoGPT reads in the first two hours, to the very words."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TOY, environment, flags, run_script, train
+
+from nanofit.errors import UsageError
+
+SHORT = {"eval_interval": 5, "eval_iters": 2, "max_iters": 4}
+
+
+def short(**keys):
+    return train(**{**SHORT, **keys}).text
+
+
+def files():
+    """{path: its bytes' hash} of what a run leaves, but for the lock, which tells who held the folder last."""
+    found = [path for path in Path("out").rglob("*") if path.is_file() and path.name != "run.lock"]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def test_advice_on_a_cpu_counts_the_process_and_repeats_nothing():
+    for more in ({}, {"optimizer_state": "offload"}):
+        with pytest.raises(UsageError) as told:
+            short(auto_fit=True, memory_limit_gb=0.1, batch_size=1, **more)
+        sentence = str(told.value)
+        alone = float(re.search(r"the process alone, Python and torch, takes (\d\.\d\d) GiB", sentence)[1])
+        assert 0.1 < alone < 1
+        assert sentence.endswith("no setting helps, memory_limit_gb must be more than that")
+        assert "--optimizer_state" not in sentence
+
+
+def test_eval_only_evaluates_once_and_changes_no_file():
+    short()
+    before = files()
+    text = short(eval_only=True, init_from="resume", max_iters=1000)
+    assert re.findall(r"^step (\d+): train loss \d\.\d{4}, val loss \d\.\d{4}$", text, re.MULTILINE) == ["5"]
+    assert "\niter " not in text
+    assert files() == before
+
+
+def test_a_crop_is_told_before_it_is_saved_and_what_was_goes_on():
+    short()
+    text = short(init_from="resume", block_size=16, max_iters=6)
+    told = "block_size 32 -> 16: the model is cropped for good; a checkpoint before that is kept\n"
+    assert text.index(told) < text.index("iter 5: ")
+    kept = re.search(
+        r"^out/ckpt.pt, of iteration 5, is another run's: kept as (out/kept-of-run-\w+)/ckpt.pt$", text, re.M
+    )
+    assert torch.load("out/ckpt.pt", weights_only=True)["model_args"]["block_size"] == 16
+    goes_on = short(init_from="resume", max_iters=6, out_dir=kept[1])
+    assert f"resuming from {kept[1]} at iteration 5\n" in goes_on
+    assert torch.load(f"{kept[1]}/ckpt.pt", weights_only=True)["model_args"]["block_size"] == 32
+
+
+def test_a_run_that_ends_before_its_first_save_is_saved():
+    text = short(eval_interval=1000)
+    assert "\niteration 4 was the last: checkpoint saved to out, --init_from=resume goes on\n" in text
+    sampled = run_script("sample.py", *flags(num_samples=1, max_new_tokens=5, device="cpu", start="!")).text
+    assert "\nout/ckpt.pt, of iteration 5" in sampled
+
+
+def test_memory_limit_gb_says_what_it_limits():
+    text = short(memory_limit_gb=4)
+    assert "\nmemory_limit_gb: without auto_fit nothing holds a run to it on cpu\n" in text
+    assert "memory_limit_gb:" not in short(out_dir="out-b")
+    with pytest.raises(SystemExit) as stop:
+        train(dry_run=True, device="cuda:7", memory_limit_gb=12)
+    assert "\nauto-fit: a planned cuda:7 device, 12.00 GiB, 11.50 GiB free, limit 10.92 GiB" in stop.value.text
+
+
+def test_a_run_says_first_where_it_computes_and_on_what():
+    first = short().splitlines()
+    assert "device cpu, dtype float32 (the best for it), vocab_size 65 (of data/markov/meta.pkl)" in first
+    argv = [f for f in flags(**{**TOY, **SHORT, "dtype": "bfloat16", "max_iters": 0}) if "device" not in f]
+    first = run_script("train.py", *argv).text
+    assert re.search(r"^device \w+ \(the best one here\), dtype bfloat16, vocab_size 65 ", first, re.MULTILINE)
+
+
+def test_what_differs_from_a_checkpoint_is_told_with_what_becomes_of_it():
+    short()
+    text = short(init_from="resume", n_layer=3, dropout=0.25, batch_size=4, weight_decay=0.5, max_iters=6)
+    assert (
+        "\ndiffers from the checkpoint, and is taken: batch_size 8 -> 4, dropout 0.0 -> 0.25, max_iters 4 -> 6\n"
+        "differs, but stays as it is in the checkpoint: n_layer 2, not 3, weight_decay 0.1, not 0.5\n"
+    ) in text
+    assert "vocab_size 65 (the checkpoint's)\n" in text
+    assert "differs" not in short(init_from="resume", n_layer=2, dropout=0.25, batch_size=4, max_iters=6)
+
+
+def test_on_a_cpu_mfu_is_of_that_cpu():
+    text = short()
+    assert re.search(r"^mfu: a share of the [\d,]+ GFLOP/s that a matrix product reaches on this CPU$", text, re.M)
+    shares = [float(share) for share in re.findall(r"mfu (\S+)%", text)]
+    assert len(shares) == 5
+    assert all(0 < share <= 110 for share in shares)  # of a product's speed, which is measured with some noise
+
+
+def test_ctrl_c_while_compiling_is_a_sentence():
+    """A compiler that takes for ever; it is interrupted as soon as it has begun."""
+    code = (
+        "import runpy, sys, time, torch\n"
+        "def endless(*_, **__):\n"
+        "    print('now', flush=True)\n"
+        "    time.sleep(100)\n"
+        "torch.compile = endless\n"
+        f"sys.argv = ['train.py', *{flags(**{**TOY, **SHORT, 'compile': True})!r}]\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
+        try:
+            printed = ""
+            while "now\n" not in printed:
+                line = child.stdout.readline()
+                assert line, child.stderr.read()
+                printed += line
+            os.kill(child.pid, signal.SIGINT)
+            _, said = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert "compiling the model... (takes a minute or so; Ctrl-C ends it)\n" in printed
+    assert (child.returncode, said) == (130, "interrupted\n")
