@@ -24,6 +24,9 @@ import tiktoken
 from pyarrow.parquet import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT.parent / "shared" / "tiktoken_cache"  # GPT-2's, where they lie beside the checkout: no network is asked
+if TABLES.is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(TABLES))
 # prepare.py in a process that tells what it has read and its peak memory, without what importing takes.
 MEASURED = """
 import re, runpy, sys
