@@ -13,7 +13,7 @@ import signal
 import sys
 from functools import partial
 
-import nanofit  # noqa: F401  # before torch: see there
+import nanofit.early  # noqa: F401  # before torch: see there, and its package
 
 # isort: split
 import torch

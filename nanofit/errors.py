@@ -146,13 +146,14 @@ def _mend_standard_streams():
 
 def _tell(sentence):
     sentence = sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]}..."
-    with contextlib.suppress(OSError, ValueError):  # standard error may be gone as well; the exit code still tells
+    # Standard error may be gone as well, or be interrupted while it is written: the exit code still tells.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _flush():
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -67,11 +68,13 @@ def flags(**keys):
 def as_a_process(name, *argv):
     """What python sets up for a script of the project, put back at the end; the value is the script's path."""
     before = sys.argv, sys.excepthook, sys.stdout, sys.stderr
+    interrupted = signal.getsignal(signal.SIGINT)
     sys.argv = [name, *argv]
     try:
         yield str(ROOT / name)
     finally:
         sys.argv, sys.excepthook, sys.stdout, sys.stderr = before
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def run_script(name, *argv):

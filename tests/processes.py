@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,11 @@ def shell(command, **more):
 @contextlib.contextmanager
 def started(command=LONG, until="saving checkpoint to", **more):
     """A process that has printed this much; it is killed at the end if it hasn't ended."""
+    # A shell that starts tests in the background lets them ignore SIGINT, and what they start would go on doing so.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with open("log", "w") as log:
-        child = subprocess.Popen(command, env=environment(PYTHONUNBUFFERED="1", **more), stdout=log, stderr=log)
+        options = dict(env=environment(PYTHONUNBUFFERED="1", **more), preexec_fn=heard)
+        child = subprocess.Popen(command, stdout=log, stderr=log, **options)
     try:
         end = time.monotonic() + 240
         while until not in Path("log").read_text():
@@ -101,33 +105,80 @@ def test_a_run_that_was_stopped_goes_on():
     assert "checkpoint saved to out" in Path("log").read_text()
 
 
-@pytest.mark.parametrize("moment", ["torch is loaded", "tokens per iteration", "number of parameters", "iter 0:"])
-def test_an_early_ctrl_c_is_a_line(moment):
-    """From the import of torch on; before that, Python itself starts."""
+def script_of(name, first):
+    """The file of a wrapper: a script of the project, which does this line first."""
+    path = ROOT / name
+    Path("wrapper.py").write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = {str(path)!r}\n{first}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return "wrapper.py"
 
-    def reached(child):
-        if moment != "torch is loaded":
-            return moment in Path("log").read_text()
-        return "libtorch" in Path(f"/proc/{child.pid}/maps").read_text()
 
-    with started(until="") as child:
-        while not reached(child):
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        assert child.wait(120) == 128 + signal.SIGINT, Path("log").read_text()
-    assert "Traceback" not in Path("log").read_text()
+def probes():
+    """The processes of probes that run on this machine for this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"nanofit.autofit.probe" in (process / "cmdline").read_bytes() and (process / "cwd").samefile("."):
+                found.append(process.name)
+    return found
+
+
+def interrupted(script, keys, moments):
+    """Ctrl-C so many seconds after the start of a script: what it printed each time; its code must be 130, without a traceback."""
+    command = [sys.executable, script_of(script, "import nanofit; print('begins', flush=True)"), *keys]
+    printed = []
+    for seconds in moments:
+        with started(command, until="begins") as child:
+            time.sleep(seconds)
+            if child.poll() is not None:
+                break  # it was through
+            child.send_signal(signal.SIGINT)
+            code = child.wait(60)
+        text = Path("log").read_text()
+        # By the signal itself it ends where all is done, and Python has put its handlers away.
+        assert code in (130, -signal.SIGINT), f"after {seconds} s: code {code}, {text}"
+        assert "Traceback" not in text, text
+        printed.append(text)
+    return printed
+
+
+@pytest.mark.parametrize("auto_fit", [False, True])
+def test_ctrl_c_at_any_moment_is_a_line(auto_fit):
+    """From the first import on; before that, Python itself starts."""
+    moments = [i / 2 for i in range(16)] if auto_fit else [i / 5 for i in range(25)]
+    said = interrupted("train.py", [*LONG[2:], f"--auto_fit={auto_fit}"], moments)
+    assert len(said) == len(moments)
+    early = [text.splitlines()[-1] == "interrupted" for text in said]
+    assert any(early)
+    assert all(words or "SIGINT before iteration" in text for words, text in zip(early, said, strict=True))
+    end = time.monotonic() + 30
+    while probes():
+        assert time.monotonic() < end, "a probe was left behind"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        ("sample.py", ["--device=cpu", "--max_new_tokens=100000", "--start=a"]),
+        ("export.py", ["--weights_only_to=weights.safetensors"]),
+        ("bench.py", [*flags(**KEYS["bench.py"])]),
+        ("report.py", ["out"]),
+    ],
+)
+def test_ctrl_c_is_a_line_in_every_script(script, keys):
+    assert shell("$RUN")[0] == 0
+    assert interrupted(script, keys, [0.3 * i for i in range(12)])
+    assert not list(Path().rglob("*.part"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_others_in_words(number, victim):
-    script = Path("ranks.py")
-    script.write_text(
-        f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = {str(ROOT / 'train.py')!r}\n"
-        "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    script = script_of("train.py", "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))")
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     keys = [*flags(**{**KEYS["train.py"], "gradient_accumulation_steps": 2, "backend": "gloo"}), *LONG[-3:]]
     with started([*together, *keys]) as launcher:
         os.kill(int(Path(f"pid{victim}").read_text()), number)

@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "nanofit"
 # Each floor may use those below it, and nothing of its own.
 FLOORS = (
-    ("allocator", "errors", "progress", "metrics_file", "autofit.plan", "autofit.compiling", "report"),
+    ("allocator", "early", "errors", "progress", "metrics_file", "autofit.plan", "autofit.compiling", "report"),
     (
         "runtime",
         "models",

@@ -186,10 +186,10 @@ def test_a_folder_that_is_gone_is_made_again(monkeypatch):
 # ---- signals -----------------------------------------------------------------------------------------------
 
 
-def started(*argv, **keys):
-    command = [sys.executable, "-u", *argv, str(ROOT / "train.py"), *flags(**{**TOY, **keys})]
+def started(*argv, on_ctrl_c=signal.SIG_DFL, **keys):
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *flags(**{**TOY, **keys}), *argv]
     # A shell that starts tests in the background lets them ignore SIGINT, and a run would go on doing so.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    heard = partial(signal.signal, signal.SIGINT, on_ctrl_c)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, **pipes, env=environment(), preexec_fn=heard)
 
@@ -302,6 +302,24 @@ def test_a_second_signal_ends_it_at_once():
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout == "2\n"
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_before_the_loop_is_not_lost_where_an_exception_would_be(ignored, workplace):
+    (workplace / "lost.py").write_text(
+        "class Lost:\n"
+        "    def __del__(self):\n"
+        "        import os, signal\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "Lost()\n"
+    )
+    process = started("lost.py", max_iters=0, on_ctrl_c=signal.SIG_IGN if ignored else signal.SIG_DFL)
+    text, errors = process.communicate(timeout=60)
+    if ignored:  # a shell's script in the background
+        assert (process.returncode, "iter 0:" in text) == (0, True), errors
+    else:
+        assert (process.returncode, errors) == (130, "interrupted\n")
+        assert text.endswith("Overriding config with lost.py:\n")
 
 
 def test_handlers_are_put_back():
