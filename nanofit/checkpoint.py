@@ -312,7 +312,13 @@ def check(checkpoint, path, for_training):
 
 
 def _elsewhere(path):
-    return f"take an earlier one, such as {PREVIOUS} beside it" if os.path.basename(path) == NAME else "take another"
+    """What to do about a checkpoint that can't be gone on from."""
+    best, previous = (os.path.join(os.path.dirname(path), name) for name in (NAME, PREVIOUS))
+    if os.path.basename(path) == LAST and os.path.isfile(best):
+        return f"to go on from {best}, remove it"
+    if path == best and os.path.isfile(previous):
+        return f"to go on from the one before it, rename {previous} to {NAME}"
+    return "take another"
 
 
 def _check_moments(optimizer, path):

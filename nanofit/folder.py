@@ -82,10 +82,11 @@ class RunFolder:
             import fcntl
         except ImportError:
             return  # Windows has other locks; there, two runs in one folder are the user's to avoid
-        self.release()
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # neither a link nor a wait for a pipe's end
         with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
             lock = os.open(self.path(LOCK), flags, 0o666)
+        if self._is_held(os.fstat(lock)):
+            self.release()  # by this process, which would stand in its own way
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -100,6 +101,7 @@ class RunFolder:
                 ) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
+        self.release()
         _held[os.path.realpath(self.out_dir)] = lock
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
@@ -109,6 +111,24 @@ class RunFolder:
             for part in glob.glob(os.path.join(glob.escape(self.out_dir), ours)):
                 with contextlib.suppress(OSError):
                     os.remove(part)
+
+    def _is_held(self, status):
+        """Whether the lock file of this status is the one that this process holds."""
+        lock = _held.get(os.path.realpath(self.out_dir))
+        return lock is not None and os.path.samestat(os.fstat(lock), status)
+
+    def _hold_on(self):
+        """Take the folder again where somebody has removed the lock file. Raises SaveError where another run has it."""
+        there = os.path.exists(self.path(LOCK))
+        if os.path.realpath(self.out_dir) not in _held or (there and self._is_held(os.stat(self.path(LOCK)))):
+            return
+        try:
+            self._take()
+        except UsageError as e:
+            raise SaveError(f"not saved: {self.path(LOCK)} was removed, and {e}") from e
+        if there:  # of a run that came meanwhile: what it left may be newer than what this one went on from
+            self.begin_anew()
+            self._alone = False
 
     def release(self):
         """Let another run have the folder; when a process ends, that happens by itself."""
@@ -126,6 +146,7 @@ class RunFolder:
         failure = ""
         if self.world.is_main:
             try:
+                self._hold_on()
                 whole = {**snapshot, "run_id": self.run_id}
                 checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others())
             except SaveError as e:

@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import REFERENCE, as_a_process, flags
 
-from nanofit import runtime
+from nanofit import runtime, step
 from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import Plan
 
@@ -198,8 +198,18 @@ def held(change, path="out/ckpt.pt"):
     return do
 
 
-def entry(name, value):
-    return held(lambda c: {**c, name: value})
+def entry(name, value, path="out/ckpt.pt"):
+    return held(lambda c: {**c, name: value}, path)
+
+
+def trained(**keys):
+    """train.py has run before, with these keys."""
+
+    def train(patch):
+        code, printed = end_of("train.py", *flags(**{**KEYS["train.py"], **keys}))
+        assert code == 0, printed
+
+    return train
 
 
 def of_model(name, change):
@@ -255,6 +265,21 @@ def fails(place, number=0, message=None, error=OSError):
         raise error(message) if message else OSError(number, os.strerror(number), "that file")
 
     return lambda patch: patch.setattr(place, fail)
+
+
+def meanwhile(*acts):
+    """These happen in the first iteration, before the weights move."""
+
+    def prepare(patch):
+        def act(*args):
+            while left:
+                left.pop(0)(patch)
+            return move(*args)
+
+        left, move = list(acts), step.update
+        patch.setattr(step, "update", act)
+
+    return prepare
 
 
 def hugging_face(text=None, **more):
@@ -327,6 +352,13 @@ row("a damaged checkpoint, from scratch: it is kept", a_run, damaged("out/ckpt.p
     says="out/ckpt.pt, of iteration 4, is another run's: kept", changes=("out/*",))
 row("a cropped block_size keeps what was before", a_run, init_from="resume", block_size=4, max_iters=6, code=0,
     says=("block_size 8 -> 4: the model is cropped for good", *BOTH_KEPT), changes=("out/*",))
+WITH_AN_ID = [a_run, *(entry("run_id", "0123abcd", f"out/ckpt{n}.pt") for n in ("", ".prev"))]
+KEPT = "out/kept-of-run-0123abcd"
+row("a run that was kept goes on where it is", *WITH_AN_ID, trained(), init_from="resume", out_dir=KEPT, max_iters=6,
+    code=0, says=f"resuming from {KEPT} at iteration 4", never="another run", changes=(f"{KEPT}/*",))
+row("what was there before a crop goes on where it was kept", *WITH_AN_ID, trained(init_from="resume", block_size=4,
+    max_iters=6), init_from="resume", out_dir=KEPT, max_iters=6, code=0, never="cropped", changes=(f"{KEPT}/*",),
+    says=(f"resuming from {KEPT} at iteration 4", "tokens per iteration will be: 16"))
 row("a larger block_size", a_run, init_from="resume", block_size=16, says="set --block_size=8 or less")
 row("a part that is a link to somebody's file", a_run, file("theirs", "words"), link("out/ckpt.pt.part", "../theirs"),
     init_from="resume", max_iters=6, code=0, changes=SAVED)
@@ -342,6 +374,15 @@ row("somebody holds the lock", a_run, file(LOCK, "process 7 on there\n"), fails(
 row("somebody holds the lock, who wrote no name", file(LOCK), fails("fcntl.flock", errno.EWOULDBLOCK),
     says="in use by another process")
 row("a lock that is really held", folder("out"), lock, says="in use by another process")
+row("a lock that is removed in mid-run", a_run, meanwhile(gone(LOCK)), init_from="resume", max_iters=6, code=0,
+    changes=SAVED, never=("another run", "not saved"))
+row("a lock that is removed, and taken by another", a_run, meanwhile(gone(LOCK), lock), changes=(*STARTED, "out/kept-*"),
+    says="not saved: out/run.lock was removed, and out_dir='out' is in use by another process: let it end")
+row("a lock that is removed, and another came and went", a_run, meanwhile(gone(LOCK), file(LOCK),
+    entry("run_id", "0123abcd"), entry("iter_num", 99)), init_from="resume", max_iters=6, code=0, changes="out/*",
+    says="out/ckpt.pt, of iteration 99, is another run's: kept as out/kept-of-run-0123abcd/ckpt.pt")
+row("a folder that is removed in mid-run", a_run, meanwhile(lambda patch: shutil.rmtree("out")), init_from="resume",
+    max_iters=6, code=0, changes="out/*", never="not saved")
 row("a lock that is a link", file("theirs", "words"), folder("out"), link(LOCK, "../theirs"), says="can't be written")
 row("a lock that is a folder", folder(LOCK), says="out_dir='out' can't be written to")
 row("a lock that is a pipe", pipe(LOCK), code=0, changes=SAVED)
@@ -400,7 +441,15 @@ def refused(what, *given, says, **keys):
 
 
 WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
-refused("a weight that is nan", of_model(FC, lambda w: w[0, 0].fill_(math.nan)), says="weights that are not finite")
+NAN = of_model(FC, lambda w: w[0, 0].fill_(math.nan))
+refused("a weight that is nan", NAN, says="weights that are not finite: to go on from the one before it, rename "
+    "out/ckpt.prev.pt to ckpt.pt")
+row("a weight that is nan, and the advice", a_run, NAN, moved("out/ckpt.prev.pt", "out/ckpt.pt"), init_from="resume",
+    max_iters=6, code=0, says="resuming from out at iteration 2", changes=SAVED)
+refused("a weight that is nan, and none before it", NAN, gone("out/ckpt.prev.pt"), says="not finite: take another")
+refused("a weight that is nan in the last one", NAN, moved("out/ckpt.pt", "out/ckpt.last.pt"),
+    moved("out/ckpt.prev.pt", "out/ckpt.pt"), says="out/ckpt.last.pt holds weights that are not finite: to go on from "
+    "out/ckpt.pt, remove it")
 refused("a weight that is infinite", of_model(WTE, lambda w: w[1].fill_(math.inf)), says="weights that are not finite")
 refused("complex weights", held(lambda c: c["model"].update({FC: c["model"][FC].to(torch.complex64)})),
     says="model must be tensors of real numbers")
