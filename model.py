@@ -6,6 +6,7 @@ It can be copied by itself into a nanoGPT checkout. Names of modules are those o
 Shapes: B sequences, T tokens of each, C = n_embd, nh = n_head, hs = C // nh, V = vocab_size.
 """
 
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
 LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
+SOFTMAX_BYTES = 32 * 2**20  # of probabilities in float32: what eager training holds of them at a time
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
 
 PRETRAINED = {  # name on the Hugging Face hub: the sizes that OpenAI released
@@ -99,7 +101,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cached=None, seen=0):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, nh, T, hs)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, nh, T, hs)
         causal = True
         if cached is not None:  # (2, B, nh, positions, hs), of which so many are seen
             cached[0, :, :, seen : seen + T] = k
@@ -144,64 +146,115 @@ class Block(nn.Module):
         return x
 
 
+@functools.cache
+def cuda_adds_products(dtype):
+    """Whether CUDA adds a product of matrices of this dtype to a float32 matrix, as torch can from 2.8 on."""
+    a, total = torch.ones(16, 16, device="cuda", dtype=dtype), torch.ones(16, 16, device="cuda")
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+@torch.library.custom_op("nanofit::add_product", mutates_args={"total"})
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, without a second tensor of total's size where the backend can.
+
+    torch.compile doesn't look into it: it would add all chunks' products at the end, and keep them until then.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and cuda_adds_products(a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def softmax_less_one_hot(logits, target, exact, lift):
+    """What a chunk's loss and gradients are made of.
+
+    logits: (rows, V), which may be overwritten. target: int64 (rows, 1). Returns the targets' log-probabilities in
+    the dtype exact, (rows, 1), and lift * (softmax - one-hot) in the logits' dtype, (rows, V).
+    """
+    if torch.compiler.is_compiling():  # one kernel reads the logits, one more reads them and writes the gradient
+        x = logits.to(exact)
+        is_target = torch.arange(x.shape[1], device=x.device) == target  # (rows, V)
+        log_sum = x.logsumexp(-1, keepdim=True)
+        log_p = torch.where(is_target, x, 0.0).sum(-1, keepdim=True) - log_sum
+        return log_p, (lift * (torch.exp(x - log_sum) - is_target.to(exact))).to(logits.dtype)
+    rows = max(1, SOFTMAX_BYTES // (4 * logits.shape[1]))
+    found = []
+    for part, at in zip(logits.split(rows), target.split(rows), strict=True):
+        log_p = torch.log_softmax(part, dim=-1, dtype=exact)
+        found.append(log_p.gather(1, at))
+        if lift != 1.0:
+            log_p += math.log(lift)
+        torch.exp(log_p, out=part)
+        part.scatter_(1, at, (lift * torch.expm1(found[-1])).to(part.dtype))
+    return torch.cat(found), logits
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits h @ weight.T, of which only a chunk of rows exists at a time.
 
-    A chunk's gradients are computed at once, while its logits are there: three matrix products in all, as without
-    chunks, and nothing is computed twice. The backward pass only scales them. Use head_loss.
+    A chunk's gradients are computed at once, while its logits are there, and take their place: three matrix products
+    in all, as without chunks, and nothing is computed twice. The backward pass only scales them. Use head_loss.
     """
 
     @staticmethod
     def forward(ctx, h, weight, targets, rows, dtype, with_gradients):
-        # float16 would lose most softmax gradients: they are as small as 1/V. They're lifted as far as a sum over
-        # a chunk's rows can't overflow, by a power of two, which costs no precision.
-        lift = 2.0 ** math.floor(math.log2(1024 / rows)) if dtype == torch.float16 else 1.0
         exact = torch.promote_types(dtype, torch.float32)
+        # float16 would lose most of softmax: it is as small as 1/V. So that is lifted, and h lowered, by powers of two,
+        # which cost no precision, as far as a sum over a chunk's rows can't overflow.
+        lift, lower = 1.0, 1.0
+        if dtype == torch.float16:
+            lift, lower = 2.0 ** min(10, 17 - math.ceil(math.log2(rows))), 2.0**-7
+        counts = (targets != -1).unsqueeze(1)  # (N, 1)
+        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
+        x = torch.where(counts, h.to(dtype), 0.0)  # (N, C)
         w = weight.to(dtype)  # (V, C)
-        loss = torch.zeros((), dtype=exact, device=h.device)
-        if with_gradients:
-            grad_h = torch.empty_like(h, dtype=dtype)
-            grad_weight = torch.zeros_like(weight, dtype=exact)
+        log_p, grad_h, grad_weight = [], [], None  # the lists by chunks
         for start in range(0, len(h), rows):
             chunk = slice(start, start + rows)
-            counts = (targets[chunk] != -1).unsqueeze(1)  # (rows, 1)
-            target = targets[chunk].clamp(min=0).unsqueeze(1)  # (rows, 1)
-            x = h[chunk].to(dtype)
-            log_p = torch.log_softmax(x @ w.t(), dim=-1, dtype=exact)  # (rows, V)
-            loss -= torch.where(counts, log_p.gather(1, target), 0.0).sum()
-            if with_gradients:
-                g = log_p.exp_()
-                g.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))  # softmax less one-hot
-                if lift != 1.0:
-                    g *= lift
-                g = g.to(dtype)
-                grad_h[chunk] = torch.where(counts, g @ w, 0.0)
-                x = torch.where(counts, x, 0.0)
-                if dtype == exact:
-                    grad_weight.addmm_(g.t(), x)
-                else:
-                    grad_weight += g.t() @ x
-        count = (targets != -1).sum()
+            logits = x[chunk] @ w.t()  # (rows, V)
+            if not with_gradients:
+                log_p.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, target[chunk]))
+                continue
+            of_chunk, g = softmax_less_one_hot(logits, target[chunk], exact, lift)
+            log_p.append(of_chunk)
+            grad_h.append(g @ w)
+            lowered = x[chunk] if lower == 1.0 else x[chunk] * lower
+            if grad_weight is not None:
+                add_product(grad_weight, g.t(), lowered)
+            else:
+                grad_weight = g.t() @ lowered  # (V, C)
+                if rows < len(h):
+                    grad_weight = grad_weight.to(exact)  # others will be added
+            del logits, g  # before there are the next
+        count = counts.sum()
         if with_gradients:
-            ctx.save_for_backward(grad_h, grad_weight, count)
-            ctx.lift, ctx.dtypes = lift, (h.dtype, weight.dtype)
-        return loss / count  # nan where nothing counts, as F.cross_entropy
+            ctx.save_for_backward(torch.cat(grad_h), grad_weight, counts, count)
+            ctx.lift, ctx.lower, ctx.dtypes = lift, lower, (h.dtype, weight.dtype)
+        return torch.where(counts, torch.cat(log_p), 0.0).sum() / -count  # nan where nothing counts, as F.cross_entropy
 
     @staticmethod
     def backward(ctx, grad):
-        grad_h, grad_weight, count = ctx.saved_tensors
+        grad_h, grad_weight, counts, count = ctx.saved_tensors
         scale = grad / (count.clamp(min=1) * ctx.lift)
         h_dtype, weight_dtype = ctx.dtypes
-        # In place: torch refuses a second backward pass, which would find it changed.
-        return grad_h.to(scale.dtype).mul(scale).to(h_dtype), grad_weight.mul_(scale).to(weight_dtype), *[None] * 4
+        grad_h = grad_h.to(scale.dtype) * torch.where(counts, scale, 0.0)
+        # In place where nothing is converted: torch refuses a second backward pass, which would find it changed.
+        grad_weight = grad_weight.to(scale.dtype).mul_(scale / ctx.lower)
+        return grad_h.to(h_dtype), grad_weight.to(weight_dtype), *[None] * 4
 
 
 def head_loss(h, weight, targets, chunk_bytes=None):
     """Mean cross-entropy in nats of predicting targets from h by a linear head, without holding the logits.
 
     h: (N, C). weight: (V, C). targets: int64 (N,), -1 where no loss is wanted. A scalar in float32 or better. Under
-    autocast, products run in its dtype. Memory beside the gradients: about chunk_bytes (LOSS_CHUNK_BYTES), or
-    1/LOSS_CHUNKS of all logits where that is more.
+    autocast, products run in its dtype. chunk_bytes (0 or None: LOSS_CHUNK_BYTES): of logits, were they float32, that
+    may exist at a time; where that is less, 1/LOSS_CHUNKS of all. The more, the faster.
     """
     logits_bytes = 4 * len(h) * len(weight)
     chunks = min(LOSS_CHUNKS, math.ceil(logits_bytes / (chunk_bytes or LOSS_CHUNK_BYTES)))

@@ -431,14 +431,20 @@ def loss_and_gradients(loss, h, weight, targets, factor=1.0):
     return value.detach(), h.grad / factor, weight.grad / factor
 
 
+def chunks_of(monkeypatch, rows, vocab_size):
+    """From now on, the loss goes by chunks of so many rows, and softmax by slices of two."""
+    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * vocab_size * rows)
+    monkeypatch.setattr(model_module, "LOSS_CHUNKS", math.inf)
+    monkeypatch.setattr(model_module, "SOFTMAX_BYTES", 4 * vocab_size * 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("n_rows", "vocab_size", "ignored", "rows_of_a_chunk"),
     [(37, 101, 0.0, 5), (37, 101, 0.5, 8), (1, 65, 0.0, 1), (6, 9, 1.0, 4), (12, 7, 0.2, 1), (64, 500, 0.1, 64)],
 )
 def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, n_rows, vocab_size, ignored, rows_of_a_chunk):
-    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * vocab_size * rows_of_a_chunk)
-    monkeypatch.setattr(model_module, "LOSS_CHUNKS", n_rows)
+    chunks_of(monkeypatch, rows_of_a_chunk, vocab_size)
     g = torch.Generator().manual_seed(0)
     h = torch.randn(n_rows, 16, dtype=dtype, generator=g)
     weight = torch.randn(vocab_size, 16, dtype=dtype, generator=g)
@@ -451,9 +457,10 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, n_rows, vocab_size, 
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance)  # nan: the mean over no target at all
 
 
+@pytest.mark.parametrize("rows_of_a_chunk", [100, 700])
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
-def test_the_loss_in_16_bits_is_as_exact_as_torchs_own(monkeypatch, dtype, factor):
-    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * 3000 * 100)
+def test_the_loss_in_16_bits_is_as_exact_as_torchs_own(monkeypatch, dtype, factor, rows_of_a_chunk):
+    chunks_of(monkeypatch, rows_of_a_chunk, 3000)
     g = torch.Generator().manual_seed(0)
     h, weight = torch.randn(700, 64, generator=g), 0.2 * torch.randn(3000, 64, generator=g)
     targets = torch.randint(3000, (700,), generator=g)
