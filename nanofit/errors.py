@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
 import sys
+import time
 
 # What torch and the libraries below it say, in a plain RuntimeError, where memory ran out.
 _OUT_OF_MEMORY = (
@@ -82,6 +84,7 @@ def _rounded(amount):
 
 OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
 LONGEST = 1000  # characters of a sentence; a name in it may be longer
+SPEAKERS_SECONDS = 3  # that the other ranks leave to the one which speaks for all
 
 
 # ---- the top frame -----------------------------------------------------------------------------------------
@@ -104,8 +107,11 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
             _flush()
             os._exit(128 + signal.SIGINT)
         if issubclass(kind, UsageError):
+            _tell_torchrun(f"error: {error}")
             if speaks or error.of_rank:
                 _tell(f"error: {error}")
+            else:
+                time.sleep(SPEAKERS_SECONDS)  # torchrun ends all ranks as soon as one has ended
         elif is_out_of_memory(error):
             _tell(f"error: {memory_sentence(error)}\n{when_memory_ends()}")
         elif is_lost_rank(error):
@@ -149,6 +155,15 @@ def _tell(sentence):
     # Standard error may be gone as well, or be interrupted while it is written: the exit code still tells.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def _tell_torchrun(sentence):
+    """Leave a sentence where torchrun, if it started this process, looks for what to say of its end."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):  # what is printed still tells
+            with open(f"{path}.part", "w") as file:
+                json.dump({"message": sentence, "timestamp": int(time.time())}, file)
+            os.replace(f"{path}.part", path)
 
 
 def _flush():

@@ -376,7 +376,8 @@ row("somebody holds the lock, who wrote no name", file(LOCK), fails("fcntl.flock
 row("a lock that is really held", folder("out"), lock, says="in use by another process")
 row("a lock that is removed in mid-run", a_run, meanwhile(gone(LOCK)), init_from="resume", max_iters=6, code=0,
     changes=SAVED, never=("another run", "not saved"))
-row("a lock that is removed, and taken by another", a_run, meanwhile(gone(LOCK), lock), changes=(*STARTED, "out/kept-*"),
+row("a lock that is removed, and taken by another", a_run, meanwhile(gone(LOCK), lock),
+    changes=(*STARTED, "out/kept-*"),
     says="not saved: out/run.lock was removed, and out_dir='out' is in use by another process: let it end")
 row("a lock that is removed, and another came and went", a_run, meanwhile(gone(LOCK), file(LOCK),
     entry("run_id", "0123abcd"), entry("iter_num", 99)), init_from="resume", max_iters=6, code=0, changes="out/*",

@@ -6,11 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, run_script, train
+from conftest import ROOT, TOY, environment, flags, run_script, train, train_on_ranks
 
 from nanofit.errors import UsageError
 
@@ -116,6 +117,8 @@ def test_ctrl_c_while_compiling_is_a_sentence():
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    # A shell that starts tests in the background lets them ignore SIGINT, and a run would go on doing so.
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
         try:
             printed = ""
@@ -129,3 +132,13 @@ def test_ctrl_c_while_compiling_is_a_sentence():
             child.kill()
     assert "compiling the model... (takes a minute or so; Ctrl-C ends it)\n" in printed
     assert (child.returncode, said) == (130, "interrupted\n")
+
+
+def test_of_torchruns_ranks_one_speaks_and_torchrun_repeats_it():
+    _, said, code = train_on_ranks(2, check=False, gradient_accumulation_steps=3)
+    sentence = "error: gradient_accumulation_steps=3 can't be shared equally by 2 ranks: set it to 2 or 4\n"
+    ours, torchruns = said.split("Traceback (most recent call last):")
+    assert code == 1
+    assert ours.count(sentence) == 1
+    root_cause = torchruns[torchruns.index("Root Cause") :]
+    assert f"traceback : {sentence}" in root_cause, "the last that is on the screen"
