@@ -15,5 +15,8 @@ def prefer_expandable_segments():
     """
     if sys.platform != "linux" or "microsoft" in platform.release().lower() or set(NAMES) & set(os.environ):
         return
-    release = tuple(int(n) for n in importlib.metadata.version("torch").split(".")[:2])
+    try:
+        release = tuple(int(n) for n in importlib.metadata.version("torch").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return  # importing torch will say so
     os.environ[NAMES[release >= (2, 10)]] = "expandable_segments:True"

@@ -112,6 +112,8 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
                 _tell(f"error: {error}")
             else:
                 time.sleep(SPEAKERS_SECONDS)  # torchrun ends all ranks as soon as one has ended
+        elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy"):
+            _tell(f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more")
         elif is_out_of_memory(error):
             _tell(f"error: {memory_sentence(error)}\n{when_memory_ends()}")
         elif is_lost_rank(error):

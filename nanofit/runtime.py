@@ -4,18 +4,20 @@ The one file that calls torch.cuda or torch.mps. Nothing here decides anything a
 torch releases live here too, one place each.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import warnings
 from pathlib import Path
 
 import torch
 
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, first_line, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 A100_FLOPS = 312e12
@@ -84,8 +86,8 @@ def find_device(name):
         if count == 0:
             build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
             raise UsageError(
-                f"device={name!r}, but torch sees no CUDA GPU (torch {torch.__version__} {build}): check nvidia-smi "
-                f"and the torch installation, or leave --device out to use {best_device()!r}"
+                f"device={name!r}, but torch sees no CUDA GPU (torch {torch.__version__} {build}): python doctor.py "
+                f"says why; leave --device out to use {best_device()!r}"
             )
         if (device.index or 0) >= count:
             raise UsageError(f"device={name!r}, but there are {count} GPUs, numbered from 0")
@@ -117,7 +119,7 @@ def autocast(device, dtype, keep_weights=False):
     context. Training uses a weight once in a pass, so that keeping would only take memory.
     """
     if dtype == "float32":
-        return nullcontext()
+        return contextlib.nullcontext()
     return torch.amp.autocast(device_type=device.type, dtype=DTYPES[dtype], cache_enabled=keep_weights)
 
 
@@ -177,6 +179,41 @@ def _nvidia_smi(query):
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def cuda_facts():
+    """What torch and nvidia-smi tell of CUDA here, for a person who looks for a mistake: a dict.
+
+    "cuda": the version that torch is built for, '' where it isn't; "architectures" that it has kernels for; "driver":
+    its version; "said": what torch warned of when it looked for GPUs, which it does once in a process; "gpus": a dict
+    of each. To ask for free memory takes some of it, as training does: CUDA's context.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = []
+    for device in (torch.device("cuda", index) for index in range(count)):
+        try:
+            free = free_memory_bytes(device)
+        except RuntimeError as e:  # no room for CUDA's context, or a GPU in distress
+            free = 0 if is_out_of_memory(e) else None
+        gpus.append(
+            {
+                "name": device_name(device),
+                "sm_count": sm_count(device),
+                "capability": capability(device),
+                "total_bytes": total_memory_bytes(device),
+                "free_bytes": free,
+                "holders": tuple(gpu_processes(device)) if shutil.which("nvidia-smi") else None,
+            }
+        )
+    return {
+        "cuda": torch.version.cuda or "",
+        "architectures": tuple(torch.cuda.get_arch_list()),
+        "driver": next(iter(_nvidia_smi("--query-gpu=driver_version")), ""),
+        "said": " ".join(first_line(warning.message) for warning in caught),
+        "gpus": gpus,
+    }
 
 
 def peak_flops(device, dtype):
@@ -264,6 +301,16 @@ def _container_free_bytes():
         return int(most) - int(used) + int(cached[1])
     except (OSError, ValueError, TypeError):
         return sys.maxsize  # no group, or one without a limit ('max')
+
+
+def host_memory_facts():
+    """(all memory of this machine, what is free of it for us, the container's limit) in bytes, None for the unknown."""
+    total, free, limit = host_memory_bytes(), None, None
+    with contextlib.suppress(UsageError):
+        free = free_memory_bytes(torch.device("cpu"))
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ('max')
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    return total if total < sys.maxsize else None, free, limit
 
 
 def memory_now(device):

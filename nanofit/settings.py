@@ -90,6 +90,12 @@ def check_compile_mode(config):
             raise UsageError(refusal)
 
 
+def weight_bytes(model_args):
+    """What the weights of a GPT of these sizes take in float32."""
+    layers, width = model_args["n_layer"], model_args["n_embd"]
+    return 4 * (layers * 12 * width**2 + (model_args["vocab_size"] + model_args["block_size"]) * width)
+
+
 def check_sizes(config, config_class, model_args, elsewhere):
     """Raise a UsageError where the model refuses its sizes, or it or a batch can't be in this machine's memory."""
     counts = [name for name in models.SIZES if name not in ("bias", "dropout")]
@@ -98,7 +104,7 @@ def check_sizes(config, config_class, model_args, elsewhere):
         if model_args[name] >= 2**63:
             raise UsageError(f"{name} must be a number of 64 bits, not {shown(model_args[name])}")
     layers, width, there = model_args["n_layer"], model_args["n_embd"], runtime.host_memory_bytes()
-    weights = 4 * (layers * 12 * width**2 + (model_args["vocab_size"] + model_args["block_size"]) * width)
+    weights = weight_bytes(model_args)
     positions = model_args["block_size"]
     a_model = (
         f"a model of n_layer={layers}, n_embd={width}, vocab_size={model_args['vocab_size']}, block_size={positions}"

@@ -11,7 +11,17 @@ from conftest import ROOT, environment
 PACKAGE = ROOT / "nanofit"
 # Each floor may use those below it, and nothing of its own.
 FLOORS = (
-    ("allocator", "early", "errors", "progress", "metrics_file", "autofit.plan", "autofit.compiling", "report"),
+    (
+        "allocator",
+        "early",
+        "errors",
+        "progress",
+        "metrics_file",
+        "autofit.plan",
+        "autofit.compiling",
+        "report",
+        "doctor",
+    ),
     (
         "runtime",
         "models",
@@ -22,11 +32,22 @@ FLOORS = (
         "autofit.search",
         "autofit.trial",
         "autofit.cache",
+        "doctor.facts",
     ),
-    ("distributed", "settings", "recovery", "metrics", "autofit.advice", "report.log", "report.charts"),
+    (
+        "distributed",
+        "settings",
+        "recovery",
+        "metrics",
+        "autofit.advice",
+        "report.log",
+        "report.charts",
+        "doctor.checks",
+    ),
     ("checkpoint", "step", "autofit.fitter", "report.run", "report.page"),
     ("folder", "weights", "autofit.simulate", "report.picture", "report.server"),
     ("autofit", "autofit.probe", "huggingface", "report.memory"),
+    ("doctor.gather",),
 )
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

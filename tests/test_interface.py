@@ -114,6 +114,7 @@ COMMANDS = {
     "python report.py out": How((), "report.html", "python train.py config/train_openwebtext.py --auto_fit=True"),
     "python report.py out --watch": Cannot("it serves until it is ended: tests/test_report.py ends it"),
     "python report.py out-a out-b --png=curves.png": Cannot("it wants two runs: tests/test_report.py makes them"),
+    "python doctor.py config/train_openwebtext.py": How((*SHORT, *ONE), r"^nothing would stop the run$"),
     EXPORT: How((), "shakespeare-gpt", BY_CHARACTERS),
     f"{BY_CHARACTERS} --init_from=shakespeare-gpt --out_dir=out-again --max_iters=100": How(SHORT, TRAINED, EXPORT),
     "python train.py config/train_openwebtext.py --dataset=edu --auto_fit=True": FITTED,

@@ -10,6 +10,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 
 GIB = 2**30
+CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 
 

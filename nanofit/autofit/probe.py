@@ -16,14 +16,13 @@ os.dup2(2, 1)  # whatever prints goes to standard error
 import torch
 
 from nanofit import models, runtime
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, Trial, from_json, memory_limit, to_json
+from nanofit.autofit.plan import CONTEXT_BYTES, GIB, OUT_OF_MEMORY, Facts, Job, Trial, from_json, memory_limit, to_json
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line, is_out_of_memory, show_errors_as_sentences
 from nanofit.optimizers import make_optimizer
 from nanofit.step import dry_step, evaluate, train_step, try_compile
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
-CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 
 
 def report(value):

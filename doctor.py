@@ -1,0 +1,132 @@
+"""What stands in the way of a run on this machine, and what to do: to read, or to paste into an issue.
+
+    python doctor.py [config/file.py ...] [--key=value ...] [--json]
+
+The keys are train.py's, and those of the run that is asked about. Nothing is written and nothing trained; whether the
+batch fits is simulated. Exit code 1 if something would stop the run. The answer names no user, host or home folder.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import os
+import sys
+import types
+from dataclasses import asdict
+
+import nanofit  # noqa: F401  # before torch: see there
+
+# isort: split
+from configurator import configure
+from nanofit.autofit.plan import GIB
+from nanofit.doctor.checks import STOP, verdicts_on
+from nanofit.doctor.gather import machine, private, run
+from nanofit.errors import UsageError
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+TRAIN = os.path.join(ROOT, "train.py")
+
+
+def keys_of_train(runtime):
+    """{key: default} of train.py, as its source assigns them: nothing else of it runs.
+
+    runtime: nanofit's, or what answers in its place for the device and its dtype.
+    """
+    keys = {}
+    with open(TRAIN, encoding="utf-8") as file:
+        for statement in ast.parse(file.read()).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                if statement.targets[0].id == "defaults":  # what follows isn't a key
+                    break
+                exec(compile(ast.Module([statement], []), TRAIN, "exec"), {"runtime": runtime}, keys)
+    return keys
+
+
+def examine(argv):
+    """The Facts of this machine and of the run that argv asks for."""
+    facts = machine()
+    if facts.torch_failure:
+        model, own_fields = None, None
+        runtime = types.SimpleNamespace(best_device=lambda: "cpu", best_dtype=lambda device: "float32")
+    else:
+        from model import GPT, GPTConfig
+        from nanofit import models, runtime, settings
+
+        own_fields = models.own_fields(GPTConfig)
+        model = GPT, GPTConfig, own_fields
+    defaults = keys_of_train(runtime)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            config, given = configure({**defaults, "__file__": TRAIN}, argv, more=own_fields)
+        if model:
+            config["dtype"] = settings.dtype(config, given)
+    except UsageError as e:
+        return private(run(facts, defaults, (), None, refusal=str(e)), ROOT)
+    return private(run(facts, config, given, model), ROOT)
+
+
+def lines_on(facts):
+    """What there is, for people: (name, text)."""
+
+    def size(count):
+        return "unknown" if count is None else f"{count / GIB:.2f} GiB"
+
+    limit = f", the container's limit is {size(facts.container_bytes)}" if facts.container_bytes else ""
+    memory = f"{size(facts.memory_bytes)} of memory, {size(facts.memory_free_bytes)} free{limit}"
+    yield "system", f"{facts.system}{', WSL' if facts.is_wsl else ''}, {facts.cores} cores, {memory}"
+    yield "Python", f"{facts.python}, compilers: {', '.join(facts.compilers) or 'none'}"
+    runs = "{}.{}".format(*facts.driver_cuda) if facts.driver_cuda else "unknown"
+    yield (
+        "torch",
+        f"{facts.torch or 'none'}, CUDA {facts.torch_cuda or 'none'}; driver {facts.driver or 'unknown'}, CUDA {runs}",
+    )
+    for index, gpu in enumerate(facts.gpus):
+        held = (
+            "unknown"
+            if gpu.holders is None
+            else ", ".join(f"{n} ({mib:,} MiB)" for _, n, mib in gpu.holders) or "nobody"
+        )
+        yield (
+            f"GPU {index}",
+            f"{gpu.name}, {gpu.sm_count} SMs, compute capability {'.'.join(map(str, gpu.capability))}, "
+            f"{size(gpu.total_bytes)}, {size(gpu.free_bytes)} free, held by: {held}",
+        )
+    yield "packages", ", ".join(f"{name} {version}" for name, version in facts.packages.items() if version)
+    for name, value in facts.environment.items():
+        yield "variable", f"{name}={value}"
+    for data in facts.data_sets:
+        tokens = ", ".join(f"{count:,} {split}" for split, count in data.tokens.items())
+        vocabulary = data.failure or (f"{data.vocab_size} symbols" if data.vocab_size else "GPT-2's BPE")
+        yield "data", f"{data.name}: {tokens} tokens, {vocabulary}"
+    for saved in facts.checkpoints:
+        state = "damaged" if saved.iteration is None else f"iteration {saved.iteration:,}"
+        yield "checkpoint", f"{saved.name}: {state}, {size(saved.bytes)}"
+    yield "disk", f"{size(facts.disk_free_bytes)} free"
+
+
+def main(argv):
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip(), "\npython train.py --help lists the keys.")
+        return 0
+    facts = examine([argument for argument in argv if argument != "--json"])
+    verdicts = verdicts_on(facts)
+    stops = [name for name, verdict in verdicts.items() if verdict.level == STOP]
+    if "--json" in argv:
+        told = {"facts": asdict(facts), "checks": {n: asdict(v) for n, v in verdicts.items()}, "stopped_by": stops}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return int(bool(stops))
+    for name, text in lines_on(facts):
+        print(f"{name:<12} {text}")
+    print()
+    for name, verdict in verdicts.items():
+        print(f"{verdict.level:<8} {name:<13} " + verdict.says.replace("\n", f"\n{'':<22} "))
+        if verdict.do:
+            print(f"{'':<22} try: {verdict.do}")
+    print(f"\nthis would stop the run: {', '.join(stops)}" if stops else "\nnothing would stop the run")
+    print("TROUBLES.md tells more of each")
+    return int(bool(stops))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
