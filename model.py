@@ -236,12 +236,13 @@ class HeadLoss(torch.autograd.Function):
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_h), grad_weight, counts, count)
             ctx.lift, ctx.lower, ctx.dtypes = lift, lower, (h.dtype, weight.dtype)
-        return torch.where(counts, torch.cat(log_p), 0.0).sum() / -count  # nan where nothing counts, as F.cross_entropy
+        # nan where nothing counts, as F.cross_entropy: 0 / 0
+        return (torch.where(counts, torch.cat(log_p), 0.0) / -count).sum()
 
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_weight, counts, count = ctx.saved_tensors
-        scale = grad / (count.clamp(min=1) * ctx.lift)
+        scale = torch.where(count > 0, grad / count, 0.0) / ctx.lift
         h_dtype, weight_dtype = ctx.dtypes
         grad_h = grad_h.to(scale.dtype) * torch.where(counts, scale, 0.0)
         # In place where nothing is converted: torch refuses a second backward pass, which would find it changed.
@@ -323,8 +324,8 @@ class GPT(nn.Module):
             raise ValueError(
                 f"a sequence of {seen + T} tokens is longer than the model's block_size {self.config.block_size}"
             )
-        pos = torch.arange(seen, seen + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        positions = self.transformer.wpe.weight[seen : seen + T]  # (T, C): a slice is cheaper than looking them up
+        x = self.transformer.drop(self.transformer.wte(idx) + positions)  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache.keys_values[i] if cache else None, seen)
         x = self.transformer.ln_f(x)

@@ -13,6 +13,8 @@ from nanofit.distributed import ALONE
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.models import loss_of
 
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
+
 
 def accumulate(model, scaler, batches, autocast):
     """Add up the gradients of an iteration's micro-batches.
@@ -23,23 +25,26 @@ def accumulate(model, scaler, batches, autocast):
     micro_steps = batches.micro_steps
     if micro_steps > 1:
         _own_gradients(model)
-    total = 0.0
+    total = None
     for _ in range(micro_steps):
         x, y = batches.current
         with autocast:
-            loss = loss_of(model, x, y) / micro_steps
+            loss = loss_of(model, x, y)
+        if micro_steps > 1:
+            loss = loss / micro_steps
         batches.advance()  # the GPU is still busy with the forward pass
         scaler.scale(loss).backward()
-        total += loss.detach()
+        total = loss.detach() if total is None else total + loss.detach()
     return total
 
 
 def _own_gradients(model):
-    """Let gradients add up in memory of their own.
+    """Let gradients add up in memory of their own, where those that a backward pass leaves belong to CUDA graphs.
 
-    Those that the first backward pass would leave belong to torch.compile's CUDA graphs, if it uses them, and the
-    second pass would overwrite them.
+    The second pass would overwrite them. Elsewhere, the first pass's are taken as they are.
     """
+    if not getattr(model, "runs_in_cuda_graphs", False):
+        return
     for p in model.parameters():
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -64,7 +69,7 @@ def update(optimizer, scaler, norm):
         scaler.step(optimizer)
     elif optimizer.defaults.get("fused"):
         # Told by a tensor, as GradScaler does it, fused AdamW leaves the step out without waiting for the GPU.
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.found_inf = (norm * 0).ne_(0)  # 1.0 where the norm isn't finite, else 0.0
         optimizer.step()
         del optimizer.found_inf
     elif torch.isfinite(norm):
@@ -146,6 +151,7 @@ def try_compile(model, trial, device, **options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses parts that torch deprecates
             compiled = torch.compile(model, **options)
+            compiled.runs_in_cuda_graphs = options.get("mode") in CUDA_GRAPH_MODES
             trial(compiled)
     except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
         if is_out_of_memory(e):
