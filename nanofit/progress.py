@@ -1,23 +1,28 @@
 """What shows that long work goes on: on a terminal alone, and nothing in a file."""
 
 import contextlib
+import math
 import sys
 import threading
 import time
 
 
 @contextlib.contextmanager
-def waiting(what):
-    """Count the seconds of work that can't be counted otherwise; what is done is told as 'compiling'."""
+def waiting(what, seconds_left=math.inf):
+    """Count the seconds of work that can't be counted otherwise; what is done is told as 'compiling'.
+
+    seconds_left: what it may take, if there is a limit; below 0 where that is used up already.
+    """
     if not sys.stderr.isatty():
         yield
         return
     done = threading.Event()
+    of = f" of {max(0.0, seconds_left):.0f}" if seconds_left < math.inf else ""
     start = time.perf_counter()
 
     def tick():
         while not done.wait(1.0):
-            print(f"\r{what}: {time.perf_counter() - start:.0f} s ", end="", file=sys.stderr, flush=True)
+            print(f"\r{what}: {time.perf_counter() - start:.0f}{of} s ", end="", file=sys.stderr, flush=True)
 
     ticker = threading.Thread(target=tick, daemon=True)
     ticker.start()

@@ -4,8 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from conftest import ROOT, TOY, environment, flags, train
 
 from model import GPT
 from nanofit import autofit
-from nanofit.autofit import fitter as fitter_room
+from nanofit.autofit import trial as trial_room
 from nanofit.autofit.plan import GIB, Facts, MemoryLevers, Plan, Trial, from_dict
 from nanofit.distributed import ALONE, World
 from nanofit.errors import UsageError
@@ -41,7 +41,7 @@ def trials(monkeypatch):
         speed = (0.5 if job.levers.recompute else 1.0) * size
         return Trial(size, levers, job.compile, peak, speed, limit_bytes=5 * GIB, parts={"weights": GIB})
 
-    monkeypatch.setattr(fitter_room, "Fitter", partial(fitter_room.Fitter, run_trial=run_trial))
+    monkeypatch.setattr(trial_room, "Trials", lambda: nullcontext(run_trial))
     return jobs
 
 
@@ -53,12 +53,12 @@ def test_the_plan_is_kept_and_a_second_run_confirms_it(trials, capsys):
     plan = fit()
     assert str(plan) == "batch_size 8 -> 4, gradient_accumulation_steps 1 -> 2, effective batch 8"
     assert plan.levers == MemoryLevers(loss_chunk_mb=128), "settled"
-    assert capsys.readouterr().out.splitlines()[-1] == f"auto-fit: {plan}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"auto-fit: {plan}, found in 0 s"
     tried = len(trials)
     assert fit() == plan
     assert len(trials) == tried + 1
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["auto-fit: the answer kept beside the run holds", f"auto-fit: {plan}"]
+    assert said[-2:] == ["auto-fit: the answer kept beside the run holds", f"auto-fit: {plan}, found in 0 s"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_job_says_all_that_the_run_asked_for(trials):
 def test_a_dry_run_tells_where_memory_goes_and_keeps_nothing(trials, workplace, capsys):
     plan = fit(dry_run=True)
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["auto-fit: of 1.00 GiB (simulated): weights 1.00", f"auto-fit: {plan}"]
+    assert said[-2:] == ["auto-fit: of 1.00 GiB (simulated): weights 1.00", f"auto-fit: {plan}, found in 0 s"]
     assert trials[-1].simulate
     assert (trials[-1].micro_batch_size, trials[-1].levers) == (4, plan.levers)
     assert not (workplace / "out").exists()
@@ -109,7 +109,7 @@ def test_an_answer_that_cannot_be_kept_is_told_and_taken(trials, workplace, caps
     plan = fit()
     said = capsys.readouterr().out.splitlines()
     assert said[-2].startswith("auto-fit: out/auto_fit.json can't be written (")
-    assert said[-1] == f"auto-fit: {plan}"
+    assert said[-1] == f"auto-fit: {plan}, found in 0 s"
 
 
 def test_a_device_that_is_elsewhere_is_simulated(trials):
@@ -183,7 +183,7 @@ def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkey
     kept = json.loads((workplace / "out" / "auto_fit.json").read_text())["plan"]
     micro = kept["micro_batch_size"]
     expected = f"batch_size 4 -> {micro}, gradient_accumulation_steps 1 -> {4 // micro}, effective batch 4"
-    assert f"auto-fit: {expected}\n" in fitted.text
+    assert f"auto-fit: {expected}, found in " in fitted.text
     split_by_hand(monkeypatch, micro, from_dict(MemoryLevers, kept["levers"]))
     by_hand = train(**keys)
     assert by_hand.iter_loss == fitted.iter_loss
@@ -283,7 +283,9 @@ def test_two_ranks_agree_on_the_smaller_answer(workplace):
     done = ranks(workplace, limits=[8, 2])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "auto-fit: the ranks chose batch_size 8, 2: all take 2\n" in done.stdout
-    assert "auto-fit: batch_size 8 -> 2, gradient_accumulation_steps 4 -> 16, effective batch 32\n" in done.stdout
+    assert (
+        "auto-fit: batch_size 8 -> 2, gradient_accumulation_steps 4 -> 16, effective batch 32, found in " in done.stdout
+    )
     assert "iter 2: loss" in done.stdout
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from nanofit.autofit.advice import what_would_fit
 from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, MemoryLevers, Plan, Trial
+from nanofit.autofit.plan import FAILS, GIB, OUT_OF_MEMORY, Facts, Job, MemoryLevers, Plan, Trial
 from nanofit.errors import UsageError
 
 FACTS = Facts(
@@ -20,10 +20,10 @@ JOB = Job(
 RECOMPUTE = MemoryLevers(recompute=True)
 
 
-def fitter(answer, facts=FACTS, job=JOB, **changes):
+def fitter(answer, facts=FACTS, job=JOB, chunk_mb=0, **changes):
     """A Fitter whose trials are answered by answer(job), and lists of the lines that it says and of the jobs.
 
-    answer: gives the figures of a Trial as a dict, or a failure.
+    answer: gives the figures of a Trial as a dict, or a failure. chunk_mb: what an open loss_chunk_mb is settled as.
     """
     said, jobs = [], []
 
@@ -34,7 +34,8 @@ def fitter(answer, facts=FACTS, job=JOB, **changes):
         got = answer(job)
         figures = got if isinstance(got, dict) else {"failure": got}
         limit = facts.limit_bytes if facts else 0
-        return Trial(job.micro_batch_size, job.levers, job.compile, limit_bytes=limit, **figures)
+        levers = replace(job.levers, loss_chunk_mb=job.levers.loss_chunk_mb or chunk_mb)
+        return Trial(job.micro_batch_size, levers, job.compile, limit_bytes=limit, **figures)
 
     options = dict(batch_size=64, gradient_accumulation_steps=1, run_trial=run_trial, say=said.append)
     return Fitter(job=job, **{**options, **changes}), said, jobs
@@ -104,6 +105,103 @@ def test_a_compiled_model_that_does_not_fit_or_fails_stays_eager():
     made, said, _ = fitter(larger, replace(FACTS, sm_count=132), asked_compile=True)
     assert not made.plan().compile
     assert said[-1] == "auto-fit: compile off: the compiled trial failed: it does not fit"
+
+
+@pytest.mark.parametrize("trouble", [OUT_OF_MEMORY, "the probe took longer than 1800 s"])
+def test_where_compiling_takes_too_much_the_next_smaller_size_is_tried(trouble):
+    def answer(job):
+        return trouble if job.compile and job.micro_batch_size == 8 else answer_3060(job)
+
+    made, said, _ = fitter(answer, replace(FACTS, sm_count=132), asked_compile=True)
+    plan = made.plan()
+    assert (plan.micro_batch_size, plan.compile) == (4, True)
+    assert said[-3] == f"auto-fit: batch_size 8, compiled   {trouble}   does not fit"
+    assert said[-2].startswith("auto-fit: batch_size 4, compiled   peak 4.38 GiB   21,000 tok/s   fits")
+
+    def slow(job):
+        got = answer(job)
+        return {**got, "tokens_per_second": 20_000.0} if job.compile and isinstance(got, dict) else got
+
+    made, said, _ = fitter(slow, replace(FACTS, sm_count=132), asked_compile=True)
+    plan = made.plan()
+    assert (plan.micro_batch_size, plan.compile) == (8, False)
+    assert said[-1] == "auto-fit: compile off: compiled, batch_size 8 does not run, and a smaller one is slower"
+
+
+def test_what_fails_to_compile_is_not_tried_again():
+    def answer(job):
+        return f"{FAILS} (X: no)" if job.compile else answer_3060(job)
+
+    made, _, jobs = fitter(answer, replace(FACTS, sm_count=132), asked_compile=True)
+    made.plan()
+    assert [job.micro_batch_size for job in jobs if job.compile] == [8]
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+def timed(seconds_of, **changes):
+    """A Fitter whose trials take seconds_of(job) each, by a clock of its own."""
+    now = [0.0]
+
+    def answer(job):
+        now[0] += seconds_of(job)
+        return answer_3060(job)
+
+    return fitter(answer, clock=lambda: now[0], **changes)
+
+
+def test_trials_take_a_minute_where_the_run_is_short():
+    made, said, jobs = timed(lambda job: 31.0)
+    assert made.plan().micro_batch_size == 2
+    assert [(job.micro_batch_size, job.brief) for job in jobs] == [(1, False), (2, True)], "then fewer steps are timed"
+    assert said[-2] == (
+        "auto-fit: no more sizes are tried: trials have taken 1.0 min, and may take 1.0 min (2% of the run, at least a "
+        "minute)"
+    )
+
+
+def test_trials_take_two_percent_of_a_long_run():
+    made, said, jobs = timed(lambda job: 31.0, iterations_left=10_000)  # 21 h at the first trial's speed
+    assert made.plan().micro_batch_size == 8
+    assert len(jobs) == 5
+    assert not any("no more sizes" in line for line in said)
+    assert made.budget_seconds == pytest.approx(0.02 * 10_000 * 64 * 1024 / (26_000 / 3))
+
+
+def test_a_size_that_would_take_too_long_is_not_begun():
+    """Two CPU cores: 500 tokens a second, whatever the size."""
+    made, said, jobs = fitter(lambda job: dict(peak_bytes=GIB, tokens_per_second=500.0), clock=lambda: 0.0)
+    assert made.plan().micro_batch_size == 1
+    assert [job.micro_batch_size for job in jobs] == [1, 2, 4], "8 sequences: 115 s"
+    assert "no more sizes are tried" in said[-2]
+
+
+# ---- the loss's chunk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gain", "room", "chosen"), [(1.1, 4.0, 1572), (0.9, 4.0, 384), (1.1, 1.0, 384)])
+def test_all_logits_are_one_chunk_where_that_fits_and_is_faster(gain, room, chosen):
+    limit = int((2.02 + 0.59 * 8 + room) * GIB)
+
+    def answer(job):
+        got = answer_3060(job)
+        if isinstance(got, dict) and job.levers.loss_chunk_mb > 384:
+            got["tokens_per_second"] *= gain
+        return got
+
+    job = replace(JOB, model_args={**JOB.model_args, "vocab_size": 50304})
+    made, _, jobs = fitter(answer, replace(FACTS, limit_bytes=limit), job=job, batch_size=8, chunk_mb=384)
+    plan = made.plan()
+    assert (plan.micro_batch_size, plan.levers.loss_chunk_mb) == (8, chosen)
+    assert any(job.levers.loss_chunk_mb == 1572 for job in jobs) == (room > 1.5)
+
+
+def test_the_users_chunk_stands():
+    job = replace(JOB, model_args={**JOB.model_args, "vocab_size": 50304}, levers=MemoryLevers(loss_chunk_mb=64))
+    made, _, jobs = fitter(answer_3060, job=job, batch_size=8)
+    made.plan()
+    assert {job.levers.loss_chunk_mb for job in jobs} == {64}
 
 
 def test_enough_sms_compile_as_asked():
@@ -200,7 +298,7 @@ def test_recompute_is_taken_where_it_is_faster():
         size = job.micro_batch_size
         return dict(peak_bytes=int((9 + peak * size) * GIB), tokens_per_second=speed * 1000.0 * size / (size + 8))
 
-    made, said, _ = fitter(answer)
+    made, said, _ = fitter(answer, iterations_left=20_000)
     plan = made.plan()
     assert (plan.micro_batch_size, plan.levers.recompute) == (4, True)
     assert "auto-fit: recompute on: larger micro-batches make up for computing activations twice" in said[-2]

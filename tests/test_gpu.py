@@ -119,7 +119,7 @@ def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkey
     finally:
         torch.use_deterministic_algorithms(False)
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert f"auto-fit: {plan}\n" in fitted.text
+    assert f"auto-fit: {plan}, found in " in fitted.text
     assert by_hand.iter_loss == fitted.iter_loss
     assert by_hand.eval_loss == fitted.eval_loss
 

@@ -137,7 +137,7 @@ def samples(run):
 
 def split_of(run):
     """(batch_size, accumulation) as configured, and as auto-fit split them."""
-    line = r"^auto-fit: batch_size (\d+) -> (\d+), gradient_accumulation_steps (\d+) -> (\d+), effective batch (\d+)$"
+    line = r"^auto-fit: batch_size (\d+) -> (\d+), gradient_accumulation_steps (\d+) -> (\d+), effective batch (\d+), "
     [found] = re.findall(line, ended_well(run).text, re.MULTILINE)
     batch, micro, steps, micro_steps, effective = map(int, found)
     assert batch * steps == micro * micro_steps == effective

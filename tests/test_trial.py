@@ -10,7 +10,7 @@ from conftest import ROOT, environment
 
 from nanofit.autofit import trial
 from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, MemoryLevers, Trial, to_json
-from nanofit.autofit.trial import run_trial
+from nanofit.autofit.trial import Trials, run_trial
 
 GOOD = to_json(Trial(1, peak_bytes=5, tokens_per_second=1.0))
 JOB = Job(
@@ -36,7 +36,6 @@ def child(workplace, monkeypatch):
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
          "was killed by signal 9, as the system does when memory runs out"),
-        (f"import os; print('''{GOOD}''', flush=True); os.kill(os.getpid(), 9)", "was killed by signal 9"),
         ("import time; time.sleep(60)", "took longer than 1 s"),
         ("import subprocess; subprocess.run(['sleep', '60'])", "took longer than 1 s"),
         ("print('garbage'); print('{'); print('[1]'); print('3')", "gave no answer (no message)"),
@@ -62,6 +61,70 @@ def test_a_child_that_ends_badly_is_a_sentence(child, script, sentence):
 def test_noise_around_an_answer_does_not_matter(child):
     child(f"print('hello'); print('''{GOOD}'''); print('bye')")
     assert run_trial(replace(JOB, limit_bytes=7)) == Trial(1, peak_bytes=5, tokens_per_second=1.0, limit_bytes=7)
+
+
+ANSWERS = f"""
+import os, sys
+for line in sys.stdin:
+    open("asked", "a").write(str(os.getpid()) + "\\n")
+    print('''{to_json(Facts("x", limit_bytes=9))}''')
+    print('''{GOOD}''', flush=True)
+"""
+
+
+def children_of(workplace, *jobs, answers=ANSWERS):
+    """Which child had which of the jobs, as numbers from 0."""
+    with Trials() as run:
+        for job in jobs:
+            run(job)
+        process = run._child and run._child._process
+    assert not process or process.poll() is not None, "none is left"
+    pids = (workplace / "asked").read_text().split()
+    return [list(dict.fromkeys(pids)).index(pid) for pid in pids]
+
+
+def test_a_child_goes_on_with_other_sizes(child, workplace):
+    child(ANSWERS)
+    job = replace(JOB, device="cuda")
+    small, smaller = replace(job, micro_batch_size=4, micro_steps=8, brief=True), replace(job, micro_batch_size=2)
+    assert children_of(workplace, job, small, smaller, replace(job, limit_bytes=7)) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(levers=MemoryLevers(recompute=True), micro_batch_size=16),
+        dict(compile=True, micro_batch_size=16),
+        dict(simulate=True, micro_batch_size=16),
+        dict(micro_batch_size=4),  # a CPU's peak doesn't fall again
+    ],
+)
+def test_what_an_earlier_job_might_disturb_gets_a_child_of_its_own(child, workplace, other):
+    child(ANSWERS)
+    assert children_of(workplace, JOB, replace(JOB, **other), replace(JOB, micro_batch_size=32))[:2] == [0, 1]
+
+
+def test_after_a_trial_that_does_not_fit_comes_another_child(child, workplace):
+    child(ANSWERS.replace('limit_bytes": 9', 'limit_bytes": 4'))
+    job = replace(JOB, device="cuda")
+    assert children_of(workplace, job, job) == [0, 1]
+
+
+def test_an_answer_that_is_whole_counts_and_a_child_that_died_is_replaced(child, workplace):
+    child(ANSWERS + "    os._exit(1)\n")
+    job = replace(JOB, device="cuda")
+    with Trials() as run:
+        assert run(job).fits
+        run._child._process.wait()
+        assert run(job).fits
+
+
+def test_compiling_may_take_longer_than_a_trial(child, monkeypatch):
+    monkeypatch.setattr(trial, "TRIAL_SECONDS", 0.5)
+    child("import time; time.sleep(60)")
+    assert run_trial(JOB).failure == "the probe took longer than 0 s"
+    child(f"import time; time.sleep(1); print('''{GOOD}''', flush=True)")
+    assert run_trial(replace(JOB, compile=True, limit_bytes=9)).fits
 
 
 def test_facts_are_told_at_once_and_their_limit_is_the_trials(child):
@@ -109,6 +172,17 @@ def test_a_probe_measures_memory_and_speed(workplace):
     assert 0.1 * GIB < measured.peak_bytes < 2 * GIB
     assert measured.tokens_per_second > 100
     assert measured.levers == JOB.levers.within(measured.limit_bytes), "what was left open is settled"
+
+
+def test_one_process_tries_several_sizes():
+    with Trials() as run:
+        small, large = run(JOB), run(replace(JOB, micro_batch_size=256, micro_steps=2, brief=True))
+        assert small.fits
+        assert large.fits
+        assert run._child._job.micro_batch_size == 256
+    assert large.peak_bytes > small.peak_bytes
+    alone = run_trial(replace(JOB, micro_batch_size=256, micro_steps=2))
+    assert large.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.1), "what went before doesn't show"
 
 
 @pytest.mark.slow

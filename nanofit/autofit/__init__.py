@@ -9,6 +9,7 @@ plan.py holds the values that travel, search.py and compiling.py decide, trial.p
 trial, simulate.py is a trial without a device, advice.py knows what would fit, cache.py keeps the answer.
 """
 
+import time
 from dataclasses import fields, replace
 
 from nanofit.autofit.plan import GIB, MemoryLevers, Plan
@@ -38,6 +39,17 @@ def fit(world, device, config, given, model_args, model_class, iterations_left):
     given: those that were named. Raises UsageError on every rank where nothing fits or a rank can't tell.
     """
     # Here, because a trial's child process imports this package for its values alone.
+    from nanofit.autofit import trial
+    from nanofit.autofit.compiling import duration
+
+    began = time.monotonic()
+    with trial.Trials() as run_trial:
+        plan = _fit(run_trial, world, device, config, given, model_args, model_class, iterations_left)
+    print(f"auto-fit: {plan}, found in {duration(time.monotonic() - began)}")
+    return plan
+
+
+def _fit(run_trial, world, device, config, given, model_args, model_class, iterations_left):
     from nanofit import models, runtime
     from nanofit.autofit import advice, cache
     from nanofit.autofit.fitter import Fitter
@@ -66,6 +78,7 @@ def fit(world, device, config, given, model_args, model_class, iterations_left):
         may_recompute="recompute" not in given,
         may_shrink=config["init_from"] == "scratch",
         advises=world.is_main,
+        run_trial=run_trial,
     )
     key = {
         **({} if elsewhere else runtime.device_info(device)),
@@ -90,11 +103,10 @@ def fit(world, device, config, given, model_args, model_class, iterations_left):
         print(f"auto-fit: the ranks chose batch_size {sizes}: all take {plan.micro_batch_size}")
         world.agree(lambda: fitter.check(own, plan.micro_batch_size, plan.levers))
     if world.is_main and dry_run:
-        parts = fitter.run_trial(replace(fitter.job_of(plan.micro_batch_size), levers=plan.levers, simulate=True)).parts
+        parts = run_trial(replace(fitter.job_of(plan.micro_batch_size), levers=plan.levers, simulate=True)).parts
         print(f"auto-fit: {advice.where_it_goes(parts)}" if parts else "auto-fit: where memory goes is not known")
     elif world.is_main and not config["eval_only"] and (why := cache.remember(config["out_dir"], key, plan)):
         print(f"auto-fit: {why}")
-    print(f"auto-fit: {plan}")
     return plan
 
 

@@ -1,7 +1,7 @@
 """Whether to use torch.compile. Pure: facts and measurements come in, a verdict with its reason goes out."""
 
 TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that Triton makes kernels for
-SHORT_RUN_SECONDS = 120  # compiling takes a minute or so: what it could save of a shorter run isn't worth a trial
+SHORT_RUN_SECONDS = 3000  # compiling takes a minute or so: to try it would take more than 2% of a shorter run
 
 
 def may_compile(*, asked, device_type, capability, sm_count, min_sms, has_triton, platform):

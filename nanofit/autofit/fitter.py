@@ -1,15 +1,21 @@
 """Auto-fit for one device: which trials to run, what they mean, and what is said of them."""
 
+import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from nanofit.autofit.advice import what_would_fit
-from nanofit.autofit.compiling import may_compile, pays_off, too_short
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, Plan, micro_batch_sizes
-from nanofit.autofit.search import NEAR_ENOUGH, line_through, next_size, search, size_to_try_recomputed
+from nanofit.autofit.compiling import duration, may_compile, pays_off, too_short
+from nanofit.autofit.plan import FAILS, GIB, OUT_OF_MEMORY, Facts, Job, Plan, micro_batch_sizes
+from nanofit.autofit.search import MAX_TRIALS, NEAR_ENOUGH, line_through, next_size, search, size_to_try_recomputed
 from nanofit.autofit.trial import run_trial
 from nanofit.errors import UsageError
+from nanofit.progress import waiting
+
+SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
+MICRO_STEPS_OF_A_TRIAL = 7  # about: a brief one runs five, and the forward pass of four more
 
 
 @dataclass
@@ -28,7 +34,13 @@ class Fitter:
     advises: bool = True  # where nothing fits, look for what would
     say: Callable = print
     run_trial: Callable = run_trial
+    clock: Callable = time.monotonic  # seconds
     facts: Facts | None = field(default=None, init=False)
+    budget_seconds: float = field(default=math.inf, init=False)  # known with the first speed
+    _speed: float = field(default=0.0, init=False)  # tokens per second of the last trial that told it
+
+    def __post_init__(self):
+        self._began = self.clock()
 
     def plan(self, remembered=None):
         """A Plan, from trials or from an earlier one that a single trial confirms. UsageError where nothing fits."""
@@ -37,7 +49,8 @@ class Fitter:
         choice, trials, why = self._search()
         if choice is None:
             raise UsageError(self._nothing_fits(trials))
-        use_compile, compile_why = self._compile(choice)
+        choice = self._in_one_chunk(choice)
+        choice, use_compile, compile_why = self._compile(choice)
         if choice.micro_batch_size < self.batch_size:
             for pid, name, mib in self.facts.neighbours:
                 self.say(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
@@ -46,12 +59,17 @@ class Fitter:
     def measure(self, size, compile=False, levers=None):
         """Try one micro-batch size; says how it went. levers: None for those of the job."""
         job = replace(self.job_of(size), compile=compile, levers=levers or self.job.levers)
-        trial = self.run_trial(replace(job, limit_bytes=self.limit), self._on_facts)
+        job = replace(job, limit_bytes=self.limit, brief=self._elapsed() > self.budget_seconds / 2)
+        how = f"{job.levers}{', compiled' if compile else ''}"
+        with waiting(f"auto-fit: trying batch_size {size}{how}", self.budget_seconds - self._elapsed()):
+            trial = self.run_trial(job, self._on_facts)
+        self._speed = trial.tokens_per_second or self._speed
+        if self._speed and self.budget_seconds == math.inf:
+            self.budget_seconds = max(AT_LEAST_SECONDS, SHARE_OF_RUN * self._tokens_left() / self._speed)
         speed = f"   {trial.tokens_per_second:,.0f} tok/s" if trial.tokens_per_second else ""
         peak = f"peak {trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else trial.failure
         why = f" (the allocator ran short {trial.retries} times)" if trial.retries else ""
         verdict = "fits" if trial.fits else f"does not fit{why}"
-        how = f"{job.levers}{', compiled' if compile else ''}"
         self.say(f"auto-fit: batch_size {size}{how}   {peak}{speed}   {verdict}")
         return trial
 
@@ -64,6 +82,16 @@ class Fitter:
     def limit(self):
         """Bytes that training may take; 0 before the first trial has found out. All others are held to the same."""
         return self.facts.limit_bytes if self.facts else 0
+
+    def _elapsed(self):
+        return self.clock() - self._began
+
+    def _affordable(self, size):
+        """Whether there is time left to try this size."""
+        if not self._speed:
+            return True
+        seconds = MICRO_STEPS_OF_A_TRIAL * size * self.job.model_args["block_size"] / self._speed
+        return self._elapsed() + seconds <= self.budget_seconds
 
     def _on_facts(self, facts):
         if self.facts:
@@ -80,7 +108,7 @@ class Fitter:
 
     def _search(self):
         """(choice, trials, reasons): without recompute, and with it where that helps."""
-        sizes = micro_batch_sizes(self.batch_size, self.gradient_accumulation_steps // self.world_size)
+        sizes = self._sizes()
         levers = self.job.levers
         choice, trials = self._search_sizes(sizes, levers)
         if levers.recompute or not self.may_recompute:
@@ -93,7 +121,7 @@ class Fitter:
             why = "recompute on: not even batch_size 1 fits without it"
         else:
             size = size_to_try_recomputed(sizes, trials)
-            if size is None:
+            if size is None or not self._affordable(size):
                 return choice, trials, ()
             more = [self.measure(size, levers=recompute)]
             if more[0].fits and more[0].tokens_per_second * NEAR_ENOUGH > choice.tokens_per_second:
@@ -118,7 +146,27 @@ class Fitter:
                 self.say(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB{hope}")
             return trials[-1]
 
-        return search(sizes, lambda: self.limit, measure)
+        found = search(sizes, lambda: self.limit, measure, self._affordable)
+        if len(trials) < MAX_TRIALS and next_size(sizes, trials, self.limit):
+            self.say(
+                f"auto-fit: no more sizes are tried: trials have taken {duration(self._elapsed())}, and may take "
+                f"{duration(self.budget_seconds)} (2% of the run, at least a minute)"
+            )
+        return found
+
+    def _in_one_chunk(self, choice):
+        """The choice with its logits in one chunk, where that is ours to say, fits, and isn't slower."""
+        args = self.job.model_args
+        logits_bytes = 4 * choice.micro_batch_size * args["block_size"] * args.get("vocab_size", 0)
+        whole_mb = math.ceil(logits_bytes / 2**20)
+        more = logits_bytes - choice.levers.loss_chunk_mb * 2**20
+        size = choice.micro_batch_size
+        if self.job.levers.loss_chunk_mb or not choice.tokens_per_second or more <= 0:
+            return choice
+        if choice.peak_bytes + more > self.limit or not self._affordable(size):
+            return choice
+        tried = self.measure(size, levers=replace(choice.levers, loss_chunk_mb=whole_mb))
+        return tried if tried.fits and tried.tokens_per_second > choice.tokens_per_second else choice
 
     def check(self, plan, size, levers):
         """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
@@ -129,9 +177,9 @@ class Fitter:
             raise UsageError(f"batch_size {size}, which another rank chose, does not fit here")
 
     def _compile(self, choice):
-        """(use, why) for torch.compile at the chosen size, tried there if it may pay."""
+        """(trial, use, why) for torch.compile at the chosen size or the next smaller one, tried there if it may pay."""
         if self.job.simulate:
-            return False, "compile: decided on the device itself"
+            return choice, False, "compile: decided on the device itself"
         facts = self.facts
         verdict, why = may_compile(
             asked=self.asked_compile,
@@ -145,15 +193,32 @@ class Fitter:
         if verdict == "prove" and (short := too_short(choice, self._tokens_left())):
             verdict, why = "no", f"{why}, and {short}"
         if verdict != "no":
-            compiled = self.measure(choice.micro_batch_size, compile=True, levers=choice.levers)
+            compiled = self._compiled_trial(choice)
             if not compiled.fits:
                 verdict, why = "no", f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
             elif verdict == "prove":
                 worth, sums = pays_off(choice, compiled, self._tokens_left())
                 verdict, why = ("yes" if worth else "no"), f"{why}, and {sums}"
+            elif compiled.micro_batch_size < choice.micro_batch_size and (
+                compiled.tokens_per_second <= choice.tokens_per_second
+            ):
+                verdict = "no"
+                why = f"compiled, batch_size {choice.micro_batch_size} does not run, and a smaller one is slower"
         decision = f"compile {'on' if verdict == 'yes' else 'off'}: {why}"
         self.say(f"auto-fit: {decision}")
-        return verdict == "yes", decision
+        return (compiled if verdict == "yes" else choice), verdict == "yes", decision
+
+    def _compiled_trial(self, choice):
+        """A compiled trial of the chosen size; of the next smaller one, if that doesn't fit or takes too long."""
+        sizes = [size for size in self._sizes() if size <= choice.micro_batch_size]
+        for size in sizes[:-3:-1]:
+            compiled = self.measure(size, compile=True, levers=choice.levers)
+            if compiled.fits or compiled.failure.startswith(FAILS):
+                break
+        return compiled
+
+    def _sizes(self):
+        return micro_batch_sizes(self.batch_size, self.gradient_accumulation_steps // self.world_size)
 
     def _tokens_left(self):
         """Tokens that this rank has still to train."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
+FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
 
 
 def divisors(n):
@@ -37,8 +38,8 @@ class MemoryLevers:
         """These levers with what is left open settled for a device of so much memory (0: unknown)."""
         if self.loss_chunk_mb:
             return self
-        # Large chunks are faster and 1% of the memory isn't missed; below 128 MiB a chunk saves nothing that counts.
-        return replace(self, loss_chunk_mb=max(128, limit_bytes // 100 // 2**20 // 128 * 128))
+        # Large chunks are faster. In 16 bits this is 2% of the memory; below 128 MiB a chunk saves nothing that counts.
+        return replace(self, loss_chunk_mb=max(128, limit_bytes // 25 // 2**20 // 128 * 128))
 
     def __str__(self):
         """The levers that are moved, for messages: ', recompute'; nothing where none is."""
@@ -68,6 +69,7 @@ class Job:
     limit_bytes: int = 0  # found by an earlier trial; 0: find it
     simulate: bool = False  # on fake tensors, which take no memory and tell no time
     confirm_steps: int = 0  # so many more, with evaluations, before memory is read
+    brief: bool = False  # time as few steps as tell anything
 
 
 @dataclass(frozen=True)

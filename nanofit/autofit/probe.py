@@ -1,10 +1,13 @@
-"""The child's side of a trial: measure one Job in a process of its own, which ends before training starts.
+"""The child's side of trials: measure Jobs in a process that ends before training starts.
 
-trial.py starts it. The Job comes as a line of JSON on standard input, which stays open as long as the answer is wanted.
-Lines go out on standard output: the Facts about the device first, then a Trial.
+trial.py starts it. Each Job comes as a line of JSON on standard input, which stays open as long as answers are wanted.
+Lines go out on standard output: the Facts about the device first, then a Trial. Jobs of one process differ in their
+sizes alone, and so have one model and optimizer.
 """
 
+import contextlib
 import os
+import queue
 import sys
 import threading
 import time
@@ -14,9 +17,21 @@ REPORT = os.fdopen(os.dup(1), "w")  # a copy that children don't inherit: compil
 os.dup2(2, 1)  # whatever prints goes to standard error
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanofit import models, runtime
-from nanofit.autofit.plan import CONTEXT_BYTES, GIB, OUT_OF_MEMORY, Facts, Job, Trial, from_json, memory_limit, to_json
+from nanofit.autofit.plan import (
+    CONTEXT_BYTES,
+    FAILS,
+    GIB,
+    OUT_OF_MEMORY,
+    Facts,
+    Job,
+    Trial,
+    from_json,
+    memory_limit,
+    to_json,
+)
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line, is_out_of_memory, show_errors_as_sentences
 from nanofit.optimizers import make_optimizer
@@ -25,13 +40,25 @@ from nanofit.step import dry_step, evaluate, train_step, try_compile
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
 
 
+class WithoutDrawing(TorchFunctionMode):
+    """Leaves at zero what would be drawn at random: the numbers of a trial mean nothing, and drawing takes long."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
+
+
 def report(value):
     REPORT.write(to_json(value) + "\n")
     REPORT.flush()
 
 
-def measure(job):
-    """Full optimizer steps and an evaluation, on the code path that will train."""
+def measure(job, made):
+    """Full optimizer steps and an evaluation, on the code path that will train.
+
+    made: an empty list before the first Job, in which its model and optimizer stay for those that follow.
+    """
     device = runtime.find_device(job.device)
     runtime.set_device(device)
     free = runtime.free_memory_bytes(device)
@@ -55,17 +82,24 @@ def measure(job):
         runtime.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
     levers = job.levers.within(limit)
     try:
-        figures = run(job, levers, device)
+        made[:] = made or make(job, levers, device)
+        figures = run(job, *made, device)
     except (RuntimeError, MemoryError) as e:
         figures = {"failure": OUT_OF_MEMORY if is_out_of_memory(e) else f"{type(e).__name__}: {first_line(e)[:100]}"}
     report(Trial(job.micro_batch_size, levers, job.compile, **figures))
 
 
-def run(job, levers, device):
-    """The figures of a Trial."""
-    model = models.build(*models.from_file(job.model_file), job.model_args).to(device)
+def make(job, levers, device):
+    """(model, optimizer), the weights made where they stay. A GPU draws them in no time; its clock may mind zeros."""
+    with torch.device(device), WithoutDrawing() if device.type == "cpu" else contextlib.nullcontext():
+        model = models.build(*models.from_file(job.model_file), job.model_args)
+    model.to(device)
     models.apply_levers(model, levers)
-    optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
+    return model, make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
+
+
+def run(job, model, optimizer, device):
+    """The figures of a Trial."""
     scaler = runtime.grad_scaler(device, job.dtype)
     autocast = runtime.autocast(device, job.dtype)
     batches = RandomBatch(job.micro_batch_size, job.model_args["block_size"], job.model_args["vocab_size"], device)
@@ -75,7 +109,7 @@ def run(job, levers, device):
         dry = partial(dry_step, batch=batches.current, autocast=autocast)
         model, failure = try_compile(model, dry, device, mode=job.compile_mode, dynamic=False)
         if failure:
-            return {"failure": f"fails to compile ({failure})"}
+            return {"failure": f"{FAILS} ({failure})"}
         compile_seconds = time.perf_counter() - start
 
     def seconds(micro_steps):
@@ -95,9 +129,11 @@ def run(job, levers, device):
     retries = runtime.allocator_retries(device)
     # An iteration is one micro-step with the update, and the others without: times of short and of long steps
     # tell both. Quick ones need a longer step, or noise would hide the difference.
-    several = min(8, job.micro_steps) if seconds(1) < 0.25 else accumulated
-    short, long, began = [], [], time.perf_counter()
-    while not short or (time.perf_counter() - began < TIMED_SECONDS and len(short) < 10):
+    began = time.perf_counter()
+    short = [seconds(1)]
+    several = min(8, job.micro_steps) if short[0] < 0.25 else accumulated
+    long = [seconds(several)] if several > 1 else []
+    while not job.brief and time.perf_counter() - began < TIMED_SECONDS and len(short) < 10:
         short.append(seconds(1))
         if several > 1:
             long.append(seconds(several))
@@ -139,11 +175,19 @@ def simulate(job):
     report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
 
 
+def listen(jobs):
+    """Put each Job that comes into a queue. When no more can come, nobody waits: the GPU should be free again."""
+    for line in sys.stdin:
+        jobs.put(from_json(line, Job))
+    os._exit(1)
+
+
 if __name__ == "__main__":
     show_errors_as_sentences()
-    task = from_json(sys.stdin.readline(), Job)
-    # Standard input ends when the process that asked does: then nobody waits, and the GPU should be free again.
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    simulate(task) if task.simulate else measure(task)
-    if not task.compile:
-        os._exit(0)  # half a second sooner; compiler workers would want to be told
+    jobs, made = queue.SimpleQueue(), []
+    threading.Thread(target=listen, args=(jobs,), daemon=True).start()
+    while True:
+        job = jobs.get()
+        simulate(job) if job.simulate else measure(job, made)
+        if job.compile:
+            break  # the end of Python tells compiler workers

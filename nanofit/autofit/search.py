@@ -70,15 +70,16 @@ def choose(trials):
     return next(t for t in fitting if t.tokens_per_second >= NEAR_ENOUGH * fastest)
 
 
-def search(sizes, limit_bytes, measure):
+def search(sizes, limit_bytes, measure, affordable=lambda size: True):
     """(choice, trials): at most MAX_TRIALS calls of measure(size), which gives a Trial.
 
-    sizes: ascending. limit_bytes: a function, as only the first trial finds it out. The choice is a trial that
-    was measured to fit, or None.
+    sizes: ascending. limit_bytes: a function, as only the first trial finds it out. affordable(size): whether there is
+    time for it. The choice is a trial that was measured to fit, or None.
     """
     trials = []
     while len(trials) < MAX_TRIALS:
-        size = next_size(sizes, trials, limit_bytes())
+        tried = {t.micro_batch_size for t in trials}
+        size = next_size([s for s in sizes if s in tried or affordable(s)], trials, limit_bytes())
         if size is None:
             break
         trials.append(measure(size))

@@ -1,4 +1,4 @@
-"""The parent's side of a trial: a child process measures one size, and whatever becomes of it is a Trial."""
+"""The parent's side of trials: child processes measure sizes, and whatever becomes of one is a Trial."""
 
 import collections
 import contextlib
@@ -13,67 +13,130 @@ from nanofit.autofit.plan import Facts, Trial, from_json, to_json
 from nanofit.errors import OUR_MISTAKE
 
 TRIAL_SECONDS = 600  # a trial that takes longer hangs
+COMPILED_TRIAL_SECONDS = 1800  # on few cores, compiling alone may take many minutes
+FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # -P: no module of the current folder can get in its way
 COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.probe"]
 
 
-def run_trial(job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
-    """The Trial of a Job. on_facts is given the Facts as soon as the child has told them.
+class Trials:
+    """Runs Jobs, each in a child process that has done nothing but the same at other sizes, and succeeded.
 
-    Only whole lines of JSON with the expected fields count, so that a child that is killed, hangs or prints
-    garbage can't be taken for an answer.
+    Only whole lines of JSON with the expected fields count, so that a child that is killed, hangs or prints garbage
+    can't be taken for an answer. close() ends the last child: before that, it may hold memory of the device.
     """
-    # The child is no rank of this run's. It imports the project from where this process has it.
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
-    facts = trial = None
-    child = subprocess.Popen(
-        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        env=environment, start_new_session=True,
-    )  # fmt: skip
-    said = collections.deque(maxlen=20)  # the last that it prints, read as it comes, or it would wait for a reader
-    listener = threading.Thread(target=lambda: said.extend(filter(str.strip, child.stderr)), daemon=True)
-    listener.start()
-    late = threading.Event()
-    watch = threading.Timer(seconds, lambda: (late.set(), _kill(child)))
-    watch.start()
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code below says how
-            child.stdin.write(to_json(job) + "\n")
-            child.stdin.flush()
-        for line in child.stdout:
-            answer = from_json(line, Facts, Trial) if line.endswith("\n") else None
-            if isinstance(answer, Facts):
-                on_facts(answer)
-                facts = answer
-            trial = answer if isinstance(answer, Trial) else trial
-        code = child.wait()
-        listener.join(timeout=1)  # a compiler worker may outlive the child, and hold its standard error
-    finally:
-        watch.cancel()
-        _kill(child)
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.close()
-    if trial and code == 0:
-        return replace(trial, limit_bytes=facts.limit_bytes if facts else job.limit_bytes)
-    if late.is_set():
-        failure = f"took longer than {seconds:.0f} s"
-    elif code < 0:
-        cause = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
-        failure = f"was killed by signal {-code}{cause}"
-    else:
-        said = [line for line in said if OUR_MISTAKE not in line]  # the line before it says more
+
+    def __init__(self):
+        self._child = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self._child:
+            self._child.end()
+            self._child = None
+
+    def __call__(self, job, on_facts=lambda facts: None, seconds=None):
+        """The Trial of a Job. on_facts is given the Facts as soon as the child has told them."""
+        seconds = seconds or (COMPILED_TRIAL_SECONDS if job.compile else TRIAL_SECONDS)
+        if self._child and not self._child.may_go_on_with(job):
+            self.close()
+        self._child = self._child or _Child()
+        try:
+            trial = self._child.answer(job, on_facts, seconds)
+        except BaseException:
+            self.close()
+            raise
+        if not trial.fits or job.compile:  # what has failed or compiled may hold memory
+            self.close()
+        return trial
+
+
+def run_trial(job, on_facts=lambda facts: None, seconds=None):
+    """The Trial of one Job, in a child process of its own."""
+    with Trials() as run:
+        return run(job, on_facts, seconds)
+
+
+class _Child:
+    """A process of probe.py."""
+
+    def __init__(self):
+        # It is no rank of this run's. It imports the project from where this process has it.
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", env=environment, start_new_session=True,
+        )  # fmt: skip
+        self._said = collections.deque(maxlen=20)  # the last lines, read as they come, or it would wait for a reader
+        self._listener = threading.Thread(
+            target=lambda: self._said.extend(filter(str.strip, self._process.stderr)), daemon=True
+        )
+        self._listener.start()
+        self._job = None  # the last that it answered
+
+    def may_go_on_with(self, job):
+        """Whether this Job differs from the last in size alone, and what that one left changes no figure of it.
+
+        A CPU's peak is of the process since it began: there, only a larger size shows.
+        """
+        alike = replace(job, micro_batch_size=0, micro_steps=0, limit_bytes=0, brief=False)
+        last = replace(self._job, micro_batch_size=0, micro_steps=0, limit_bytes=0, brief=False)
+        grows = job.micro_batch_size > self._job.micro_batch_size
+        return alike == last and (grows or job.simulate or job.device != "cpu") and self._process.poll() is None
+
+    def answer(self, job, on_facts, seconds):
+        self._job = job
+        facts = trial = None
+        late = threading.Event()
+        watch = threading.Timer(seconds, lambda: (late.set(), self._kill()))
+        watch.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code below says how
+                self._process.stdin.write(to_json(job) + "\n")
+                self._process.stdin.flush()
+            for line in self._process.stdout:
+                answer = from_json(line, Facts, Trial) if line.endswith("\n") else None
+                if isinstance(answer, Facts):
+                    on_facts(answer)
+                    facts = answer
+                if isinstance(answer, Trial):
+                    trial = answer
+                    break
+        finally:
+            watch.cancel()
+        if trial:
+            return replace(trial, limit_bytes=facts.limit_bytes if facts else job.limit_bytes)
+        failure = f"took longer than {seconds:.0f} s" if late.is_set() else self._how_it_ended(facts)
+        return Trial(job.micro_batch_size, job.levers, job.compile, failure=f"the probe {failure}")
+
+    def _how_it_ended(self, facts):
+        code = self._process.wait()
+        self._listener.join(timeout=1)  # a compiler worker may outlive the child, and hold its standard error
+        if code < 0:
+            cause = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+            return f"was killed by signal {-code}{cause}"
+        said = [line for line in self._said if OUR_MISTAKE not in line]  # the line before it says more
         last = said[-1].strip().removeprefix("error: ") if said else "no message"
-        failure = f"ended with exit code {code} and no answer ({last})" if facts or code else f"gave no answer ({last})"
-    return Trial(job.micro_batch_size, job.levers, job.compile, failure=f"the probe {failure}")
+        return f"ended with exit code {code} and no answer ({last})" if facts or code else f"gave no answer ({last})"
 
+    def end(self):
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # which ends it
+        if self._job.compile:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(FAREWELL_SECONDS)
+        self._kill()
 
-def _kill(child):
-    """End a child and what it has started."""
-    if child.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
-        child.wait()
+    def _kill(self):
+        """End the process and what it has started; its watch may do so at the same time."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self._process.kill()
+            self._process.wait()
