@@ -7,7 +7,6 @@ On 4 GPUs of one machine (torchrun --help tells how to join several machines):
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
 
-import math
 import os
 import signal
 import sys
@@ -27,7 +26,7 @@ from nanofit.distributed import World
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
-from nanofit.optimizers import allocate_state, make_optimizer
+from nanofit.optimizers import allocate_state, get_lr, make_optimizer
 from nanofit.progress import waiting
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.step import accumulate, combine, dry_step, evaluate, mean_losses, try_compile, update
@@ -40,7 +39,7 @@ log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
-init_from = "scratch"  # or 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a folder
 # who gets the figures beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
 wandb_project = "owt"
@@ -71,6 +70,7 @@ lr_decay_iters = 600000  # about max_iters, after Chinchilla
 min_lr = 6e-5  # about learning_rate / 10, after Chinchilla
 # machine
 backend = "nccl"  # or 'gloo': how the ranks of a multi-GPU run talk
+wait_minutes = 180.0  # after which a rank that doesn't answer is lost
 device = runtime.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
@@ -94,6 +94,7 @@ world = World.of_torchrun()
 settings.check(config, world)
 dtype = config["dtype"] = settings.dtype(config, given)
 folder = RunFolder(out_dir, world)
+init_from = config["init_from"] = folder.settle(init_from)
 saved = folder.load() if init_from == "resume" else None
 data_dir = os.path.join("data", dataset)
 meta = load_meta(data_dir)
@@ -105,7 +106,7 @@ block_size = model_args["block_size"]
 settings.check_sizes(config, GPTConfig, {**model_args, "block_size": trained_with}, settings.is_elsewhere(config))
 iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
 if not settings.is_elsewhere(config):
-    device = world.init(backend, device)
+    device = world.init(backend, device, wait_minutes)
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
@@ -227,17 +228,6 @@ if plan.compile:
         print(f"compile failed, training goes on without it ({failure})")
 
 # ---- the loop ----------------------------------------------------------------------------------------------
-
-
-def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Learning rate of iteration it: linear warm-up, cosine decay to min_lr, then min_lr."""
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it >= lr_decay_iters:
-        return min_lr
-    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
-
 
 if world.is_main:
     facts = run_facts(device, world, config, defaults, model_args, plan, levers)

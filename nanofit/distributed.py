@@ -6,6 +6,7 @@ Alone, a process is rank 0 of 1, and nothing here does anything. Otherwise all r
 import atexit
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,8 +16,7 @@ import torch.distributed as dist
 from nanofit import runtime
 from nanofit.errors import UsageError, shown, usage_errors
 
-# Longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 minutes are not.
-TIMEOUT = timedelta(hours=3)
+WAIT_MINUTES = 180.0  # longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 are not
 
 
 @dataclass
@@ -46,10 +46,10 @@ class World:
     def is_main(self):
         return self.rank == 0
 
-    def init(self, backend, device_name):
+    def init(self, backend, device_name, wait_minutes=WAIT_MINUTES):
         """Meet the other ranks; returns this rank's torch.device: of several GPUs, that of its local rank.
 
-        backend: 'nccl' (GPUs) or 'gloo' (anything).
+        backend: 'nccl' (GPUs) or 'gloo' (anything). wait_minutes: after them, a rank that doesn't answer is lost.
         """
         device = runtime.find_device(device_name)
         if self.size == 1 and "RANK" not in os.environ:
@@ -68,13 +68,38 @@ class World:
         if not dist.is_backend_available(backend):
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
         prefix = "the ranks can't meet, start with torchrun, or unset RANK and WORLD_SIZE: "
+        options["timeout"] = timedelta(minutes=wait_minutes)
         with usage_errors(ValueError, RuntimeError, OverflowError, TypeError, prefix=prefix):
-            dist.init_process_group(backend, timeout=TIMEOUT, **options)
-        self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+            store, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
+            store = dist.PrefixStore(self._attempt(store), store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, **options)
+        host_alone = backend == "gloo"
+        self.on_host = dist.group.WORLD if host_alone else dist.new_group(backend="gloo", timeout=options["timeout"])
         # gloo's threads give back their last tensors a moment after the call that waited for them, and need
         # Python's lock to do so: where Python is shutting down already, the process aborts.
         atexit.register(time.sleep, 0.1)
         return device
+
+    def _attempt(self, store):
+        """A name that all ranks of this attempt of a run share, and none of an earlier one that torchrun restarted.
+
+        torchrun may keep its store, and how often a machine has restarted is its own count: in the store as it was
+        left, a rank would look for those that are gone. So each tells rank 0 a name of its own, and is answered by it.
+        """
+        own = uuid.uuid4().hex
+        if not self.is_main:
+            store.set(f"here/{self.rank}", own)
+            attempt = store.get(f"answer/{own}").decode()  # waits
+            store.set(f"joined/{attempt}/{self.rank}", "")
+            return attempt
+        missing = range(1, self.size)
+        while missing:
+            for rank in missing:
+                if store.check([f"here/{rank}"]):  # perhaps of one that is gone, and will be replaced
+                    store.set(f"answer/{store.get(f'here/{rank}').decode()}", own)
+            time.sleep(0.02)
+            missing = [rank for rank in missing if not store.check([f"joined/{own}/{rank}"])]
+        return own
 
     def destroy(self):
         """Part from the other ranks, at the end of a run."""

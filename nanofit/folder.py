@@ -40,6 +40,7 @@ class RunFolder:
     def __init__(self, out_dir, world=ALONE):
         self.out_dir, self.world = out_dir, world
         self.begin_anew()
+        self._loaded = None  # the iteration of the checkpoint that the run goes on from
         self._alone = False  # what lies in the folder is of this run
 
     def path(self, name=NAME):
@@ -48,6 +49,12 @@ class RunFolder:
     def kept_in(self, run_id):
         """The folder for what another run left here; run_id: None where it can't be told whose it is."""
         return self.path(f"kept-of-run-{run_id}" if run_id else "kept-damaged")
+
+    def settle(self, init_from):
+        """init_from, 'auto' made 'resume' where this folder holds a checkpoint, else 'scratch'."""
+        if init_from != "auto":
+            return init_from
+        return "resume" if any(os.path.lexists(self.path(name)) for name in (NAME, LAST, PREVIOUS)) else "scratch"
 
     def load(self):
         """The checkpoint to go on from: where the run stopped last. Raises UsageError as checkpoint.load."""
@@ -65,6 +72,7 @@ class RunFolder:
                 name = LAST
         saved = checkpoint.load(self.out_dir, name, for_training=True)
         self.run_id = run_id_of(saved)
+        self._loaded = saved["iter_num"]
         return saved
 
     def begin_anew(self):
@@ -72,7 +80,17 @@ class RunFolder:
         self.run_id = uuid.uuid4().hex[:8]
 
     def take(self):
-        """Make the folder and hold it until this process ends. All ranks must call it; rank 0 holds."""
+        """Make the folder and hold it until this process ends. All ranks must call it; rank 0 holds.
+
+        UsageError where they don't all go on from the same checkpoint: each machine may have a folder of its own.
+        """
+        found = self.world.all_gather(self._loaded)
+        if len(set(found)) > 1:
+            told = ", ".join(f"rank {rank} {'none' if i is None else f'iteration {i}'}" for rank, i in enumerate(found))
+            raise UsageError(
+                f"out_dir={self.out_dir!r} does not hold the same checkpoint for all ranks ({told}): it must be a "
+                "folder that all machines share"
+            )
         self.world.agree(self._take if self.world.is_main else lambda: None)
 
     def _take(self):

@@ -48,6 +48,8 @@ def check(config, world):
     at_least(1, config, "eval_interval", "eval_iters", "log_interval")
     at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
     at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2", "loss_chunk_mb")
+    if not 0 < config["wait_minutes"] <= 60 * 24 * 365:
+        raise UsageError(f"wait_minutes must be above 0 and at most a year, not {config['wait_minutes']}")
     if config["memory_limit_gb"] * 2**30 > BEYOND_REASON:
         raise UsageError(f"memory_limit_gb={config['memory_limit_gb']} is more than any device has: it counts GiB")
     for key in ("beta1", "beta2"):
@@ -57,10 +59,10 @@ def check(config, world):
     one_of(optimizers.OPTIMIZER_STATES, config, "optimizer_state")
     optimizers.require(config["optimizer_state"])
     init_from = config["init_from"]
-    if init_from not in ("scratch", "resume", *models.GPT2_SIZES) and not os.path.isdir(init_from):
+    if init_from not in ("scratch", "resume", "auto", *models.GPT2_SIZES) and not os.path.isdir(init_from):
         raise UsageError(
-            f"init_from must be 'scratch', 'resume', one of {', '.join(models.GPT2_SIZES)}, or a folder that holds a "
-            f"Hugging Face GPT-2, not {init_from!r}"
+            f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(models.GPT2_SIZES)}, or a folder that "
+            f"holds a Hugging Face GPT-2, not {init_from!r}"
         )
     steps = config["gradient_accumulation_steps"]
     if steps % world.size:

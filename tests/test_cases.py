@@ -590,6 +590,7 @@ row("a config file that asserts", file("c.py", "assert 1 > 2"), argv=["c.py"], s
 row("a config file that takes a builtin's name", file("c.py", "print = len = max = min = None"), argv=["c.py"], code=0,
     changes=("out", *SAVED))
 row("a value too deep", argv=["--batch_size=" + "[" * 9000], says="batch_size must be a whole number")
+row("no time to wait for a rank", wait_minutes=0, says="wait_minutes must be above 0")
 row("an unknown init_from", init_from="gpt5", says="init_from must be")
 row("init_from with a zero byte", argv=["--init_from='a\\0'"], says="zero byte")
 row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")

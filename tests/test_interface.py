@@ -133,6 +133,9 @@ COMMANDS = {
     ),
     "python bench.py --real_data=False": How((*flags(**TINY), "--device=cpu"), r"^time per iteration: \d.*ms, MFU"),
     "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py": How(SHORT, TRAINED, slow=True),
+    "torchrun --standalone --nproc_per_node=4 --max-restarts=3 train.py config/train_gpt2.py --init_from=auto": How(
+        SHORT, TRAINED, slow=True
+    ),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py config/train_gpt2.py "
     "--gradient_accumulation_steps=48": Cannot("needs two machines"),
     "python data/python_char/prepare.py": How(shows=r"^train has \d+,\d+,\d+ tokens"),

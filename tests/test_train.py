@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,23 @@ def as_saved_by_version_0_1(saved):
     return saved
 
 
+def test_auto_begins_and_goes_on_by_the_same_command():
+    whole = train(max_iters=20, out_dir="whole")
+    first = train(max_iters=10, init_from="auto")
+    assert "resuming" not in first.text
+    rest = train(max_iters=20, init_from="auto")
+    assert "resuming from out at iteration 10" in rest.text
+    assert {**first.iter_loss, **rest.iter_loss} == whole.iter_loss
+    assert torch.load("out/ckpt.pt", weights_only=True)["config"]["init_from"] == "resume"
+
+
+def test_auto_does_not_begin_anew_over_a_checkpoint_that_is_damaged():
+    train(max_iters=10, init_from="auto")
+    Path("out/ckpt.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UsageError, match="out/ckpt.pt can't be read"):
+        train(max_iters=10, init_from="auto")
+
+
 def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(monkeypatch):
     keys = dict(dropout=0.2, gradient_accumulation_steps=2)
     whole = train(max_iters=20, out_dir="whole", **keys)
@@ -253,7 +271,7 @@ def test_a_dtype_asked_for_on_the_cpu_is_used():
         ({"block_size": 60000}, "train.bin has 60,000 tokens: too few for block_size=60000"),
         ({"n_embd": 64, "n_head": 3}, "n_embd=64 is not divisible by n_head=3.*set n_head to 2 or 4"),
         ({"init_from": "resume", "out_dir": "nowhere"}, "there is no checkpoint nowhere/ckpt.pt"),
-        ({"init_from": "gtp2"}, "init_from must be 'scratch', 'resume', one of gpt2, .*not 'gtp2'"),
+        ({"init_from": "gtp2"}, "init_from must be 'scratch', 'resume', 'auto', one of gpt2, .*not 'gtp2'"),
         ({"dtype": "half"}, "dtype must be one of 'float32', 'bfloat16', 'float16', not 'half'"),
         ({"device": "gpu"}, "device must be 'cuda', 'cuda:N', 'mps' or 'cpu', not 'gpu'"),
         ({"beta2": 1.5}, "beta2 must be below 1, not 1.5"),
