@@ -19,7 +19,7 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, models, runtime, settings, weights
+from nanofit import autofit, checkpoint, gradients, models, runtime, settings, weights
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.distributed import World
@@ -29,7 +29,7 @@ from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
 from nanofit.optimizers import allocate_state, get_lr, make_optimizer
 from nanofit.progress import waiting
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
-from nanofit.step import accumulate, combine, dry_step, evaluate, mean_losses, try_compile, update
+from nanofit.step import accumulate, clip, dry_step, evaluate, mean_losses, try_compile, update
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -156,6 +156,7 @@ optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
 batches.start(model_args["vocab_size"], plan.micro_batch_size)
+own_gradients = gradients.of(model, world)
 raw_model = model  # what is saved: without torch.compile's wrapper
 peak_flops, note = runtime.peak_flops(device, dtype)
 if note:
@@ -265,8 +266,8 @@ with signals.listening():
                             print(f"{unsaved}; training goes on")
 
         loss, norm = recovery.run(
-            partial(accumulate, model, scaler, batches, autocast),
-            partial(combine, model, optimizer, scaler, grad_clip, world),
+            partial(accumulate, model, scaler, batches, autocast, own_gradients),
+            partial(clip, model, optimizer, scaler, grad_clip),
         )
         recovery.update(partial(update, optimizer, scaler, norm), optimizer)
         watch.note(iter_num, norm)

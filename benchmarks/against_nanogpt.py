@@ -20,8 +20,7 @@ import time
 import numpy as np
 import torch
 from common import finish
-from torch import nn
-from torch.nn import functional as F
+from nanogpt import TheirForward, their_batch, their_optimizer
 
 from configurator import configure
 from model import GPT, GPTConfig
@@ -56,30 +55,6 @@ runtime.set_device(device)
 VOCAB_SIZE = 50304
 
 
-class TheirForward(nn.Module):
-    """A GPT's weights, run as nanoGPT runs them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def attention(self, layer, x):
-        B, T, C = x.shape
-        parts = layer.c_attn(x).split(C, dim=2)
-        q, k, v = (p.view(B, T, n_head, C // n_head).transpose(1, 2) for p in parts)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return layer.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-
-    def forward(self, idx, targets):
-        gpt = self.model.transformer
-        x = gpt.wte(idx) + gpt.wpe(torch.arange(block_size, device=device))
-        for block in gpt.h:
-            x = x + self.attention(block.attn, block.ln_1(x))
-            x = x + block.mlp(block.ln_2(x))
-        logits = self.model.lm_head(gpt.ln_f(x))
-        return logits, F.cross_entropy(logits.view(-1, VOCAB_SIZE), targets.view(-1), ignore_index=-1)
-
-
 class Theirs:
     """A training step as nanoGPT takes it."""
 
@@ -89,20 +64,12 @@ class Theirs:
         self.dtype = dtype if device.type == "cuda" else "float32"
         self.autocast = runtime.autocast(device, self.dtype)
         self.scaler = runtime.grad_scaler(device, self.dtype)
-        groups = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type).param_groups
-        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
-        self.optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
+        self.optimizer = their_optimizer(model, device)
         self.generator = torch.Generator().manual_seed(1)
         self.x, self.y = self.batch()
 
     def batch(self):
-        data = np.memmap(self.path, dtype=np.uint16, mode="r")
-        starts = torch.randint(len(data) - block_size, (batch_size,), generator=self.generator)
-        x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in starts])
-        if device.type == "cuda":
-            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-        return x.to(device), y.to(device)
+        return their_batch(self.path, batch_size, block_size, device, self.generator)
 
     def step(self):
         with self.autocast:

@@ -26,7 +26,7 @@ from nanofit.distributed import ALONE
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers
 from nanofit.recovery import Recovery, StopSignals, Watch
-from nanofit.step import accumulate, combine, update
+from nanofit.step import accumulate, clip, update
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 8
@@ -83,9 +83,7 @@ class Guarded(Bare):
     def iteration(self):
         here = {"data": self.batches.state_dict(), "generators": runtime.rng_state(device)}
         assert not ALONE.all_reduce_max(self.signals.received), here
-        loss, norm = self.recovery.run(
-            self.gradients, partial(combine, self.model, self.optimizer, self.scaler, 1.0, ALONE)
-        )
+        loss, norm = self.recovery.run(self.gradients, partial(clip, self.model, self.optimizer, self.scaler, 1.0))
         self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)
         self.watch.note(self.count, norm)
         loss = self.tell(loss, norm)

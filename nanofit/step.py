@@ -11,52 +11,45 @@ import torch
 from nanofit import runtime
 from nanofit.distributed import ALONE
 from nanofit.errors import first_line, is_out_of_memory
+from nanofit.gradients import Gradients
 from nanofit.models import loss_of
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
-def accumulate(model, scaler, batches, autocast):
-    """Add up the gradients of an iteration's micro-batches.
+def accumulate(model, scaler, batches, autocast, gradients=None):
+    """Add up the gradients of an iteration's micro-batches, on all ranks.
 
-    batches: has .current (x, y), .advance() and .micro_steps, as batches.Batches. Returns the mean loss, a scalar
-    tensor on the device: reading it waits for the GPU.
+    batches: has .current (x, y), .advance() and .micro_steps, as batches.Batches. gradients: of several ranks, what
+    gradients.of gave. Returns this rank's mean loss, a scalar tensor on the device: reading it waits for the GPU.
     """
     micro_steps = batches.micro_steps
-    if micro_steps > 1:
-        _own_gradients(model)
+    gradients = gradients or Gradients(model)
+    gradients.begin(micro_steps)
     total = None
-    for _ in range(micro_steps):
-        x, y = batches.current
-        with autocast:
-            loss = loss_of(model, x, y)
-        if micro_steps > 1:
-            loss = loss / micro_steps
-        batches.advance()  # the GPU is still busy with the forward pass
-        scaler.scale(loss).backward()
-        total = loss.detach() if total is None else total + loss.detach()
+    try:
+        for step in range(micro_steps):
+            x, y = batches.current
+            with autocast:
+                loss = loss_of(model, x, y)
+            if micro_steps > 1:
+                loss = loss / micro_steps
+            batches.advance()  # the GPU is still busy with the forward pass
+            if step == micro_steps - 1:
+                gradients.last()
+            scaler.scale(loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+    finally:
+        gradients.end()
     return total
 
 
-def _own_gradients(model):
-    """Let gradients add up in memory of their own, where those that a backward pass leaves belong to CUDA graphs.
+def clip(model, optimizer, scaler, grad_clip):
+    """Bring gradients to their size: unscaled, and their norm at most grad_clip (0: any).
 
-    The second pass would overwrite them. Elsewhere, the first pass's are taken as they are.
-    """
-    if not getattr(model, "runs_in_cuda_graphs", False):
-        return
-    for p in model.parameters():
-        if p.requires_grad and p.grad is None:
-            p.grad = torch.zeros_like(p)
-
-
-def combine(model, optimizer, scaler, grad_clip, world=ALONE):
-    """Make the gradients of all ranks' micro-batches one, and clip it.
-
-    grad_clip: largest gradient norm, 0 for any. Returns the norm before clipping, a scalar tensor on the device.
+    Returns the norm before clipping, a scalar tensor on the device.
     """
     params = [p for p in model.parameters() if p.grad is not None]
-    world.all_reduce_mean([p.grad for p in params])
     scaler.unscale_(optimizer)
     if grad_clip:
         return torch.nn.utils.clip_grad_norm_(params, grad_clip)
@@ -81,7 +74,7 @@ def update(optimizer, scaler, norm):
 def train_step(model, optimizer, scaler, batches, autocast, grad_clip):
     """What an iteration of training computes. Returns the mean loss as accumulate."""
     loss = accumulate(model, scaler, batches, autocast)
-    update(optimizer, scaler, combine(model, optimizer, scaler, grad_clip))
+    update(optimizer, scaler, clip(model, optimizer, scaler, grad_clip))
     return loss
 
 
@@ -125,7 +118,7 @@ def dry_step(model, batch, autocast):
 
     Two, because some of torch.compile's modes fail only where gradients accumulate.
     """
-    _own_gradients(model)
+    Gradients(model).begin(2)
     for _ in range(2):
         with autocast:
             loss = loss_of(model, *batch)
@@ -151,7 +144,7 @@ def try_compile(model, trial, device, **options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses parts that torch deprecates
             compiled = torch.compile(model, **options)
-            compiled.runs_in_cuda_graphs = options.get("mode") in CUDA_GRAPH_MODES
+            model.runs_in_cuda_graphs = options.get("mode") in CUDA_GRAPH_MODES
             trial(compiled)
     except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
         if is_out_of_memory(e):

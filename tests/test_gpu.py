@@ -17,7 +17,7 @@ from nanofit import autofit, runtime
 from nanofit.autofit.plan import OUT_OF_MEMORY, Job, MemoryLevers, Plan, from_dict
 from nanofit.autofit.trial import run_trial
 from nanofit.batches import Batches
-from nanofit.step import combine, dry_step, try_compile, update
+from nanofit.step import clip, dry_step, try_compile, update
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -218,7 +218,7 @@ def test_a_bad_gradient_is_left_out_without_waiting():
             torch.cuda.set_sync_debug_mode("error")  # waiting for the GPU is an error here
             try:
                 scaler = runtime.grad_scaler(GPU, "float32")
-                update(optimizer, scaler, combine(model, optimizer, scaler, grad_clip=1.0))
+                update(optimizer, scaler, clip(model, optimizer, scaler, grad_clip=1.0))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == bad

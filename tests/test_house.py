@@ -29,6 +29,7 @@ FLOORS = (
         "batches",
         "codec",
         "files",
+        "gradients",
         "autofit.search",
         "autofit.trial",
         "autofit.cache",

@@ -20,12 +20,12 @@ class NanoGPTsWay(GPT):
 RECOMPUTE = {"recompute": True}
 
 
-def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None, **sizes):
+def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None, ranks=1, **sizes):
     """GiB by part for a step of a GPT-2 in bfloat16. levers: fields of MemoryLevers."""
     shape = dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False, **{**GPT2_SIZES[name], **sizes})
     job = Job(
         model_file="model.py", model_args=shape, device="cuda", dtype="bfloat16", grad_clip=1.0,
-        micro_batch_size=micro_batch_size, micro_steps=micro_steps,
+        micro_batch_size=micro_batch_size, micro_steps=micro_steps, ranks=ranks,
     )  # fmt: skip
     levers = MemoryLevers(**levers or {}).within(0)
     return {part: size / GIB for part, size in step_memory(model, GPTConfig, job, levers).items()}
@@ -52,6 +52,8 @@ def test_parts_are_what_their_names_say():
     assert parts["activations"] > 5 * take(n_layer=2, levers=RECOMPUTE)["activations"]
     alone = take(n_layer=2, micro_steps=1)
     assert alone["gradients"] < parts["gradients"], "without accumulation, the forward pass finds none"
+    together = take(n_layer=2, micro_steps=1, ranks=2)
+    assert together["gradients"] == parts["gradients"], "several ranks' have memory of their own"
     assert take(n_layer=2, levers={"optimizer_state": "offload"})["optimizer state"] == 0
     compact = take(n_layer=2, levers={"optimizer_state": "8bit"})["optimizer state"]
     assert compact == pytest.approx(parts["optimizer state"] / 4, rel=0.05)

@@ -76,7 +76,7 @@ class Fitter:
     def job_of(self, size):
         """The Job of this micro-batch size."""
         micro_steps = self.gradient_accumulation_steps * self.batch_size // size // self.world_size
-        return replace(self.job, micro_batch_size=size, micro_steps=micro_steps)
+        return replace(self.job, micro_batch_size=size, micro_steps=micro_steps, ranks=self.world_size)
 
     @property
     def limit(self):

@@ -63,6 +63,7 @@ class Job:
     levers: MemoryLevers = MemoryLevers()
     micro_batch_size: int = 1  # sequences
     micro_steps: int = 1  # of an iteration, on this device
+    ranks: int = 1  # that hold a model together, or one each
     compile: bool = False
     compile_mode: str = "default"
     memory_limit_gb: float = 0.0  # GiB; 0: what is free

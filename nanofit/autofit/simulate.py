@@ -91,7 +91,7 @@ def step_memory(model_class, config_class, job, levers):
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             optimizer.step()
-            if job.micro_steps == 1:
+            if job.micro_steps == 1 and job.ranks == 1:
                 optimizer.zero_grad(set_to_none=True)
             scaler, autocast = runtime.grad_scaler(CPU, "float32"), runtime.autocast(CPU, job.dtype)
             train_step(model, optimizer, scaler, batches, autocast, job.grad_clip)

@@ -1,0 +1,196 @@
+"""Several ranks: our iteration, our step under torch's DistributedDataParallel, and nanoGPT's way under it, in turns.
+
+    python benchmarks/ranks.py
+
+Two processes of one thread each on a CPU, or --ranks of a machine's GPUs with --device=cuda. Ours is train.py's
+iteration with all that it survives; 'after' is the same with gradients that leave after the last backward pass, not
+during it. All sides tell the loss of every iteration. Prints a table, and one line of JSON last.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from common import finish
+from nanogpt import TheirForward, their_batch, their_optimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import configure
+from model import GPT, GPTConfig
+from nanofit import runtime, settings
+from nanofit.batches import Batches
+from nanofit.distributed import World
+from nanofit.gradients import AveragedGradients
+from nanofit.recovery import Recovery, StopSignals
+from nanofit.step import accumulate, clip, update
+
+# ---- keys: --key=value overrides them ----------------------------------------------------------------------
+ranks = 2
+threads = 1  # of a rank
+micro_steps = "1,8"  # of a rank, one after the other
+batch_size = 8
+block_size = 64
+n_layer = 6
+n_head = 4
+n_embd = 256
+vocab_size = 65
+rounds = 10  # turns that are counted
+steps = 5  # iterations of each side in a turn
+device = runtime.best_device()
+dtype = runtime.best_dtype(device)
+folder = ""  # the data of a rank, which this script starts itself
+save = ""  # a file for the result
+if "RANK" in os.environ and os.environ["RANK"] != "0":
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+config, given = configure(globals())
+settings.at_least(1, config, "ranks", "threads", "batch_size", "block_size", "rounds", "steps")
+dtype = config["dtype"] = settings.dtype(config, given)
+
+if "RANK" not in os.environ:
+    with tempfile.TemporaryDirectory() as place:
+        for split in ("train", "val"):
+            tokens = np.random.default_rng(0).integers(vocab_size, size=1_000_000, dtype=np.uint16)
+            tokens.tofile(os.path.join(place, f"{split}.bin"))
+        together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*together, __file__, *sys.argv[1:], f"--folder={place}"]
+        sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode)
+
+world = World.of_torchrun()
+device = world.init("nccl" if device == "cuda" else "gloo", device)
+runtime.set_device(device)
+torch.set_num_threads(threads)
+
+
+class Ours:
+    """An iteration as train.py makes it."""
+
+    overlap = True
+
+    def __init__(self, model, micro_steps):
+        self.model, self.micro_steps = model, micro_steps
+        self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
+        self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
+                               per_iter=micro_steps)  # fmt: skip
+        self.batches.start(vocab_size)
+        self.prepare()
+
+    def prepare(self):
+        gradients = AveragedGradients(self.model, world.size, self.overlap)
+        self.signals = StopSignals()
+        self.recovery = Recovery(world, device, self.batches, self.model, self.scaler, give_up=lambda: "")
+        self.parts = (
+            partial(accumulate, self.model, self.scaler, self.batches, self.autocast, gradients),
+            partial(clip, self.model, self.optimizer, self.scaler, 1.0),
+        )
+
+    def step(self):
+        here = {"data": self.batches.state_dict(), "generators": runtime.rng_state(device)}
+        assert not world.all_reduce_max(self.signals.received), here
+        loss, norm = self.recovery.run(*self.parts)
+        self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)
+        world.all_reduce_mean([loss])
+        return loss.item()
+
+
+class After(Ours):
+    overlap = False
+
+
+class OursUnderDDP(Ours):
+    def prepare(self):
+        self.ddp = DistributedDataParallel(self.model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def step(self):
+        total = 0.0
+        for step in range(self.micro_steps):
+            self.ddp.require_backward_grad_sync = step == self.micro_steps - 1
+            with self.autocast:
+                loss = self.ddp(*self.batches.current, return_logits=False)[1] / self.micro_steps
+            self.batches.advance()
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        update(self.optimizer, self.scaler, clip(self.model, self.optimizer, self.scaler, 1.0))
+        return total.item()
+
+
+class NanoGPT:
+    """An iteration as nanoGPT makes it."""
+
+    def __init__(self, model, micro_steps):
+        self.model, self.micro_steps, self.path = model, micro_steps, os.path.join(folder, "train.bin")
+        only = [device.index] if device.type == "cuda" else None
+        self.ddp = DistributedDataParallel(TheirForward(model), device_ids=only)
+        their_dtype = dtype if device.type == "cuda" else "float32"
+        self.autocast, self.scaler = runtime.autocast(device, their_dtype), runtime.grad_scaler(device, their_dtype)
+        self.optimizer = their_optimizer(model, device)
+        self.generator = torch.Generator().manual_seed(1337 + world.rank)
+        self.x, self.y = self.batch()
+
+    def batch(self):
+        return their_batch(self.path, batch_size, block_size, device, self.generator)
+
+    def step(self):
+        for step in range(self.micro_steps):
+            self.ddp.require_backward_grad_sync = step == self.micro_steps - 1
+            with self.autocast:
+                self.logits, loss = self.ddp(self.x, self.y)
+                loss = loss / self.micro_steps
+            self.x, self.y = self.batch()
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item() * self.micro_steps
+
+
+SIDES = {"ours": Ours, "after": After, "ours under DDP": OursUnderDDP, "nanoGPT under DDP": NanoGPT}
+
+
+def build(side, micro_steps):
+    torch.manual_seed(1337)
+    shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)
+    return side(GPT(shape).to(device), micro_steps)
+
+
+def seconds(side):
+    """Of an iteration, as rank 0 sees it."""
+    runtime.synchronize(device)
+    world.all_reduce_max(0)  # begin together
+    start = time.perf_counter()
+    for _ in range(steps):
+        side.step()
+    runtime.synchronize(device)
+    world.all_reduce_max(0)
+    return (time.perf_counter() - start) / steps
+
+
+figures = {}
+for count in map(int, micro_steps.split(",")):
+    sides = {name: build(side, count) for name, side in SIDES.items()}
+    took = {name: [] for name in SIDES}
+    for turn in range(rounds + 1):
+        order = list(SIDES) if turn % 2 else list(reversed(SIDES))
+        for name in order:
+            found = seconds(sides[name])
+            took[name] += [found] if turn else []  # the first turn warms up
+    figures[count] = {"seconds_per_iteration": {name: statistics.median(found) for name, found in took.items()}}
+    for name in SIDES:
+        print(f"{count} micro-steps, {name:20} {statistics.median(took[name]) * 1000:10.1f} ms an iteration")
+    for name in list(SIDES)[1:]:
+        ratios = [a / b for a, b in zip(took[name], took["ours"], strict=True)]
+        spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        figures[count][f"tokens_per_second_ratio_to_{name.replace(' ', '_')}"] = spread
+        print("    ours is {median:.3f} ({min:.3f} to {max:.3f}) times as fast as".format(**spread), name)
+if world.is_main:
+    del config["folder"]
+    finish("ranks", config, device, {"micro_steps": figures}, save)
+world.destroy()

@@ -1,0 +1,156 @@
+"""Gradients of several ranks: how they travel, and what a rank that fails leaves the others."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RANK, train_on_ranks, weights_of_ranks
+
+from model import GPT, GPTConfig
+from nanofit import gradients
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """One process that takes itself for two ranks which compute the same: what is sent, in order."""
+    sent = []
+
+    class Sent:
+        def wait(self):
+            pass
+
+    def all_reduce(flat, how, async_op):
+        sent.append(flat)
+        flat.mul_(2)
+        return Sent()
+
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return sent
+
+
+def toy():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=3, n_head=2, n_embd=16))
+
+
+def backward(model, seed):
+    x = torch.randint(65, (2, 8), generator=torch.Generator().manual_seed(seed))
+    model(x, x, return_logits=False)[1].backward()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_averaged_gradients_are_those_of_one_process_in_memory_of_their_own(monkeypatch, two_ranks, passes, overlap):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 5000)
+    alone, ours = toy(), toy()
+    averaged = gradients.AveragedGradients(ours, 2, overlap)
+    for _ in range(2):  # iterations
+        alone.zero_grad()
+        two_ranks.clear()
+        averaged.begin(passes)
+        for seed in range(passes):
+            backward(alone, seed)
+            if seed == passes - 1:
+                averaged.last()
+            before = len(two_ranks)
+            backward(ours, seed)
+            left = len(two_ranks) - before
+            assert bool(left) == (overlap and seed == passes - 1), "buckets leave during the last pass"
+        averaged.end()
+        assert len({flat.data_ptr() for flat in two_ranks}) == len(two_ranks) > 3
+        for (name, a), b in zip(alone.named_parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=0, msg=name)
+            assert any(b.grad.untyped_storage().data_ptr() == flat.data_ptr() for flat in two_ranks), "a view"
+        for p in ours.parameters():
+            p.grad = None
+
+
+def test_a_rank_that_failed_sends_as_many_messages_in_the_same_order(monkeypatch, two_ranks):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 5000)
+    averaged = gradients.AveragedGradients(toy(), 2)
+    for begun in (0, 1, 2):  # nothing; a pass that isn't the last; half of the last
+        averaged.begin(2)
+        if begun:
+            backward(averaged.model, 0)
+        if begun == 2:
+            averaged.last()
+            block = averaged.model.transformer.h[1]
+            stop = block.register_full_backward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                backward(averaged.model, 1)
+            stop.remove()
+        averaged.end()
+    messages = [flat.data_ptr() for flat in two_ranks]
+    third = len(messages) // 3
+    assert messages[:third] == messages[third : 2 * third] == messages[2 * third :]
+
+
+def test_a_parameter_without_use_gets_no_gradient(two_ranks):
+    model = toy()
+    model.more = torch.nn.Parameter(torch.ones(3))
+    averaged = gradients.AveragedGradients(model, 2)
+    averaged.begin(1)
+    averaged.last()
+    backward(model, 0)
+    averaged.end()
+    assert model.more.grad is None, "as in one process"
+    assert model.lm_head.weight.grad is not None
+
+
+COUNTED = """
+import json, os, runpy, sys
+import torch.distributed as dist
+from nanofit.metrics import Metrics
+
+calls, at = [], []
+for name in ("all_reduce", "all_gather_object", "broadcast", "all_gather", "barrier", "reduce_scatter_tensor"):
+    def counted(*args, name=name, function=getattr(dist, name), **options):
+        calls.append(name)
+        return function(*args, **options)
+    setattr(dist, name, counted)
+iterated = Metrics.iterated
+Metrics.iterated = lambda *args: (at.append(len(calls)), iterated(*args))
+sys.argv[0] = {rank!r}
+runpy.run_path({rank!r}, run_name="__main__")
+if os.environ["RANK"] == "0":
+    json.dump(at, open("at.json", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_messages_of_an_iteration_of_gpt2(workplace):
+    with torch.device("meta"):
+        gpt2 = GPT(GPTConfig(bias=False))
+    buckets = list(gradients._grouped(gpt2))
+    sizes = [sum(p.numel() * p.element_size() for p in params) for params in buckets]
+    assert sum(sizes) == 4 * sum(p.numel() for p in gpt2.parameters())
+    assert all(size >= gradients.BUCKET_BYTES for size in sizes[:-1])
+    (workplace / "counted.py").write_text(COUNTED.format(rank=str(RANK)))
+    train_on_ranks(2, script="counted.py", gradient_accumulation_steps=8, max_iters=9)
+    at = json.loads(Path("at.json").read_text())
+    assert len(at) == 10
+    each = {b - a for a, b in pairwise(at[1:])}  # the first evaluation has its own
+    assert len(each) == 1, "whatever the number of micro-steps"
+    beside = each.pop() - 1  # the toy's gradients are one bucket
+    assert beside > 0
+    assert len(buckets) + beside <= 24
+
+
+@pytest.mark.slow
+def test_gradients_that_leave_early_are_the_same(workplace):
+    keys = dict(gradient_accumulation_steps=4, dropout=0.1, max_iters=6)
+    weights = []
+    for name, overlap, size in (("one", False, 2**30), ("early", True, 20_000), ("late", False, 20_000)):
+        (workplace / f"{name}.py").write_text(
+            "import runpy, sys\nfrom nanofit import gradients\n"
+            f"gradients.BUCKET_BYTES = {size}\n"
+            f"gradients.AveragedGradients.__init__.__defaults__ = ({overlap},)\n"
+            f"sys.argv[0] = {str(RANK)!r}\nrunpy.run_path({str(RANK)!r}, run_name='__main__')\n"
+        )
+        train_on_ranks(2, script=f"{name}.py", **keys, out_dir=name)
+        assert weights_of_ranks()[0]["digest"] == weights_of_ranks()[1]["digest"]
+        weights.append(weights_of_ranks()[0]["digest"])
+    assert weights[0] == weights[1] == weights[2]
