@@ -53,7 +53,7 @@ if start.startswith("FILE:"):
     if os.path.exists(start[5:]) and not os.path.isfile(start[5:]):
         raise UsageError(f"the prompt can't be read: {start[5:]} is not a file")
     with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "):
-        start = Path(start[5:]).read_text(encoding="utf-8")
+        start = Path(start[5:]).read_text(encoding="utf-8-sig")
 if not start:
     raise UsageError("start is empty: a sample goes on from at least one token, for example --start='\\n'")
 
@@ -120,14 +120,17 @@ class Shown:
 
 
 streams = num_samples == 1 and sys.stdout.isatty() and "on_token" in inspect.signature(GPT.generate).parameters
-
-
 last_texts = deque(maxlen=10)  # which the report shows
 
 
 def draw(text):
     """Print num_samples texts that go on from this one."""
     tokens = encode(text)
+    if (largest := max(tokens)) >= model.config.vocab_size:
+        raise UsageError(
+            f"the prompt has the token {largest} of {symbols}, and the model has a vocabulary of "
+            f"{model.config.vocab_size}: bring the meta.pkl of the data set that it was trained with"
+        )
     prompt = torch.tensor([tokens], device=device)  # (1, T)
     rows, left = min(num_samples, rows_that_fit(prompt)), num_samples
     while left:
@@ -143,8 +146,10 @@ def draw(text):
 
 
 def lines_of_standard_input():
+    sys.stdin.reconfigure(encoding="utf-8-sig")  # whatever the locale, as with FILE:
     with usage_errors(OSError, UnicodeDecodeError, prefix="standard input can't be read: "):
-        yield from sys.stdin
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
 
 
 # Every token is a pass in this one context, for which each weight is converted once.
@@ -155,8 +160,8 @@ with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
     for line in lines_of_standard_input() if start == "-" else [start]:
-        if prompt_text := line.removesuffix("\n") if start == "-" else line:
-            draw(prompt_text)
+        if line:
+            draw(line)
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
     with contextlib.suppress(OSError):  # the folder may be somebody else's

@@ -732,6 +732,12 @@ sample("a prompt of unknown characters", a_run, start="\N{SNOWMAN}" * 9, says="n
 sample("no standard input", a_run, lambda patch: patch.setattr(sys, "stdin", None), start="-", code=0)
 sample("standard input that is no text", a_run, lambda patch: patch.setattr(sys, "stdin",
     io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")), start="-", says="standard input")
+sample("lines that Windows wrote", a_run, lambda patch: patch.setattr(sys, "stdin",
+    io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\r\n\r\nA"), encoding="latin-1", newline="\n")), start="-", code=0,
+    says="---------------")
+sample("a file with a byte order mark", a_run, file("p", b"\xef\xbb\xbfa"), start="FILE:p", code=0)
+sample("symbols of another data set", a_run, meta(vocab_size=200, stoi={"a": 150}, itos={150: "a"}),
+    says="token 150 of data/markov/meta.pkl, and the model has a vocabulary of 65: bring the meta.pkl")
 sample("a vocabulary beyond reason", a_run, size(vocab_size=2**40), says="make it smaller")
 sample("dropout beyond one", a_run, size(dropout=2.0), says="dropout must be")
 sample("ids beyond the symbols", a_run, meta(itos={i: 7 for i in range(65)}), says="itos the symbol of each id")
