@@ -2,9 +2,15 @@
 
 import contextlib
 import math
+import os
 import sys
 import threading
 import time
+
+
+def _is_shown():
+    """Whether standard error is a terminal; of a machine's ranks, one speaks."""
+    return sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -13,7 +19,7 @@ def waiting(what, seconds_left=math.inf):
 
     seconds_left: what it may take, if there is a limit; below 0 where that is used up already.
     """
-    if not sys.stderr.isatty():
+    if not _is_shown():
         yield
         return
     done = threading.Event()
@@ -22,7 +28,8 @@ def waiting(what, seconds_left=math.inf):
 
     def tick():
         while not done.wait(1.0):
-            print(f"\r{what}: {time.perf_counter() - start:.0f}{of} s ", end="", file=sys.stderr, flush=True)
+            # At the beginning of the line again, where whatever is printed meanwhile takes its place.
+            print(f"{what}: {time.perf_counter() - start:.0f}{of} s \033[K\r", end="", file=sys.stderr, flush=True)
 
     ticker = threading.Thread(target=tick, daemon=True)
     ticker.start()
@@ -31,12 +38,12 @@ def waiting(what, seconds_left=math.inf):
     finally:
         done.set()
         ticker.join()
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print("\033[K", end="", file=sys.stderr, flush=True)
 
 
 def bar(items, what, total):
     """items, with a bar that counts them."""
-    if not sys.stderr.isatty():
+    if not _is_shown():
         return items
     from tqdm import tqdm  # comes with datasets
 

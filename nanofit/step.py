@@ -13,6 +13,7 @@ from nanofit.distributed import ALONE
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
+from nanofit.progress import bar
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
@@ -92,7 +93,8 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
     try:
         for split in ("train", "val"):
             found = []
-            for pieces in batches.evaluation(split, eval_iters, world.rank, world.size):
+            share = len(range(world.rank, eval_iters, world.size))
+            for pieces in bar(batches.evaluation(split, eval_iters, world.rank, world.size), f"{split} loss", share):
                 check()
                 with autocast:
                     found.append(sum(loss_of(model, x, y) for x, y in pieces) / len(pieces))

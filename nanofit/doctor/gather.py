@@ -20,7 +20,6 @@ from nanofit.autofit.plan import CONTEXT_BYTES, GIB, memory_limit
 from nanofit.codec import load_meta
 from nanofit.doctor.facts import Checkpoint, DataSet, Facts, Fit, Gpu
 from nanofit.errors import UsageError, first_line
-from nanofit.progress import waiting
 
 PACKAGES = (
     "torch", "numpy", "triton", "tiktoken", "datasets", "safetensors", "huggingface_hub", "transformers", "torchao",
@@ -216,8 +215,7 @@ def _fit(config, given, model_args, model_class, device):
         card = (limit + min(limit / 19, GIB) + (CONTEXT_BYTES if device.type == "cuda" else 0)) / GIB
     asked = {**config, "memory_limit_gb": card, "dry_run": True}
     try:
-        with waiting("simulating"):
-            plan = autofit.fit(ALONE, config["device"], asked, given, model_args, model_class, config["max_iters"])
+        plan = autofit.fit(ALONE, config["device"], asked, given, model_args, model_class, config["max_iters"])
     except UsageError as e:
         return Fit(failure=str(e))
     return Fit(plan.limit_bytes, plan.micro_batch_size, plan.peak_bytes, plan.levers.recompute, str(plan))
