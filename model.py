@@ -192,6 +192,7 @@ def softmax_less_one_hot(logits, target, exact, lift):
             log_p += math.log(lift)
         torch.exp(log_p, out=part)
         part.scatter_(1, at, (lift * torch.expm1(found[-1])).to(part.dtype))
+        del log_p  # before there is the next
     return torch.cat(found), logits
 
 

@@ -49,6 +49,7 @@ if not 1e-4 <= temperature < math.inf:  # less would turn logits into infinities
 dtype = settings.dtype(config, given)
 device = runtime.find_device(device)
 runtime.set_device(device)
+torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper, cuDNN's attention plans anew for every length
 if start.startswith("FILE:"):
     if os.path.exists(start[5:]) and not os.path.isfile(start[5:]):
         raise UsageError(f"the prompt can't be read: {start[5:]} is not a file")

@@ -71,6 +71,11 @@ def is_lost_rank(error):
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_RANK)
 
 
+def is_old_driver(error):
+    """Whether an exception says that the NVIDIA driver is older than torch's CUDA needs."""
+    return any(words in str(error) for words in ("driver on your system is too old", "driver version is insufficient"))
+
+
 def memory_sentence(error):
     """What an out-of-memory error tells, in a few words: torch's own message goes on with advice that is in force."""
     asked = re.search(r"ried to allocate ([\d.]+ [KMGT]?i?B|\d+ bytes)", str(error))

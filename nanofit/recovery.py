@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 
@@ -149,6 +150,9 @@ class Recovery:
         if same_size:
             print(f"{what}: the same batches again, at the same size")
             return
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what is compiled for this size may hold CUDA graphs, whose memory is kept for them
+            runtime.empty_cache(self.device)
         self.batches.micro_batch_size = smaller
         print(f"{what}: the same batches again, batch_size {size} -> {smaller}")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanofit.errors import UsageError, first_line, is_out_of_memory
+from nanofit.errors import UsageError, first_line, is_old_driver, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 A100_FLOPS = 312e12
@@ -84,11 +84,7 @@ def find_device(name):
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
-            build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
-            raise UsageError(
-                f"device={name!r}, but torch sees no CUDA GPU (torch {torch.__version__} {build}): python doctor.py "
-                f"says why; leave --device out to use {best_device()!r}"
-            )
+            raise UsageError(f"device={name!r}, but {_why_no_gpu()}, or leave --device out to use {best_device()!r}")
         if (device.index or 0) >= count:
             raise UsageError(f"device={name!r}, but there are {count} GPUs, numbered from 0")
         device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
@@ -99,6 +95,37 @@ def find_device(name):
     return device
 
 
+def _why_no_gpu():
+    """Why torch sees no CUDA GPU, and what to do."""
+    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        if is_old_driver(e):
+            return (
+                f"its driver is too old for torch {torch.__version__}, which {build}: install a newer NVIDIA driver, "
+                "or a torch that is built for an older CUDA (pytorch.org/get-started/previous-versions)"
+            )
+    return f"torch sees no CUDA GPU (torch {torch.__version__} {build}): python doctor.py says why"
+
+
+def require_kernels(device):
+    """UsageError where the installed torch has no kernels for a GPU, which would be an error at the first of them."""
+    mine, architectures = capability(device), " ".join(torch.cuda.get_arch_list())  # 'sm_80 sm_90 compute_90'
+    built = [(kind, *divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", architectures)]
+    # A kernel runs within its major version, on its minor version and above; PTX ("compute") on all that is newer.
+    fitting = [v for kind, *v in built if tuple(v) <= mine and (kind == "compute" or v[0] == mine[0])]
+    if fitting or not built:
+        return
+    versions = sorted({tuple(version) for _, *version in built})
+    known = ", ".join(f"{major}.{minor}" for major, minor in versions)
+    instead = "a newer torch" if mine > versions[-1] else "an older torch, or one that is built for an older CUDA"
+    raise UsageError(
+        f"{device_name(device)} has compute capability {mine[0]}.{mine[1]}, and torch {torch.__version__} has kernels "
+        f"for {known} alone: install {instead} (pytorch.org/get-started/previous-versions), or use --device=cpu"
+    )
+
+
 def set_device(device, limit_bytes=None):
     """Make device the current one. On CUDA this takes memory, for its context.
 
@@ -106,6 +133,7 @@ def set_device(device, limit_bytes=None):
     would go on slowly in the host's memory.
     """
     if device.type == "cuda":
+        require_kernels(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     if limit_bytes:

@@ -117,3 +117,46 @@ def test_generators_are_put_back():
     first = torch.rand(3)
     runtime.set_rng_state(state, cpu)
     assert torch.equal(torch.rand(3), first)
+
+
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def init():
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UsageError, match="device='cuda', but its driver is too old for torch .* built for CUDA 13.0: "):
+        runtime.find_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "advice"),
+    [
+        ((8, 6), "sm_75 sm_80 sm_86 sm_90 compute_90", ""),
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90", ""),  # within a major version, kernels of an older GPU run
+        ((12, 0), "sm_80 sm_90 compute_90", ""),  # PTX is compiled on the spot
+        ((9, 0), "sm_90a sm_100a", ""),
+        ((8, 6), "gfx90a", ""),  # not NVIDIA's
+        (
+            (6, 1),
+            "sm_75 sm_80 compute_120",
+            "6.1, and torch .* for 7.5, 8.0, 12.0 alone: install an older torch",
+        ),
+        ((12, 0), "sm_80 sm_90", "12.0, and torch .* has kernels for 8.0, 9.0 alone: install a newer torch"),
+        ((8, 0), "sm_75 sm_86", "8.0, and torch .* has kernels for 7.5, 8.6 alone: install an older torch"),
+    ],
+)
+def test_a_gpu_for_which_torch_has_no_kernels_is_named(monkeypatch, capability, built, advice):
+    monkeypatch.setattr(runtime, "capability", lambda device: capability)
+    monkeypatch.setattr(runtime, "device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    if not advice:
+        runtime.require_kernels(torch.device("cuda"))
+        return
+    with pytest.raises(UsageError, match=f"a card has compute capability {advice}"):
+        runtime.require_kernels(torch.device("cuda"))

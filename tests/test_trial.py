@@ -42,6 +42,8 @@ def child(workplace, monkeypatch):
         ("import sys; sys.stdout.buffer.write(bytes(range(256)) + b'\\n')", "gave no answer (no message)"),
         ("print('{\"kind\": \"Trial\", \"peak_bytes\": 1}')", "gave no answer (no message)"),
         (f"import sys; sys.stdout.write('''{GOOD}''')", "gave no answer (no message)"),  # no line end: it may be cut
+        ("import sys; print('error: no such GPU\\nW: a warning', file=sys.stderr); sys.exit(1)",
+         "ended with exit code 1 and no answer (no such GPU)"),
         ("raise SystemExit('error: no such GPU')", "ended with exit code 1 and no answer (no such GPU)"),
         ("import os; os.close(0); raise SystemExit(3)", "ended with exit code 3 and no answer (no message)"),
     ],

@@ -15,6 +15,8 @@ from nanofit.batches import RandomBatch
 from nanofit.step import train_step
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
+# What torch gives cuBLAS to work in: once for the thread that runs forward passes and once for that of backward passes.
+CUBLAS_BYTES, HOPPERS_CUBLAS_BYTES = 2 * (8 * 2**20 + 2**17), 2 * 32 * 2**20
 PARTS = ("weights", "gradients", "optimizer state", "activations", "loss and backward")
 
 
@@ -40,10 +42,14 @@ class Compact8bit(torch.optim.Optimizer):
             }
 
 
-class AttentionWithoutDropout(TorchFunctionMode):
-    """Leaves dropout out of scaled_dot_product_attention: a CPU, unlike a GPU, would store whole matrices for it."""
+class DropoutAsOnGpus(TorchFunctionMode):
+    """Dropout in a GPU's memory: a mask of bytes, where a CPU stores floats, and for attention nothing but a seed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.dropout:
+            given = {**dict(zip(("input", "p", "training"), args, strict=False)), **(kwargs or {})}
+            if given.get("p", 0.5) > 0 and given.get("training", True):
+                return torch.native_dropout(given["input"], given.get("p", 0.5), True)[0]
         if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             args, kwargs = (), {**dict(zip(names, args, strict=False)), **(kwargs or {}), "dropout_p": 0.0}
@@ -63,6 +69,14 @@ def _optimizer(kind, model):
     return optimizer
 
 
+def _workspaces(device_name):
+    """Bytes of libraries' workspaces on a device, which may be elsewhere."""
+    if not device_name.startswith("cuda"):
+        return 0
+    is_hopper = runtime.is_here(device_name) and runtime.capability(runtime.find_device(device_name)) == (9, 0)
+    return HOPPERS_CUBLAS_BYTES if is_hopper else CUBLAS_BYTES
+
+
 def _snapshot(tracker, when):
     """{'Parameter': bytes, ..., 'Total': bytes}, 'current' or at the 'peak'."""
     return {str(getattr(kind, "value", kind)): n for kind, n in tracker.get_tracker_snapshot(when)[CPU].items()}
@@ -72,8 +86,8 @@ def step_memory(model_class, config_class, job, levers):
     """Bytes at the peak of a training step, by PARTS: a dict.
 
     What is called loss and backward is all that the peak holds beside the others: the loss's chunk of logits and
-    the gradients that it makes, or a block's temporary tensors, whichever is more. A model without nanoGPT's
-    transformer.h has all of that and its activations in one.
+    the gradients that it makes, or a block's temporary tensors, whichever is more, and libraries' workspaces. A model
+    without nanoGPT's transformer.h has all of that and its activations in one.
     """
     with FakeTensorMode():
         model = models.build(model_class, config_class, job.model_args)
@@ -86,7 +100,7 @@ def step_memory(model_class, config_class, job, levers):
         before_loss = {}
         for block in models.blocks_of(model)[-1:]:
             block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
-        with tracker, AttentionWithoutDropout():
+        with tracker, DropoutAsOnGpus():
             # A step finds AdamW's state, and beyond the first micro-step the gradients so far.
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -97,7 +111,7 @@ def step_memory(model_class, config_class, job, levers):
             train_step(model, optimizer, scaler, batches, autocast, job.grad_clip)
         peak = _snapshot(tracker, "peak")
     held = [peak[kind] for kind in ("Parameter", "Gradient", "Optstate")]
-    rest = peak["Total"] - sum(held)
+    rest = peak["Total"] - sum(held) + _workspaces(job.device)
     if before_loss:
         activations = before_loss["Total"] - sum(before_loss[kind] for kind in ("Parameter", "Gradient", "Optstate"))
         activations = min(activations, rest)

@@ -123,6 +123,7 @@ class _Child:
             cause = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
             return f"was killed by signal {-code}{cause}"
         said = [line for line in self._said if OUR_MISTAKE not in line]  # the line before it says more
+        said = [line for line in said if line.startswith("error: ")] or said  # libraries' warnings may follow it
         last = said[-1].strip().removeprefix("error: ") if said else "no message"
         return f"ended with exit code {code} and no answer ({last})" if facts or code else f"gave no answer ({last})"
 
