@@ -119,7 +119,8 @@ if dry_run:
     sys.exit(0)
 require_readers(config, world)
 per_rank = gradient_accumulation_steps // world.size
-batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, per_iter=per_rank)
+shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size)
+batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, **shares)
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
 if not eval_only:  # which changes no file
@@ -155,7 +156,7 @@ models.apply_levers(model, levers)
 optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
-batches.start(model_args["vocab_size"], plan.micro_batch_size)
+batches.start(model_args["vocab_size"], plan.micro_batch_size, world.all_gather(torch.get_rng_state())[0])
 own_gradients = gradients.of(model, world)
 raw_model = model  # what is saved: without torch.compile's wrapper
 peak_flops, note = runtime.peak_flops(device, dtype)

@@ -91,12 +91,15 @@ class Batches:
     Offsets come from one generator: first a training batch, and each next one when the one before has been used; an
     evaluation draws from the same stream in between, when one training batch is drawn already.
 
+    The stream is the run's: all ranks draw it alike, and the batches of an iteration are dealt to them in turn, so that
+    an iteration sees the same tokens on any number of ranks.
+
     per_iter: batches in an iteration of this rank.
     """
 
-    def __init__(self, folder, *, batch_size, block_size, device, per_iter=1):
+    def __init__(self, folder, *, batch_size, block_size, device, per_iter=1, rank=0, ranks=1):
         self.folder, self.batch_size, self.block_size, self.device = folder, batch_size, block_size, device
-        self.per_iter = per_iter
+        self.per_iter, self.rank, self.ranks = per_iter, rank, ranks
         self.micro_batch_size = batch_size  # one of micro_batch_sizes; may change between two iterations
         self.generator = torch.Generator()
         self._files = {}  # split: (tokens, time of the last change, fingerprint)
@@ -114,26 +117,26 @@ class Batches:
         """Micro-batches in an iteration of this rank."""
         return self.per_iter * self.batch_size // self.micro_batch_size
 
-    def start(self, vocab_size, micro_batch_size=None):
-        """Draw the first training batch, from where torch's global generator stands."""
+    def start(self, vocab_size, micro_batch_size=None, state=None):
+        """Draw the first training batch. state: a generator's, the same on all ranks; None for torch's global one."""
         self.vocab_size = vocab_size
         self.micro_batch_size = micro_batch_size or self.batch_size
         if self.micro_batch_size not in micro_batch_sizes(self.batch_size, self.per_iter):
             raise ValueError(
                 f"micro_batch_size {micro_batch_size} neither divides nor joins batches of {self.batch_size}"
             )
-        self.generator.set_state(torch.get_rng_state())
-        self._fetch()
+        self.generator.set_state(torch.get_rng_state() if state is None else state)
+        self._begin()
 
     def state_dict(self):
         """Where the stream stands between two iterations: the generator's states before and after the current batch."""
-        assert self._row == 0, "an iteration ends with its last batch"
+        assert self._row == self._number == 0, "an iteration ends with its last batch"
         return {"before": self._before, "after": self.generator.get_state()}
 
     def load_state_dict(self, state):
         """Go on from what state_dict gave: the current batch is read again, cut by micro_batch_size as it is now."""
         self.generator.set_state(state["before"])
-        self._fetch()
+        self._begin()
         if "after" in state:
             self.generator.set_state(state["after"])
 
@@ -173,17 +176,33 @@ class Batches:
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
-    def _fetch(self):
+    def _begin(self):
+        """Draw the first batch of an iteration, whoever's it is: an evaluation finds it drawn, and no more."""
+        self._number, self._row = 0, 0  # of the batch in the iteration, and of the row in it that comes next
+        self._draw()
+
+    def _draw(self):
+        """Draw the starts of batch self._number, and read it if it is this rank's."""
         self._before = self.generator.get_state()
-        self._batch = self._load("train", self._draw_starts("train"))
-        self._row = 0
+        self._starts = self._draw_starts("train")
+        own = self._number % self.ranks == self.rank
+        self._batch = self._load("train", self._starts) if own else None
+
+    def _go_to(self, number):
+        """Draw on to the batch of this number in the iteration."""
+        while self._number < number:
+            self._number += 1
+            self._draw()
 
     @property
     def current(self):
         """The training micro-batch whose turn it is: (x, y), each int64 (micro_batch_size, T)."""
-        if self.micro_batch_size > len(self._batch[0]):  # only now: an evaluation finds one batch drawn, no more
-            more = self.micro_batch_size // self.batch_size - 1
-            parts = [self._batch, *(self._load("train", self._draw_starts("train")) for _ in range(more))]
+        self._go_to(self.rank)  # this rank's first
+        if self.micro_batch_size > len(self._batch[0]):  # only now, as in _begin
+            parts = [self._batch]
+            while len(parts) < self.micro_batch_size // self.batch_size:
+                self._go_to(self._number + self.ranks)
+                parts.append(self._batch)
             self._batch = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         rows = slice(self._row, self._row + self.micro_batch_size)
         return tuple(part[rows] for part in self._batch)
@@ -192,19 +211,24 @@ class Batches:
     def like_current(self):
         """Tokens in the shape of a micro-batch, of the batch that is drawn already: (x, y)."""
         several = -(-self.micro_batch_size // self.batch_size)
-        return tuple(part.repeat(several, 1)[: self.micro_batch_size] for part in self._batch)
+        drawn = self._batch or self._load("train", self._starts)
+        return tuple(part.repeat(several, 1)[: self.micro_batch_size] for part in drawn)
 
     def advance(self):
         """Go on to the next micro-batch, and draw a batch if this one is used up."""
         self._row += self.micro_batch_size
-        if self._row >= self.batch_size:
-            self._fetch()
+        if self._row < self.batch_size:
+            return
+        self._row = 0
+        following, several = self._number + self.ranks, self.per_iter * self.ranks
+        self._go_to(min(following, several - 1))
+        if following >= several:
+            self._begin()
 
     def evaluation(self, split, count, rank=0, ranks=1):
         """Draw count batches of a split; of those that are this rank's, give each as a list of micro-batches.
 
-        The batches are dealt to the ranks in turn. Where their streams stand alike, together they see what one
-        alone would.
+        The batches are dealt to the ranks in turn, so that together they see what one alone would.
         """
         for number in range(count):
             starts = self._draw_starts(split)

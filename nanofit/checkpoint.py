@@ -360,10 +360,11 @@ def restore(saved, optimizer, scaler, batches, world, device):
     with usage_errors(LookupError, TypeError, RuntimeError, prefix="the checkpoint's scaler or rng is damaged: "):
         if scaler.is_enabled() and saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
-        if len(saved.get("rng", ())) == world.size:
-            rng = saved["rng"][world.rank]
-            runtime.set_rng_state(rng["generators"], device)
-            batches.load_state_dict(rng["data"])
+        ranks = saved.get("rng", ())
+        if world.rank < len(ranks):
+            runtime.set_rng_state(ranks[world.rank]["generators"], device)
+        if ranks:
+            batches.load_state_dict(ranks[0]["data"])  # the stream is one, of however many ranks
 
 
 def split_of(batches, world, levers):

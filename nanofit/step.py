@@ -83,11 +83,9 @@ def train_step(model, optimizer, scaler, batches, autocast, grad_clip):
 def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: None):
     """Losses of eval_iters batches of each split, of those that are this rank's: {'train': nats (n,), 'val': ...}.
 
-    The batches are those that rank 0 would draw alone; mean_losses makes one figure of all ranks' shares. check() is
-    called before each batch, and may raise to end the evaluation.
+    mean_losses makes one figure of all ranks' shares. check() is called before each batch, and may raise to end the
+    evaluation.
     """
-    own = batches.generator.get_state()
-    batches.generator.set_state(world.all_gather(own)[0])
     losses = {}
     model.eval()
     try:
@@ -101,8 +99,6 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
             losses[split] = torch.stack(found).cpu().double() if found else torch.zeros(0, dtype=torch.double)
     finally:
         model.train()
-    if not world.is_main:
-        batches.generator.set_state(own)  # as in nanoGPT, an evaluation moves the stream of rank 0 alone
     return losses
 
 

@@ -90,6 +90,37 @@ def test_joined_batches_are_those_that_come_one_by_one_with_evaluations_in_betwe
         assert same(*([torch.cat(p) for p in zip(*batches, strict=True)] for batches in (found, expected)))
 
 
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 8), (4, 8), (2, 2), (2, 16)])
+def test_ranks_are_dealt_what_one_process_would_see_with_evaluations_in_between(ranks, micro):
+    alone = stream(per_iter=4)
+    dealt = [stream(per_iter=4 // ranks, rank=r, ranks=ranks, micro_batch_size=micro) for r in range(ranks)]
+    for _ in range(3):
+        states = [one.state_dict() for one in (alone, *dealt)]
+        assert all(same(state.values(), states[0].values()) for state in states)
+        for number, [batch] in enumerate(alone.evaluation("val", 4)):
+            for rank, one in enumerate(dealt):
+                if number == 0:
+                    one.evaluated = list(one.evaluation("val", 4, rank, ranks))
+            pieces = dealt[number % ranks].evaluated[number // ranks]
+            assert same([torch.cat(part) for part in zip(*pieces, strict=True)], batch)
+        after = [one.state_dict() for one in dealt]
+        for again in range(2):
+            found = []
+            for one, place in zip(dealt, after, strict=True):
+                if again:  # as after an iteration that is dropped
+                    one.load_state_dict(place)
+                assert one.like_current[0].shape == (micro, 32)
+                pieces = []
+                for _ in range(one.micro_steps):
+                    pieces.append(one.current)
+                    one.advance()
+                whole = [torch.cat(part).split(8) for part in zip(*pieces, strict=True)]
+                found.append(list(zip(*whole, strict=True)))
+        for number in range(4):
+            assert same(found[number % ranks][number // ranks], alone.current)
+            alone.advance()
+
+
 def test_a_micro_batch_that_does_not_divide_the_batch():
     with pytest.raises(ValueError, match="3 neither divides nor joins batches of 8"):
         stream(micro_batch_size=3)

@@ -110,22 +110,13 @@ def test_what_ranks_tell_each_other(workplace):
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_the_same_weights_and_learn_like_one():
-    keys = dict(batch_size=4, gradient_accumulation_steps=4, eval_iters=40)
-    run, _, _ = train_on_ranks(2, **keys)
+def test_two_ranks_hold_the_same_weights():
+    run, _, _ = train_on_ranks(2, batch_size=4, gradient_accumulation_steps=4)
     weights = weights_of_ranks()
     assert [w["rank"] for w in weights] == [0, 1]
     assert weights[0]["sum"] == weights[1]["sum"]
     assert weights[0]["digest"] == weights[1]["digest"]
     assert run.text.count("tokens per iteration will be: 512") == 1, "one rank speaks"
-
-    ours = {i: val for i, (_, val) in run.eval_loss.items()}
-    alone = {i: val for i, (_, val) in train(**keys).eval_loss.items()}
-    assert list(ours) == [0, 10, 20]
-    # The second rank sees other batches than one process would. Over ten seeds of one process, val loss after 20
-    # iterations of this run spreads with a standard deviation of 0.007: 0.03 is four of them.
-    assert ours == pytest.approx(alone, abs=0.03)
-    assert ours[20] < ours[0] - 0.02
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Runs on several ranks, as torchrun starts them: they go on when one is killed, and learn like one process."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from conftest import RANK, TOY, flags, torchrun, train_on_ranks, weights_of_ranks
+import torch
+from conftest import RANK, TOY, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.distributed import World
 from nanofit.errors import UsageError
@@ -51,3 +53,61 @@ def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
     ):
         folder.take()
     assert not Path("out").exists()
+
+
+# ---- several ranks are one run -----------------------------------------------------------------------------
+
+SAME = dict(gradient_accumulation_steps=4, max_iters=30, eval_interval=10, eval_iters=5)
+
+
+def figures(out_dir):
+    """{(iteration, figure): value} of metrics.jsonl."""
+    with open(Path(out_dir, "metrics.jsonl")) as file:
+        records = [json.loads(line) for line in file]
+    names = ("loss", "grad_norm", "train_loss", "val_loss")
+    return {(r["iter"], name): r[name] for r in records if "iter" in r for name in names if name in r}
+
+
+def weights(out_dir):
+    return torch.load(Path(out_dir, "ckpt.pt"), weights_only=True)["model"]
+
+
+def assert_same_weights(out_dir, other, within=1e-5):
+    ours, theirs = weights(out_dir), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=within, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Where the run lies that one process made of SAME."""
+    return tmp_path_factory.mktemp("one") / "out"
+
+
+@pytest.fixture
+def whole(one_process):
+    if not one_process.exists():
+        train(**SAME, out_dir=one_process)
+    return one_process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_learn_what_one_process_learns(whole, ranks):
+    train_on_ranks(ranks, **SAME)
+    ours, alone = figures("out"), figures(whole)
+    assert len(ours) == 2 * 31 + 2 * 4
+    assert ours == pytest.approx(alone, abs=1e-5)
+    assert_same_weights("out", whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks():
+    keys = {**SAME, "eval_interval": 5, "lr_decay_iters": 40}
+    train(**keys, out_dir="whole")
+    for ranks, until in ((1, 8), (2, 15), (4, 23), (1, 30)):
+        keys |= dict(max_iters=until, init_from="auto")
+        train(**keys) if ranks == 1 else train_on_ranks(ranks, **keys)
+    assert figures("out") == pytest.approx(figures("whole"), abs=1e-5)
+    assert_same_weights("out", "whole")
