@@ -14,6 +14,7 @@ from nanofit.autofit.compiling import duration
 from nanofit.autofit.plan import GIB
 from nanofit.report.charts import OUT_OF_SIGHT, PARTS, REST, charts_of, piles_of
 
+TOO_LITTLE = 0.05 / 1024  # GiB: a part that would be told as 0.0 MiB
 TITLES = {
     "loss": "Loss, in nats a token", "lr": "Learning rate", "speed": "Tokens per second",
     "norm": "Norm of the gradient", "memory": "Memory, in GiB",
@@ -146,7 +147,7 @@ def _parts(run):
     piles = list(zip(*(columns[part] for part in PARTS), strict=True))
     lines = []
     for name, pile in zip(columns["pile"], piles, strict=True):
-        held = ", ".join(f"{part} {_size(size)}" for part, size in zip(PARTS, pile, strict=True) if size)
+        held = ", ".join(f"{part} {_size(gib)}" for part, gib in zip(PARTS, pile, strict=True) if gib > TOO_LITTLE)
         lines.append(f"{name} sequences: {_size(sum(pile))} ({held}).")
     limit = run.limit_bytes / GIB
     if limit:
