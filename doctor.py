@@ -59,7 +59,7 @@ def examine(argv):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config, given = configure({**defaults, "__file__": TRAIN}, argv, more=own_fields)
-        if model:
+        if model and ("dtype" in given or settings.is_elsewhere(config) or runtime.is_here(config["device"])):
             config["dtype"] = settings.dtype(config, given)
     except UsageError as e:
         return private(run(facts, defaults, (), None, refusal=str(e)), ROOT)

@@ -227,7 +227,7 @@ if plan.compile:
     with waiting("compiling"):
         [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))
     if failure:
-        print(f"compile failed, training goes on without it ({failure})")
+        print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 

@@ -241,7 +241,8 @@ def test_a_card_that_is_here(monkeypatch):
     lines = {"apps": ["GPU-12-34, 77, /home/ada/bin/python, 700"], "driver": ["550.54"]}
     monkeypatch.setattr(runtime, "_nvidia_smi", lambda query: lines["apps" if "apps" in query else "driver"])
     monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gather, "_fit", lambda *_: None)
+    simulated = []
+    monkeypatch.setattr(gather, "_fit", lambda *arguments: simulated.append(arguments[-1]))
     told = doctor(*SMALL, "--device=cuda")
     [gpu] = told["facts"]["gpus"]
     assert gpu == {
@@ -258,6 +259,8 @@ def test_a_card_that_is_here(monkeypatch):
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
     [gpu] = runtime.cuda_facts()["gpus"]
     assert (gpu["free_bytes"], gpu["holders"]) == (None, None)
+    doctor(*SMALL, "--device=cuda")
+    assert simulated == [11 * GIB], "where nothing is known of free memory, nothing is simulated"
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ class Fitter:
     def _nothing_fits(self, trials):
         smallest = trials[-1]  # with recompute, where that was tried
         if not self.facts:
-            return f"auto-fit could not look at the device: {smallest.failure}"
+            return f"auto-fit could not look at the device: {smallest.failure}; python doctor.py says more"
         if smallest.failure not in ("", OUT_OF_MEMORY):
             return (
                 f"auto-fit: the trial of batch_size 1 failed: {smallest.failure}; if that is for want of memory (the "

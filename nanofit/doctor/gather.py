@@ -50,6 +50,7 @@ def machine():
         "packages": {name: _version(name) for name in PACKAGES},
     }
     try:
+        import numpy  # noqa: F401
         import torch
     except Exception as e:  # a library that it lacks, another version of numpy, half an installation
         return Facts(**known, torch_failure=f"{type(e).__name__}: {first_line(e)}")
@@ -175,8 +176,12 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
         sizes = {"batch_size": config["batch_size"], "block_size": block_size, "device": cpu}
         if attempt("data_failure", lambda: Batches(data_dir, **sizes)):
             known["largest_token"] = attempt("data_failure", _largest_token, data_dir)
-        if model_args and (device or elsewhere):
-            known["fit"] = _fit(config, given, model_args, model_class, device)
+        free = None
+        if device:
+            with contextlib.suppress(UsageError):  # where nothing tells of a CPU's memory
+                free = facts.gpu.free_bytes if facts.gpu else runtime.free_memory_bytes(device)
+        if model_args and (free is not None or elsewhere):
+            known["fit"] = _fit(config, given, model_args, model_class, free)
     return replace(facts, **known)
 
 
@@ -203,16 +208,16 @@ def _largest_token(data_dir):
     return max(ends)
 
 
-def _fit(config, given, model_args, model_class, device):
-    """The plan of `--dry_run=True`, always by simulation. device: None where it is a card that isn't here."""
-    from nanofit import autofit, runtime
+def _fit(config, given, model_args, model_class, free):
+    """The plan of `--dry_run=True`, always by simulation. free: bytes, None for a card that isn't here."""
+    from nanofit import autofit
     from nanofit.distributed import ALONE
 
     card = config["memory_limit_gb"]
-    if device:
-        limit = memory_limit(runtime.free_memory_bytes(device), card)
+    if free is not None:
+        limit = memory_limit(free, card)
         # Of a simulated card, CUDA's context and the margin are taken off: a card that leaves this limit.
-        card = (limit + min(limit / 19, GIB) + (CONTEXT_BYTES if device.type == "cuda" else 0)) / GIB
+        card = (limit + min(limit / 19, GIB) + CONTEXT_BYTES * config["device"].startswith("cuda")) / GIB
     asked = {**config, "memory_limit_gb": card, "dry_run": True}
     try:
         plan = autofit.fit(ALONE, config["device"], asked, given, model_args, model_class, config["max_iters"])
