@@ -129,4 +129,5 @@ if __name__ == "__main__":
     with page_at(Path(asked.page).resolve().as_uri()) as page:
         page.show(asked.width, asked.height, asked.dark)
         page.screenshot(asked.picture, asked.whole)
-        print(*page.errors, sep="\n")
+        for error in page.errors:
+            print(error)
