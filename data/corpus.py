@@ -87,9 +87,6 @@ def whole_number(text):
 
 def run(main):
     """main(); Ctrl-C and SIGTERM end it with a line, the signal's exit code and nothing left behind."""
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a symbol that the terminal lacks is no reason to stop
 
     def stop(number, frame):
         raise KeyboardInterrupt(number)
@@ -113,6 +110,27 @@ def block_sizes(dataset):
         # What a file doesn't say is train.py's default.
         found.setdefault(name[1] if name else "openwebtext", set()).add(int(size[1]) if size else 1024)
     return sorted(found.get(dataset) or set().union(*found.values())) or [1024]
+
+
+def folder_named(name, own=""):
+    """The folder of the data set that --out names. own: the one that the prepare.py which asks may write to.
+
+    Raises UsageError for a name that is none, and for a data set that has a prepare.py of its own.
+    """
+    folder, root = Path(DATA, name), Path(DATA).resolve()
+    if folder.resolve() in (root, *root.parents):
+        raise UsageError(f"--out={name} is not the name of a data set: expected one such as --out=mine")
+    if os.path.exists(folder / "prepare.py") and folder.resolve() != root / own:
+        raise UsageError(f"{folder} is made by a prepare.py of its own: name your data set with --out=NAME")
+    return folder
+
+
+def each_once(paths):
+    """The paths, sorted, without those that lead by links to a file that is among them already."""
+    found = {}
+    for path in sorted(paths):
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 class DataSet:
@@ -157,7 +175,8 @@ class DataSet:
 
     def __exit__(self, kind, error, trace):
         try:
-            self.open.close()
+            with self.writing():  # what waits to be written may fail here
+                self.open.close()
             if kind is None:
                 self._finish()
         finally:
@@ -380,13 +399,15 @@ def tokenised(pieces, threads):
 def share_for_val(lengths, block_size):
     """How many of the shuffled documents, of these lengths in tokens, are val: as nanoGPT, 0.05%, at least one.
 
-    Where these are too short for a block, as many as make 10% of the tokens, or SMALL_VAL_BLOCKS blocks.
+    Where these are too short for a block, as many as make 10% of the tokens, or SMALL_VAL_BLOCKS blocks; without the
+    last of them, if that one would leave train with less than val.
     """
     count = math.ceil(len(lengths) * VAL_SHARE)
     tokens = np.cumsum(lengths)
     if tokens[count - 1] <= block_size:
         wanted = min(tokens[-1] // 10, SMALL_VAL_BLOCKS * block_size)
-        count = max(count, min(int(np.searchsorted(tokens, wanted)) + 1, len(lengths) - 1))
+        more = min(int(np.searchsorted(tokens, wanted)) + 1, len(lengths) - 1)
+        count = max(count, more - bool(2 * tokens[more - 1] > tokens[-1]))
     return count
 
 
@@ -436,6 +457,8 @@ class Documents:
                 f"block_size={block_size}: it takes {count:,} of {len(lengths):,} documents, "
                 f"{lengths[:count].sum() / self.tokens:.1%} of the tokens"
             )
+        if 2 * lengths[:count].sum() > self.tokens:
+            warn("val has more tokens than train, because no document is divided: cut the longest into several")
         self._made.record["documents"] = {"train": len(lengths) - count, "val": count}
         self._write(starts, lengths, {"val": int(lengths[:count].sum()), "train": int(lengths[count:].sum())})
 

@@ -230,6 +230,18 @@ def test_the_split_is_nanogpts(project, bpe, corpus, monkeypatch):
     assert tokens("openwebtext", "val").tolist() == list(chain(*expected["test"]))
 
 
+def test_links_in_a_circle_give_no_file_twice(project, bpe):
+    (project / "docs" / "more").mkdir(parents=True)
+    (project / "docs" / "more" / "above").symlink_to(project / "docs")
+    (project / "docs" / "again.txt").symlink_to("a.txt")
+    (project / "docs" / "a.txt").write_text("one\n\ntwo\n")
+    for source in ("docs", "docs/**/*.txt"):
+        prepare("openwebtext", f"--source={source}", "--out=mine")
+        assert sorted(documents("mine", "train") + documents("mine", "val")) == ["one", "two"]
+    prepare("from_text", "docs", "--out=mine")
+    assert len(documents("mine", "val") + documents("mine", "train")) == 1
+
+
 def test_max_tokens_takes_the_first_documents(project, bpe, capsys):
     texts = [f"number {i} " + "word " * (i % 50) for i in range(2000)]
     write_parquet("docs.parquet", text=texts)
@@ -300,11 +312,13 @@ def test_the_hub_is_read_as_a_stream(project, bpe, monkeypatch):
         ("empty.parquet", b"", "--source empty.parquet is empty"),
         ("empty.txt", b"\n \n\n", "--source empty.txt is empty"),
         ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "--source empty.jsonl.gz is empty"),
-        ("one.txt", b"a single document", "has 1 document.s.: at least two"),
+        ("one.txt", b"a single document", "has 1 document: at least two"),
+        ("blank.jsonl", b'{"text": ""}\n' * 9, "--source blank.jsonl is empty: no document holds text"),
+        ("indented.json", b'{\n "text": "x"\n}\n', "indented.json, line 1: expected a JSON object on each line"),
         ("other.jsonl", b'{"body": "x"}\n', "other.jsonl has the columns body: expected one named 'text'"),
-        ("cut.jsonl", b'{"text": "x"}\n{"text', "cut.jsonl, line 2: expected JSON"),
-        ("list.jsonl", b'{"text": "x"}\n[1]\n', "list.jsonl, line 2: expected JSON objects, not a list"),
-        ("deep.jsonl", b"\n" + b'{"a":' * 100_000, "deep.jsonl, line 2: expected JSON"),
+        ("cut.jsonl", b'{"text": "x"}\n{"text', "cut.jsonl, line 2: expected a JSON object"),
+        ("list.jsonl", b'{"text": "x"}\n[1]\n', "list.jsonl, line 2: expected JSON objects, not list"),
+        ("deep.jsonl", b"\n" + b'{"a":' * 100_000, "deep.jsonl, line 2: expected a JSON object"),
         ("number.jsonl", b'{"text": "x"}\n{"text": 5}', "the column 'text' holds int values"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:30], "cut.jsonl.gz can't be read: "),
         ("not.jsonl.gz", b'{"text": "x"}\n', "not.jsonl.gz can't be read: "),
@@ -342,6 +356,9 @@ def test_files_that_cannot_be_prepared(project, bpe, name, content, sentence):
         (["--max_tokens=0"], "--max_tokens: expected a whole number above zero"),
         (["--max_tokens=many"], "--max_tokens: expected a whole number above zero"),
         (["--num_proc=0"], "--num_proc: expected a whole number above zero"),
+        (["--out=", "--source=docs.jsonl"], "--out= is not the name of a data set"),
+        (["--out=..", "--source=docs.jsonl"], "--out=.. is not the name of a data set"),
+        (["--out=shakespeare", "--source=docs.jsonl"], "shakespeare is made by a prepare.py of its own"),
         (["--out=markov/train.bin/x", "--source=docs.jsonl"], "data/markov/train.bin/x can't be written"),
     ],
 )
@@ -361,7 +378,7 @@ def test_documents_without_text_are_left_out_aloud(project, bpe, capsys):
     write_parquet("docs.parquet", text=["a", None, "b", "c", None])
     prepare("openwebtext", "--source=docs.parquet")
     assert sorted(documents("openwebtext", "train") + documents("openwebtext", "val")) == ["a", "b", "c"]
-    assert "warning: 2 documents without a text are left out" in capsys.readouterr().err
+    assert "warning: left out: 2 documents without a text" in capsys.readouterr().err
 
 
 # ---- a small corpus ----------------------------------------------------------------------------------------
@@ -373,6 +390,16 @@ def test_val_is_as_long_as_a_block(corpus):
     assert corpus.share_for_val(np.full(1000, 1000), 1024) == 17, "16 blocks, less than 10%"
     assert corpus.share_for_val(np.full(4, 200), 1024) == 1
     assert corpus.share_for_val(np.array([1, 1, 5000]), 1024) == 2, "something is left to train on"
+    assert corpus.share_for_val(np.array([900, 900, 90000, 900]), 1024) == 2, "not the one that most is in"
+
+
+def test_a_val_that_most_is_in_is_told(project, bpe, capsys):
+    order = np.random.default_rng(2357).permutation(3)
+    texts = ["word " * 3000 if i == order[0] else "word " * 1200 for i in range(3)]
+    write_parquet("docs.parquet", text=texts)
+    prepare("openwebtext", "--source=docs.parquet", "--out=uneven")
+    assert len(tokens("uneven", "val")) > len(tokens("uneven", "train"))
+    assert capsys.readouterr().err.startswith("warning: val has more tokens than train, because no document is divided")
 
 
 def test_a_small_corpus_takes_a_larger_share_and_says_so(project, bpe, capsys):
@@ -573,6 +600,7 @@ def test_a_kill_between_any_two_files_leaves_old_or_new_or_nothing_to_train_on(c
 def test_a_full_disk_ends_in_a_sentence(mine, project):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     (project / "long.txt").write_text("to be or not to be\n" * 10_000)
+    (project / "many.txt").write_text("to be or not to be\n\n" * 10_000)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         for argv in (
@@ -584,6 +612,8 @@ def test_a_full_disk_ends_in_a_sentence(mine, project):
                 prepare("from_text", *argv)
         with pytest.raises(UsageError, match="can't be written .File too large.: make room"):
             prepare("shakespeare_char", "--input=long.txt")
+        with pytest.raises(UsageError, match="can't be written .File too large.: make room"):
+            prepare("openwebtext", "--source=many.txt", "--out=mine")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents("mine") == mine

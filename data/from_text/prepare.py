@@ -4,8 +4,8 @@
     python data/from_text/prepare.py ~/tales --characters --out=tales_char
 
 makes data/tales in GPT-2's BPE, each file followed by <|endoftext|>, and data/tales_char by characters; the last line
-says how to train on it. All files below the folder count, hidden ones aside. The files are shuffled by a seed, and
-the last 10% of all (at most 10 million tokens) are val.
+says how to train on it. All files below the folder count, hidden ones and links to folders aside. The files are
+shuffled by a seed, and the last 10% of all (at most 10 million tokens) are val.
 """
 
 import os
@@ -36,7 +36,7 @@ def text_files(path, out):
             own = corpus.FILES if os.path.realpath(parent) == os.path.realpath(out) else ()
             folders[:] = [f for f in folders if not f.startswith(".") and not f.endswith(".part")]
             found += [os.path.join(parent, n) for n in names if not n.startswith(".") and n not in own]
-    return sorted(filter(os.path.isfile, found))
+    return corpus.each_once(filter(os.path.isfile, found))
 
 
 def _raise(error):
@@ -109,9 +109,9 @@ def main():
     path = os.path.abspath(args.folder)
     stem = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
     name = args.out or re.sub(r"[^\w.-]+", "_", stem).strip("._") or "text"
-    out = os.path.join(corpus.DATA, name)
-    if os.path.exists(os.path.join(out, "prepare.py")):
-        raise UsageError(f"data/{name} is made by a prepare.py of its own: name your data set with --out=NAME")
+    out = corpus.folder_named(name)
+    if not args.characters:
+        corpus.codec.gpt2_bpe()  # if it can't be had, that is told before the texts are read
 
     with usage_errors(OSError, prefix=f"{args.folder} can't be read: "):
         files, symbols, count = survey(text_files(args.folder, out))

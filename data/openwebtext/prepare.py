@@ -24,6 +24,7 @@ sys.path.append(os.path.dirname(folder))
 import corpus  # noqa: E402
 from corpus import UsageError, first_line, usage_errors  # noqa: E402
 
+EXPECTED = "expected a JSON object on each line, or one list of them"
 ROWS = 64  # of a parquet file, read at a time
 
 
@@ -46,7 +47,7 @@ def read_parquet(path, column):
 
 
 def read_json(path, column):
-    """An object a line, or one list of objects."""
+    """An object on each line, or one list of them."""
     with opened(path) as file:
         is_list = file.read(100).lstrip().startswith("[")
         file.seek(0)
@@ -54,11 +55,11 @@ def read_json(path, column):
         for number, text in [(1, file.read())] if is_list else enumerate(file, start=1):
             if not text.strip():
                 continue
-            with usage_errors(ValueError, RecursionError, prefix=f"{path}, line {number}: expected JSON: "):
+            with usage_errors(ValueError, RecursionError, prefix=f"{path}, line {number}: {EXPECTED}: "):
                 rows = json.loads(text)
             for row in rows if is_list else [rows]:
                 if not isinstance(row, dict):
-                    raise UsageError(f"{path}, line {number}: expected JSON objects, not a {type(row).__name__}")
+                    raise UsageError(f"{path}, line {number}: expected JSON objects, not {type(row).__name__}")
                 if first:
                     require(column, row, path)
                     first = False
@@ -113,7 +114,7 @@ def local_files(source):
         raise UsageError("--source is empty: expected a hub name, files or a folder")
     if os.path.isdir(source):
         found = [os.path.join(parent, name) for parent, _, names in os.walk(source) for name in names]
-        files = sorted(path for path in found if kind_of(path) in READERS)
+        files = corpus.each_once(path for path in found if kind_of(path) in READERS)
         kinds = sorted({kind_of(path) for path in files})
         if len(kinds) > 1:
             pattern = os.path.join(source, "**", f"*{kinds[0]}")
@@ -121,7 +122,8 @@ def local_files(source):
         if not files:
             raise UsageError(f"--source {source} has no file that ends in {', '.join(READERS)}")
         return files
-    files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+    # A link to a folder above makes ** find the same files again and again.
+    files = [source] if os.path.exists(source) else corpus.each_once(glob.glob(source, recursive=True))
     if not files:
         if kind_of(source) in READERS or glob.has_magic(source):
             raise UsageError(f"--source {source}: no such file; give parquet, jsonl or txt files, or a hub name")
@@ -181,7 +183,7 @@ def texts(args):
                 "texts: choose another with --text_column"
             )
     if missing:
-        corpus.warn(f"{missing:,} documents without a text are left out")
+        corpus.warn(f"left out: {corpus.counted(missing)} without a text")
 
 
 def main():
@@ -208,7 +210,7 @@ def main():
     args = parser.parse_args()
 
     corpus.codec.gpt2_bpe()  # if it can't be had, that is told before anything is fetched
-    with corpus.DataSet(os.path.join(corpus.DATA, args.out), args.force) as made:
+    with corpus.DataSet(corpus.folder_named(args.out, own="openwebtext"), args.force) as made:
         given = {"source": args.source, "name": args.name, "max_tokens": args.max_tokens}
         made.record.update({key: value for key, value in given.items() if value is not None})
         documents = corpus.Documents(made, args.max_tokens)
@@ -216,10 +218,10 @@ def main():
             documents.add(ids)
             if args.max_tokens and documents.tokens >= args.max_tokens and len(documents) > 1:
                 break
-        if not documents:
-            raise UsageError(f"--source {args.source} is empty: there is not one document")
+        if documents.tokens == len(documents):  # of nothing, each is <|endoftext|>
+            raise UsageError(f"--source {args.source} is empty: no document holds text")
         if len(documents) < 2:
-            raise UsageError(f"--source {args.source} has 1 document(s): at least two are needed, one of them for val")
+            raise UsageError(f"--source {args.source} has 1 document: at least two are needed, one of them for val")
         documents.split_by_documents()
 
 
