@@ -100,7 +100,7 @@ def memory_held_by_others(facts):
     free = f"{_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} are free"
     if gpu.holders:
         who = ", ".join(f"{name} (pid {pid}) {mib:,} MiB" for pid, name, mib in gpu.holders)
-        return Verdict(WARNING, f"{free}; held by {who}", f"kill {gpu.holders[0][0]}")
+        return Verdict(WARNING, f"{free}; held by {who}", f"kill {gpu.holders[0][0]}, if that may end")
     if gpu.free_bytes < MOSTLY_FREE * gpu.total_bytes:
         who = "nvidia-smi, which isn't here, would tell by whom" if gpu.holders is None else "by whom isn't known"
         return Verdict(WARNING, f"{free}; {who}", "nvidia-smi")
