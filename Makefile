@@ -14,10 +14,11 @@ endif
 OUT := out-python-char
 RESULTS := benchmarks/results
 
-.PHONY: help train test picture torture bigdata lint gpu clean
+.PHONY: help train test proofs picture torture bigdata lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
+	@echo "make proofs  run the tests that take long, which make test leaves out"
 	@echo "make torture kill a small run a hundred times, and resume it each time; what only whole processes show"
 	@echo "make picture take the picture of a report that README shows, with Chromium"
 	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
@@ -35,6 +36,9 @@ test: $(SETUP)
 
 picture: $(SETUP)
 	$(PY) tests/browser.py $(OUT)/report.html $(RESULTS)/report.png --height=900
+
+proofs: $(SETUP)
+	$(PY) -m pytest -q $(WORKERS) -m proof
 
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100

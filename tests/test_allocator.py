@@ -49,7 +49,8 @@ def test_what_the_user_has_set_stands(monkeypatch, name):
 def test_scripts_ask_before_torch_is_imported(script):
     code = (
         "import ast, sys\n"
-        f"names = [n.names[0].name.split('.')[0] for n in ast.parse(open({script!r}).read()).body if isinstance(n, ast.Import)]\n"
+        f"imports = [n for n in ast.parse(open({script!r}).read()).body if isinstance(n, ast.Import)]\n"
+        "names = [n.names[0].name.split('.')[0] for n in imports]\n"
         "assert names.index('nanofit') < names.index('torch'), names\n"
         "import os, nanofit\n"
         "assert 'torch' not in sys.modules\n"

@@ -299,7 +299,7 @@ def test_two_ranks_stop_together_where_one_fails(workplace):
     assert "iter 0" not in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_matrix_of_choices_runs_at_toy_size(workplace):
     argv = flags(device="cpu", limits="'0.1,2'", models="1x2x32", block_size=16, batch_size=2, vocab_size=65,
                  confirm_steps=12, save="cells.json")  # fmt: skip

@@ -278,7 +278,7 @@ def without_alphabet(checkout):
         shutil.copy(REFERENCE / "markov" / name, checkout.folder / "data" / "openwebtext")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_nanogpts_model_is_fitted(tmp_path):
     checkout = Checkout(tmp_path / "checkout", "nanogpt_like.py")
     without_alphabet(checkout)

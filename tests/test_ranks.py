@@ -30,7 +30,7 @@ runpy.run_path({rank!r}, run_name="__main__")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
     keys = dict(gradient_accumulation_steps=2, dropout=0.1, max_iters=16, eval_interval=4)
     whole, _, _ = train_on_ranks(2, **keys, out_dir="whole")

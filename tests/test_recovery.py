@@ -203,7 +203,9 @@ def wait_for(process, word):
     raise AssertionError(f"no {word!r} in {text}")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", *(pytest.param(name, marks=pytest.mark.proof) for name in ("SIGTERM", "SIGUSR1"))]
+)
 def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     number = getattr(signal, name)
     keys = dict(max_iters=200, eval_interval=75, dropout=0.2, eval_iters=1)
@@ -559,23 +561,30 @@ def two_ranks(**keys):
 
 
 @pytest.mark.slow
-def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace):
+@pytest.mark.parametrize(
+    ("place", "times"),
+    [
+        ("backward 1", 1),
+        pytest.param("clipping", 1, marks=pytest.mark.proof),
+        pytest.param("forward 1", 2, marks=pytest.mark.proof),
+    ],
+)
+def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace, place, times):
     keys = dict(gradient_accumulation_steps=2)  # the only micro-step of each rank
     peace, expected = two_ranks(**keys)
     assert len(peace.iter_loss) == 9
-    for place, times in (("backward 1", 1), ("clipping", 1), ("forward 1", 2)):
-        script = workplace / "rank.py"
-        tests = str(ROOT / "tests")
-        script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=str(TOLD_BY_RANK)))
-        run, weights = two_ranks(script=script, **keys)
-        assert "rank 1: memory ran out on asking for 6.14 GiB: the same batches again, at the same size" in run.text
-        assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
-        if times == 1:
-            assert weights == expected, place
-            assert (run.iter_loss, run.eval_loss) == (peace.iter_loss, peace.eval_loss)
-        else:
-            assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
-            assert "batch_size 8 -> 4" in run.text
+    script = workplace / "rank.py"
+    tests = str(ROOT / "tests")
+    script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=str(TOLD_BY_RANK)))
+    run, weights = two_ranks(script=script, **keys)
+    assert "rank 1: memory ran out on asking for 6.14 GiB: the same batches again, at the same size" in run.text
+    assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
+    if times == 1:
+        assert weights == expected, place
+        assert (run.iter_loss, run.eval_loss) == (peace.iter_loss, peace.eval_loss)
+    else:
+        assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
+        assert "batch_size 8 -> 4" in run.text
 
 
 @pytest.mark.slow

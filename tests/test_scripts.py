@@ -121,7 +121,7 @@ def test_pretrained_weights_and_bpe(bpe):
     assert "\nHello world" in text
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_compiled_sampling_gives_the_same_text():
     train(max_iters=10)
     keys = dict(num_samples=1, max_new_tokens=40, start="A")

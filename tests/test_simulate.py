@@ -59,7 +59,7 @@ def test_parts_are_what_their_names_say():
     assert compact == pytest.approx(parts["optimizer state"] / 4, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_350m_fits_a_card_of_8_gb():
     limit = (8 - 0.5) * 0.95  # less CUDA's context and the margin
     assert sum(take("gpt2-medium", levers=RECOMPUTE).values()) < limit
