@@ -17,6 +17,7 @@ from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usage_errors
 from nanofit.metrics import is_state
 from nanofit.models import SIZES
+from nanofit.pickles import refuse_endless
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
@@ -25,6 +26,7 @@ REQUIRED = ("model", "model_args", "optimizer", "iter_num", "best_val_loss", "co
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
 _IMPLEMENTATION = ("fused", "foreach", "capturable")
 _ANOTHER_OPTIMIZER = ("maximize", "amsgrad", "differentiable")
+OLD_PICKLES = 5  # that follow each other in a file of torch.save's before 1.6; then numbers come
 _REAL = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
@@ -153,10 +155,18 @@ def _open(path, whole=False):
                 raise UsageError("it is compressed")  # a few bytes may stand for all memory; torch.save does no such
             if whole and (damaged := file.testzip()):  # torch.load doesn't compare checksums
                 raise UsageError(f"the checksum of {damaged} is wrong")
+            for part in file.namelist():
+                if part.endswith("data.pkl"):
+                    with file.open(part) as pickled:
+                        refuse_endless(pickled)
     # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
     if zipped and path.isprintable():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     with open(path, "rb") as f:  # torch maps only a file whose name is text
+        if not zipped:
+            for _ in range(OLD_PICKLES):
+                refuse_endless(f)
+            f.seek(0)
         return torch.load(f, map_location="cpu", weights_only=True)
 
 

@@ -4,7 +4,10 @@ Alone, a process is rank 0 of 1, and nothing here does anything. Otherwise all r
 """
 
 import atexit
+import contextlib
 import os
+import signal
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -17,6 +20,19 @@ from nanofit import runtime
 from nanofit.errors import UsageError, shown, usage_errors
 
 WAIT_MINUTES = 180.0  # longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 are not
+MEETING = timedelta(minutes=10)  # for which ranks wait for each other at the start, as torchrun does for its machines
+
+
+@contextlib.contextmanager
+def ctrl_c_ends_at_once():
+    """Leave SIGINT to the system, which ends the process even where it waits in C++; it stays ignored where it is."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass
@@ -68,38 +84,52 @@ class World:
         if not dist.is_backend_available(backend):
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
         prefix = "the ranks can't meet, start with torchrun, or unset RANK and WORLD_SIZE: "
-        options["timeout"] = timedelta(minutes=wait_minutes)
-        with usage_errors(ValueError, RuntimeError, OverflowError, TypeError, prefix=prefix):
-            store, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
-            store = dist.PrefixStore(self._attempt(store), store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, **options)
-        host_alone = backend == "gloo"
-        self.on_host = dist.group.WORLD if host_alone else dist.new_group(backend="gloo", timeout=options["timeout"])
+        wait, hook = timedelta(minutes=wait_minutes), sys.excepthook
+        # Where torch waits at the meeting place, it hears no Python handler: Ctrl-C ends the process without a word.
+        with usage_errors(ValueError, RuntimeError, OverflowError, TypeError, prefix=prefix), ctrl_c_ends_at_once():
+            store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+            store = dist.PrefixStore(self._meet(store), store)
+            store.set_timeout(wait)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait, **options)
+        sys.excepthook = hook  # torch's would hold back what ours says before it ends the process
+        self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=wait)
         # gloo's threads give back their last tensors a moment after the call that waited for them, and need
         # Python's lock to do so: where Python is shutting down already, the process aborts.
         atexit.register(time.sleep, 0.1)
         return device
 
-    def _attempt(self, store):
+    def _meet(self, store):
         """A name that all ranks of this attempt of a run share, and none of an earlier one that torchrun restarted.
 
         torchrun may keep its store, and how often a machine has restarted is its own count: in the store as it was
         left, a rank would look for those that are gone. So each tells rank 0 a name of its own, and is answered by it.
+        Raises UsageError where some don't come in time.
         """
         own = uuid.uuid4().hex
         if not self.is_main:
             store.set(f"here/{self.rank}", own)
-            attempt = store.get(f"answer/{own}").decode()  # waits
+            try:
+                attempt = store.get(f"answer/{own}").decode()  # waits
+            except dist.DistStoreError as e:
+                raise self._without([0]) from e
             store.set(f"joined/{attempt}/{self.rank}", "")
             return attempt
-        missing = range(1, self.size)
+        missing, end = list(range(1, self.size)), time.monotonic() + MEETING.total_seconds()
         while missing:
             for rank in missing:
                 if store.check([f"here/{rank}"]):  # perhaps of one that is gone, and will be replaced
                     store.set(f"answer/{store.get(f'here/{rank}').decode()}", own)
             time.sleep(0.02)
             missing = [rank for rank in missing if not store.check([f"joined/{own}/{rank}"])]
+            if missing and time.monotonic() > end:
+                raise self._without(missing)
         return own
+
+    def _without(self, missing):
+        """The UsageError that these ranks did not come."""
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}{', ...' * (len(missing) > 8)}"
+        waited = f"{MEETING.total_seconds() / 60:.0f} minutes"
+        return UsageError(f"{ranks} of {self.size} did not come in {waited}: look at what {ranks} printed")
 
     def destroy(self):
         """Part from the other ranks, at the end of a run."""

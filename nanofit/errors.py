@@ -24,7 +24,7 @@ _LOST_RANK = ("gloo/transport", "Gloo connectFullMesh", "Connection closed by pe
 class UsageError(ValueError):
     """A mistake in what the user gave. Its message is a sentence, shown without a traceback.
 
-    of_rank: it is this rank's alone. All others happen on every rank, of which one tells.
+    of_rank: it is this rank's alone, and told at once. All others happen on every rank, as a rule: one tells.
     """
 
     def __init__(self, sentence, of_rank=False):
@@ -88,8 +88,8 @@ def _rounded(amount):
 
 
 OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
+ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if the first has failed as well: then that one has told already
 LONGEST = 1000  # characters of a sentence; a name in it may be longer
-SPEAKERS_SECONDS = 3  # that the other ranks leave to the one which speaks for all
 
 
 # ---- the top frame -----------------------------------------------------------------------------------------
@@ -113,10 +113,10 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
             os._exit(128 + signal.SIGINT)
         if issubclass(kind, UsageError):
             _tell_torchrun(f"error: {error}")
-            if speaks or error.of_rank:
-                _tell(f"error: {error}")
-            else:
-                time.sleep(SPEAKERS_SECONDS)  # torchrun ends all ranks as soon as one has ended
+            if not speaks and not error.of_rank:
+                time.sleep(ONE_VOICE_SECONDS)
+                error = f"rank {os.environ.get('RANK', '?')}: {error}"
+            _tell(f"error: {error}")
         elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy"):
             _tell(f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more")
         elif is_out_of_memory(error):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -174,17 +175,108 @@ def test_ctrl_c_is_a_line_in_every_script(script, keys):
     assert not list(Path().rglob("*.part"))
 
 
+# ---- ranks -------------------------------------------------------------------------------------------------
+
+
+def on_ranks(first, *keys):
+    """The command of two ranks, each of which does this line first."""
+    script = script_of("train.py", first)
+    own = flags(**{**KEYS["train.py"], "gradient_accumulation_steps": 2, "backend": "gloo"})
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *own, *keys]
+
+
+TELL_PID = "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))"
+
+
+def pid_of(rank):
+    return int(Path(f"pid{rank}").read_text())
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_others_in_words(number, victim):
-    script = script_of("train.py", "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))")
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    keys = [*flags(**{**KEYS["train.py"], "gradient_accumulation_steps": 2, "backend": "gloo"}), *LONG[-3:]]
-    with started([*together, *keys]) as launcher:
-        os.kill(int(Path(f"pid{victim}").read_text()), number)
+    with started(on_ranks(TELL_PID, *LONG[-3:])) as launcher:
+        os.kill(pid_of(victim), number)
         launcher.wait(timeout=120)
     printed = Path("log").read_text()
     assert "mistake of the program's" not in printed, printed
-    assert saved() % 50 == 0 or number == signal.SIGTERM
+    if number == signal.SIGKILL:
+        assert f"rank {1 - victim} has lost another" in printed
+        assert saved() % 50 == 0
     code, printed = shell("$RUN --init_from=resume --max_iters=0")
     assert code == 0, printed
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_was_stopped_goes_on(victim):
+    with started(on_ranks(TELL_PID, *LONG[-3:])) as launcher:
+        os.kill(pid_of(victim), signal.SIGSTOP)
+        time.sleep(1)
+        before = iterations()
+        time.sleep(1)
+        assert iterations() == before
+        os.kill(pid_of(victim), signal.SIGCONT)
+        end = time.monotonic() + 60
+        while iterations()[-1] <= before[-1] + 20:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        launcher.terminate()
+        launcher.wait(60)
+    assert "SIGTERM before iteration" in Path("log").read_text()
+    assert saved() > before[-1]
+
+
+OF_ONE = "os.environ['RANK'] == '{}' and {}"
+SHORT_OF_DISK = "__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (20480, 20480))"
+NEVER_COMES = "__import__('time').sleep(600)"
+SAY_WHERE = (
+    "d = __import__('nanofit.distributed').distributed; wait = d.ctrl_c_ends_at_once; "
+    "d.ctrl_c_ends_at_once = lambda: (print('meeting', file=sys.stderr, flush=True), wait())[1]"
+)
+HASTE = "d = __import__('nanofit.distributed').distributed; d.MEETING = d.timedelta(seconds=12); "
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (OF_ONE.format(1, "sys.argv.append('--batch_size=0')"), "error: rank 1: batch_size must be at least 1, not 0"),
+        (OF_ONE.format(0, "sys.argv.append('--batch_size=0')"), "error: batch_size must be at least 1, not 0"),
+        ("sys.argv.append('--batch_size=0')", "error: batch_size must be at least 1, not 0"),
+        (OF_ONE.format(1, "sys.argv.append('--dataset=nowhere')"), "error: rank 1: data/nowhere/train.bin does not"),
+        (OF_ONE.format(0, SHORT_OF_DISK), "error: not saved: out/ckpt.pt can't be written (File too large)"),
+        (HASTE + OF_ONE.format(1, NEVER_COMES), "error: rank 1 of 2 did not come in"),
+        (HASTE + OF_ONE.format(0, NEVER_COMES), "error: rank 1: rank 0 of 2 did not come in"),
+    ],
+)
+def test_what_fails_on_one_rank_ends_both_in_one_voice(first, said):
+    with started(on_ranks(first), until="") as launcher:
+        assert launcher.wait(timeout=120) == 1
+    printed = Path("log").read_text()
+    assert said in printed, printed
+    told = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len([line for line in told if "has lost another" not in line]) == 1, printed
+    assert "in __main__" not in printed
+    assert not list(Path("out").glob("ckpt*"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "place", "said"),
+    [
+        (0, "localhost", "the ranks can't meet, start with torchrun, or unset RANK and WORLD_SIZE"),
+        (1, "localhost", "the ranks can't meet"),
+        (1, "nowhere.invalid", "the ranks can't meet"),
+    ],
+)
+def test_a_meeting_place_where_nobody_comes(rank, place, said):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    one = dict(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR=place, MASTER_PORT=port)
+    command = [sys.executable, *on_ranks(HASTE)[5:]]
+    with started(command, until="", **one) as child:
+        assert child.wait(timeout=60) == 1
+    assert f"error: {said}" in Path("log").read_text()
+    with started([sys.executable, *on_ranks(SAY_WHERE)[5:]], until="meeting", **one) as child:
+        time.sleep(2)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=10) == -signal.SIGINT, "at once, though it waits for ten minutes"

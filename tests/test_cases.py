@@ -18,6 +18,7 @@ import re
 import runpy
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +157,26 @@ def link(path, target):
             os.remove(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(target, path)
+
+    return make
+
+
+def endless(zipped):
+    """A checkpoint one of whose keys is a tuple that holds another twice, and so on: hashing it takes forever."""
+
+    def make(patch):
+        # {0: (), 1: ((), ()), ..., the last of them: 1}, each tuple from the one before, by its number
+        tuples = b"".join(b"K%ch%ch%c\x86q%c" % (i, i - 1, i - 1, i) for i in range(1, 99))
+        pickled = b"\x80\x02}(K\x00)q\x00" + tuples + b"hbK\x01u."
+        if not zipped:
+            os.remove("out/ckpt.pt")
+            heads = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+            Path("out/ckpt.pt").write_bytes(b"".join([*heads, pickled, pickle.dumps([], 2)]))
+            return
+        with zipfile.ZipFile("out/ckpt.pt") as old, zipfile.ZipFile("new", "w") as new:
+            for name in old.namelist():
+                new.writestr(name, pickled if name.endswith("data.pkl") else old.read(name))
+        os.replace("new", "out/ckpt.pt")
 
     return make
 
@@ -376,8 +397,7 @@ row("somebody holds the lock, who wrote no name", file(LOCK), fails("fcntl.flock
 row("a lock that is really held", folder("out"), lock, says="in use by another process")
 row("a lock that is removed in mid-run", a_run, meanwhile(gone(LOCK)), init_from="resume", max_iters=6, code=0,
     changes=SAVED, never=("another run", "not saved"))
-row("a lock that is removed, and taken by another", a_run, meanwhile(gone(LOCK), lock),
-    changes=(*STARTED, "out/kept-*"),
+row("a lock that is removed, and taken", a_run, meanwhile(gone(LOCK), lock), changes=(*STARTED, "out/kept-*"),
     says="not saved: out/run.lock was removed, and out_dir='out' is in use by another process: let it end")
 row("a lock that is removed, and another came and went", a_run, meanwhile(gone(LOCK), file(LOCK),
     entry("run_id", "0123abcd"), entry("iter_num", 99)), init_from="resume", max_iters=6, code=0, changes="out/*",
@@ -442,6 +462,8 @@ def refused(what, *given, says, **keys):
 
 
 WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
+refused("a key of tuples in tuples", endless(zipped=True), says="it is damaged or not a checkpoint")
+refused("and so in torch's old form, tuples", endless(zipped=False), says="it is damaged or not a checkpoint")
 NAN = of_model(FC, lambda w: w[0, 0].fill_(math.nan))
 refused("a weight that is nan", NAN, says="weights that are not finite: to go on from the one before it, rename "
     "out/ckpt.prev.pt to ckpt.pt")

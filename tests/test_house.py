@@ -17,6 +17,7 @@ FLOORS = (
         "errors",
         "progress",
         "metrics_file",
+        "pickles",
         "autofit.plan",
         "autofit.compiling",
         "report",
