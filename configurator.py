@@ -24,7 +24,14 @@ import traceback
 if __name__ != "configurator":  # run by exec, from a script that may lie elsewhere; this file was opened from here
     sys.path.append(os.getcwd())
 
-from nanofit.errors import UsageError, show_errors_as_sentences, shown
+try:
+    from nanofit.errors import UsageError, show_errors_as_sentences, shown
+except ModuleNotFoundError as e:
+    if e.name != "nanofit":
+        raise
+    sys.exit(
+        "error: configurator.py uses nanofit/, which lies beside it: start there, or add that folder to PYTHONPATH"
+    )
 
 SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so one may name another's keys
 

@@ -69,8 +69,11 @@ def refusals(prefix=""):
     except UsageError:
         raise
     except (ValueError, AssertionError) as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].line  # of an assert without words
-        raise UsageError(f"{prefix}{error if str(error) else f'it refuses: {line}'}") from error
+        if str(error):
+            raise UsageError(f"{prefix}{error}") from error
+        at = traceback.extract_tb(error.__traceback__)[-1]  # of an assert without words
+        file = os.path.basename(at.filename)
+        raise UsageError(f"{prefix.removeprefix(f'{file}: ')}{file}, line {at.lineno}, refuses: {at.line}") from error
 
 
 def config_of(config_class, model_args):

@@ -243,8 +243,11 @@ def test_what_nanogpts_model_refuses_is_a_sentence(nanogpt):
     """Its asserts have no words of their own."""
     sentences = {name: run.names["sentence"] for name, run in nanogpt[1].items()}
     assert re.match("init_from must be 'scratch', 'resume', .*gpt2-xl.*not 'gpt3'", sentences["no such pretrained"])
-    assert re.match(r"init_from='.*': it refuses: assert model_type in \(.*gpt2-xl", sentences["a folder"])
-    assert sentences["heads of unequal size"] == "model.py: it refuses: assert config.n_embd % config.n_head == 0"
+    assert re.match(
+        r"init_from='.*': model.py, line \d+, refuses: assert model_type in \(.*gpt2-xl", sentences["a folder"]
+    )
+    refusal = r"model.py, line \d+, refuses: assert config.n_embd % config.n_head == 0"
+    assert re.fullmatch(refusal, sentences["heads of unequal size"])
 
 
 # A vocabulary of 50304, as the data set has no meta.pkl: a token's logits and their gradient take 0.6 MB.
