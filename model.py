@@ -171,11 +171,11 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def softmax_less_one_hot(logits, target, exact, lift):
+def softmax_less_one_hot(logits, target, exact, lift, with_gradients):
     """What a chunk's loss and gradients are made of.
 
     logits: (rows, V), which may be overwritten. target: int64 (rows, 1). Returns the targets' log-probabilities in
-    the dtype exact, (rows, 1), and lift * (softmax - one-hot) in the logits' dtype, (rows, V).
+    the dtype exact, (rows, 1), and lift * (softmax - one-hot) in the logits' dtype, (rows, V), if with_gradients.
     """
     if torch.compiler.is_compiling():  # one kernel reads the logits, one more reads them and writes the gradient
         x = logits.to(exact)
@@ -188,10 +188,11 @@ def softmax_less_one_hot(logits, target, exact, lift):
     for part, at in zip(logits.split(rows), target.split(rows), strict=True):
         log_p = torch.log_softmax(part, dim=-1, dtype=exact)
         found.append(log_p.gather(1, at))
-        if lift != 1.0:
-            log_p += math.log(lift)
-        torch.exp(log_p, out=part)
-        part.scatter_(1, at, (lift * torch.expm1(found[-1])).to(part.dtype))
+        if with_gradients:
+            if lift != 1.0:
+                log_p += math.log(lift)
+            torch.exp(log_p, out=part)
+            part.scatter_(1, at, (lift * torch.expm1(found[-1])).to(part.dtype))
         del log_p  # before there is the next
     return torch.cat(found), logits
 
@@ -219,19 +220,17 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(h), rows):
             chunk = slice(start, start + rows)
             logits = x[chunk] @ w.t()  # (rows, V)
-            if not with_gradients:
-                log_p.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, target[chunk]))
-                continue
-            of_chunk, g = softmax_less_one_hot(logits, target[chunk], exact, lift)
+            of_chunk, g = softmax_less_one_hot(logits, target[chunk], exact, lift, with_gradients)
             log_p.append(of_chunk)
-            grad_h.append(g @ w)
-            lowered = x[chunk] if lower == 1.0 else x[chunk] * lower
-            if grad_weight is not None:
-                add_product(grad_weight, g.t(), lowered)
-            else:
-                grad_weight = g.t() @ lowered  # (V, C)
-                if rows < len(h):
-                    grad_weight = grad_weight.to(exact)  # others will be added
+            if with_gradients:
+                grad_h.append(g @ w)
+                lowered = x[chunk] if lower == 1.0 else x[chunk] * lower
+                if grad_weight is not None:
+                    add_product(grad_weight, g.t(), lowered)
+                else:
+                    grad_weight = g.t() @ lowered  # (V, C)
+                    if rows < len(h):
+                        grad_weight = grad_weight.to(exact)  # others will be added
             del logits, g  # before there are the next
         count = counts.sum()
         if with_gradients:

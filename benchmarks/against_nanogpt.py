@@ -43,6 +43,7 @@ device = runtime.best_device()
 dtype = runtime.best_dtype(device)
 compile = device == "cuda"  # both sides
 recompute = False  # ours
+same_autocast = False  # on a CPU, let nanoGPT's way compute in dtype too
 side = ""  # 'ours' or 'nanogpt': the process of one side, which this script starts itself
 folder = ""  # the data of a side
 save = ""  # a file for the result
@@ -61,7 +62,7 @@ class Theirs:
     def __init__(self, model, folder):
         self.model, self.path = model, os.path.join(folder, "train.bin")
         self.forward = torch.compile(TheirForward(model)) if compile else TheirForward(model)
-        self.dtype = dtype if device.type == "cuda" else "float32"
+        self.dtype = dtype if same_autocast or device.type == "cuda" else "float32"
         self.autocast = runtime.autocast(device, self.dtype)
         self.scaler = runtime.grad_scaler(device, self.dtype)
         self.optimizer = their_optimizer(model, device)
@@ -111,9 +112,10 @@ def build(name, folder):
 
 def turn(model):
     """(seconds a step, losses, peak bytes so far) of one turn."""
+    losses = [model.step()]  # untimed: it takes again the memory that the last turn gave back
     runtime.synchronize(device)
     start = time.perf_counter()
-    losses = [model.step() for _ in range(steps)]
+    losses += [model.step() for _ in range(steps)]
     runtime.synchronize(device)
     seconds = (time.perf_counter() - start) / steps
     losses = [loss.item() for loss in losses]

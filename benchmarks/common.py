@@ -14,20 +14,37 @@ import torch
 from nanofit import runtime
 
 
-def finish(benchmark, config, device, figures, save):
-    """Print a result as one line of JSON; with save (a path), also write it there, readable for people."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+def _commit():
+    """What is checked out, '' where git or its folder isn't there."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return ""
+    return git.stdout.strip()
+
+
+def keep(benchmark, config, device, figures, save):
+    """The result as a dict; with save (a path), also written there, readable for people.
+
+    What takes long calls it after each figure, so that a run that is cut short keeps what it has measured.
+    """
     result = {
         "benchmark": benchmark,
         "device": runtime.device_name(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "config": {k: v for k, v in config.items() if k != "save"},
         **figures,
     }
     if save:
-        with open(save, "w", encoding="utf-8") as f:
+        with open(f"{save}.part", "w", encoding="utf-8") as f:
             json.dump(result, f, indent=2)
             f.write("\n")
-    print(json.dumps(result))
+        os.replace(f"{save}.part", save)
+    return result
+
+
+def finish(benchmark, config, device, figures, save):
+    """Keep a result, and print it as one line of JSON."""
+    print(json.dumps(keep(benchmark, config, device, figures, save)))

@@ -10,7 +10,7 @@ the limit, with evaluations. Prints a table, and one line of JSON last.
 
 from dataclasses import replace
 
-from common import finish
+from common import finish, keep
 
 from configurator import configure
 from model import GPT, GPTConfig
@@ -102,5 +102,8 @@ for model in models.split(","):
         ratio = f"{row['ratio']:.3f}" if row["ratio"] else "-"
         peak = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["choice"] else "-"
         verdict = {True: "ran", False: "FAILED", None: "-"}[row["confirmed"]]
-        print(f"{model:14}{limit:8.2f}{chosen:>8}{best:>8}{ratio:>9}{peak:>11}{row['probes']:>8}  {verdict}")
+        print(
+            f"{model:14}{limit:8.2f}{chosen:>8}{best:>8}{ratio:>9}{peak:>11}{row['probes']:>8}  {verdict}", flush=True
+        )
+        keep("fit_matrix", config, device, {"cells": rows}, save)
 finish("fit_matrix", config, device, {"cells": rows}, save)

@@ -7,13 +7,14 @@ Auto-fit plans the same effective batch for each limit; its choice is then timed
 table, and one line of JSON last.
 """
 
-from common import finish
+from common import finish, keep
 
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import models, runtime, settings
 from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import Job
+from nanofit.autofit.trial import Trials
 from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -44,12 +45,14 @@ peak_flops, note = runtime.peak_flops(device, dtype)
 def row_of(limit):
     """What auto-fit chose under a limit (0 for none), and how fast that is."""
     job = Job(models.file_of(GPT), vars(shape), str(device), dtype, grad_clip=1.0, memory_limit_gb=limit)
-    fitter = Fitter(job, batch_size, 1, asked_compile=compile, iterations_left=iterations, advises=False)
-    try:
-        plan = fitter.plan()
-    except UsageError as e:
-        return {"limit_gb": limit, "failure": str(e)}
-    trial = fitter.measure(plan.micro_batch_size, plan.compile, plan.levers)
+    with Trials() as run_trial:
+        options = dict(asked_compile=compile, iterations_left=iterations, advises=False, run_trial=run_trial)
+        fitter = Fitter(job, batch_size, 1, **options)
+        try:
+            plan = fitter.plan()
+        except UsageError as e:
+            return {"limit_gb": limit, "failure": str(e)}
+        trial = fitter.measure(plan.micro_batch_size, plan.compile, plan.levers)
     if not trial.fits:
         return {"limit_gb": limit, "failure": f"the choice did not fit again: {trial.failure}"}
     seconds = batch_size * block_size / trial.tokens_per_second
@@ -64,19 +67,22 @@ def row_of(limit):
     }
 
 
-rows = [row_of(limit) for limit in (0.0, *limits)]
+rows = []
+yes = {True: "yes", False: "no"}
 print(f"{'limit':>10}{'micro-batch':>13}{'recompute':>11}{'compiled':>10}{'tok/s':>13}{'share':>8}{'MFU':>8}")
-for row in rows:
-    name = f"{row['limit_gb']:g} GiB" if row["limit_gb"] else "none"
+for limit in (0.0, *limits):
+    rows.append(row := row_of(limit))
+    name = f"{limit:g} GiB" if limit else "none"
     if "failure" in row:
         print(f"{name:>10}  {row['failure'].splitlines()[0]}")
-        continue
-    row["share"] = row["tokens_per_second"] / rows[0].get("tokens_per_second", row["tokens_per_second"])
-    yes = {True: "yes", False: "no"}
-    print(
-        f"{name:>10}{row['micro_batch_size']:>13}{yes[row['recompute']]:>11}{yes[row['compile']]:>10}"
-        f"{row['tokens_per_second']:>13,.0f}{row['share']:>8.3f}{row['mfu']:>8.1%}"
-    )
+    else:
+        row["share"] = row["tokens_per_second"] / rows[0].get("tokens_per_second", row["tokens_per_second"])
+        print(
+            f"{name:>10}{row['micro_batch_size']:>13}{yes[row['recompute']]:>11}{yes[row['compile']]:>10}"
+            f"{row['tokens_per_second']:>13,.0f}{row['share']:>8.3f}{row['mfu']:>8.1%}",
+            flush=True,
+        )
+    keep("limits", config, device, {"rows": rows}, save)
 if note:
     print(note)
 finish("limits", config, device, {"rows": rows}, save)

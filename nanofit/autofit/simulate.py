@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanofit import models, runtime
 from nanofit.batches import RandomBatch
@@ -56,6 +57,21 @@ class DropoutAsOnGpus(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class TiedGradientsInPlace(TorchDispatchMode):
+    """Adds the second gradient of a tied weight to the first in place, as autograd does where tensors are not fake."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes = {p.shape for p in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.add.Tensor and torch._C._current_autograd_node():
+            a, b = args
+            if isinstance(b, torch.Tensor) and a.shape == b.shape and a.shape in self.shapes:
+                return torch.ops.aten.add_.Tensor(a, b)
+        return func(*args, **(kwargs or {}))
+
+
 def _optimizer(kind, model):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
     if kind == "8bit":
@@ -100,7 +116,7 @@ def step_memory(model_class, config_class, job, levers):
         before_loss = {}
         for block in models.blocks_of(model)[-1:]:
             block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
-        with tracker, DropoutAsOnGpus():
+        with tracker, DropoutAsOnGpus(), TiedGradientsInPlace(model):
             # A step finds AdamW's state, and beyond the first micro-step the gradients so far.
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)

@@ -1,0 +1,90 @@
+"""Seconds from the command to the first iteration with auto_fit, here and in another checkout, in turns.
+
+    python benchmarks/start.py --other=../before --rounds=5
+
+Every start looks for a size anew, in an empty folder with a data set of random tokens. Prints a table, and one line of
+JSON last.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from common import ROOT, finish
+
+from configurator import configure
+from nanofit import runtime, settings
+from nanofit.errors import UsageError
+
+# ---- keys: --key=value overrides them ----------------------------------------------------------------------
+other = ""  # the other checkout; none: this one alone
+rounds = 5  # starts of each
+batch_size = 12
+block_size = 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+compile = False
+device = runtime.best_device()
+save = ""  # a file for the result
+config, given = configure(globals())
+settings.at_least(1, config, "batch_size", "block_size", "rounds")
+checkouts = {"here": ROOT, **({"other": os.path.abspath(other)} if other else {})}
+for path in checkouts.values():
+    if not os.path.isfile(os.path.join(path, "train.py")):
+        raise UsageError(f"other: {path} is no checkout, it has no train.py")
+
+
+def start(checkout, folder):
+    """Seconds until train.py of a checkout has printed its first iteration; it is ended then."""
+    sizes = {name: config[name] for name in ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "compile")}
+    keys = {**sizes, "device": device, "dataset": "random", "auto_fit": True, "eval_iters": 1, "out_dir": folder}
+    command = [sys.executable, os.path.join(checkout, "train.py"), *(f"--{key}={value}" for key, value in keys.items())]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": checkout}
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=os.path.dirname(folder),
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("iter 0:"):
+            break
+    seconds = time.perf_counter() - began
+    process.kill()
+    process.wait()
+    if not said or not said[-1].startswith("iter 0:"):
+        raise UsageError(f"train.py of {checkout} printed no iteration: {said[-1].strip() if said else 'nothing'}")
+    return seconds
+
+
+seconds = {name: [] for name in checkouts}
+with tempfile.TemporaryDirectory() as place:
+    data = os.path.join(place, "data", "random")
+    os.makedirs(data)
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(50257, size=100_000, dtype=np.uint16).tofile(f"{data}/{split}.bin")
+    for turn in range(rounds + 1):  # the first reads files that are then in the system's memory
+        for name, checkout in checkouts.items():
+            took = start(checkout, os.path.join(place, f"{name}-{turn}"))
+            if turn:
+                seconds[name].append(took)
+
+figures = {"seconds": {name: statistics.median(found) for name, found in seconds.items()}}
+for name, found in seconds.items():
+    print(f"{name:8} {statistics.median(found):8.2f} s ({min(found):.2f} to {max(found):.2f})")
+if other:
+    ratios = [a / b for a, b in zip(seconds["here"], seconds["other"], strict=True)]
+    figures["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    print(f"ratio    {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {rounds} turns)")
+del config["other"]
+finish("start", config, runtime.find_device(device), figures, save)
