@@ -44,10 +44,10 @@ class MetricsFile:
 
     def _open(self):
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        if os.path.exists(self.path) and (other := run_of(self.path)) != self.run_id:
+        if os.path.lexists(self.path) and (other := run_of(self.path)) != self.run_id:
             self._keep(other)
         own = os.path.join(self.kept_in(self.run_id), FILE)
-        if not os.path.exists(self.path) and os.path.exists(own):
+        if not os.path.exists(self.path) and run_of(own) == self.run_id:
             os.rename(own, self.path)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # open as long as the run
         atexit.register(self._file.close)
@@ -90,7 +90,9 @@ def record_of(line):
 
 
 def run_of(path):
-    """The id of the run whose file this is, None where it doesn't say."""
+    """The id of the run whose file this is, None where it doesn't say, or is a link, a pipe, a folder, a device."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        return None
     with open(path, "rb") as file:
         run = record_of(file.readline()).get("run")
     run_id = run.get("id") if isinstance(run, dict) else None

@@ -453,6 +453,16 @@ row("another run's can't be moved", a_run, fails("os.rename", errno.EPERM), chan
 row("no memory to save with", fails("torch.save", message="no", error=MemoryError), changes=("out", *STARTED),
     says="not saved")
 
+# ---- what lies where the figures belong --------------------------------------------------------------------
+FIGURES = "out/metrics.jsonl"
+row("figures in a pipe", a_run, gone(FIGURES), pipe(FIGURES), init_from="resume", max_iters=6, code=0, changes="out/*")
+row("figures in a folder", a_run, gone(FIGURES), folder(FIGURES), init_from="resume", max_iters=6, code=0,
+    changes="out/*")
+row("figures in a device", a_run, gone(FIGURES), link(FIGURES, "/dev/zero"), init_from="resume", max_iters=6, code=0,
+    changes="out/*")
+row("figures in a link to somebody's file", a_run, file("theirs", "words"), gone(FIGURES), link(FIGURES, "../theirs"),
+    init_from="resume", max_iters=6, code=0, changes="out/*")
+
 # ---- what a checkpoint holds -------------------------------------------------------------------------------
 
 
@@ -742,6 +752,8 @@ row("a meeting place beyond the numbers", environment(RANK="0", WORLD_SIZE="1", 
     MASTER_PORT="99999999"), says="torchrun")
 
 # ---- the machine -------------------------------------------------------------------------------------------
+row("a clock that jumps", lambda patch: patch.setattr("time.time", iter(range(10**9, 0, -(10**6))).__next__), code=0,
+    changes=("out", *SAVED), never=", -|time -")
 row("no home", environment(HOME=None, USER=None, LOGNAME=None, TMPDIR="/nowhere"), code=0, changes=("out", *SAVED))
 row("output on a full disk", output(lambda: Broken(errno.ENOSPC, 3)), changes=("out", *SAVED),
     says="standard output could not be written (No space left on device); all else was done")

@@ -141,6 +141,16 @@ def test_nanogpts_way_by_exec(workplace, folder):
     assert wrong.stderr == "error: use.py has no key 'c': --help lists the keys\n"
 
 
+def test_nanogpts_way_far_from_the_checkout_says_what_is_missing(workplace):
+    script = f"exec(open({str(ROOT / 'configurator.py')!r}).read())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(PYTHONPATH=""))
+    assert done.returncode == 1
+    assert re.fullmatch("error: configurator.py uses nanofit/, which lies beside it: .*PYTHONPATH\n", done.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as stop:
         configured("--help")
