@@ -13,7 +13,7 @@ from common import finish, keep
 from configurator import configure
 from model import GPT
 from nanofit import runtime, settings
-from nanofit.autofit.plan import GIB, Job, MemoryLevers
+from nanofit.autofit.plan import Job, MemoryLevers
 from nanofit.autofit.trial import Trials
 from nanofit.errors import UsageError, usage_errors
 from nanofit.models import GPT2_SIZES, file_of
@@ -54,13 +54,13 @@ for name, job in CASES.items():
             if real.failure:
                 print(f"{name:12}{size:>10}  {real.failure}")
                 break
-            peak = simulated(replace(job, simulate=True, memory_limit_gb=total / GIB)).peak_bytes
+            peak = simulated(replace(job, simulate=True, memory_limit_gb=total / 2**30)).peak_bytes
             row = dict(
                 case=name, batch_size=size, simulated=peak, allocated=real.allocated_bytes, reserved=real.peak_bytes
             )
             rows.append(row)
             ratio, reserved = peak / real.allocated_bytes, real.peak_bytes / real.allocated_bytes
-            gib = f"{peak / GIB:>10.3f} GiB{real.allocated_bytes / GIB:>10.3f} GiB"
+            gib = f"{peak / 2**30:>10.3f} GiB{real.allocated_bytes / 2**30:>10.3f} GiB"
             print(f"{name:12}{size:>10}{gib}{ratio:>8.4f}{reserved:>10.3f}", flush=True)
             keep("simulated", config, device, {"rows": rows}, save)
 finish("simulated", config, device, {"rows": rows}, save)
