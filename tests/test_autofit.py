@@ -259,7 +259,7 @@ sys.argv[0] = "train.py"
 from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import Facts, Trial
 LIMITS = {limits}
-def measure(self, size, compile=False, levers=None):
+def measure(self, size, compile=False, levers=None, note=""):
     limit = LIMITS[int(os.environ["RANK"])]
     if limit is None:
         return Trial(size, failure="the probe was killed by signal 9")

@@ -56,11 +56,11 @@ class Fitter:
                 self.say(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
         return self._plan(choice, use_compile, (*why, compile_why), trials)
 
-    def measure(self, size, compile=False, levers=None):
-        """Try one micro-batch size; says how it went. levers: None for those of the job."""
+    def measure(self, size, compile=False, levers=None, note=""):
+        """Try one micro-batch size; says how it went. levers: None for those of the job. note: what they don't tell."""
         job = replace(self.job_of(size), compile=compile, levers=levers or self.job.levers)
         job = replace(job, limit_bytes=self.limit, brief=self._elapsed() > self.budget_seconds / 2)
-        how = f"{job.levers}{', compiled' if compile else ''}"
+        how = f"{job.levers}{note}{', compiled' if compile else ''}"
         with waiting(f"auto-fit: trying batch_size {size}{how}", self.budget_seconds - self._elapsed()):
             trial = self.run_trial(job, self._on_facts)
         self._speed = trial.tokens_per_second or self._speed
@@ -165,7 +165,8 @@ class Fitter:
             return choice
         if choice.peak_bytes + more > self.limit or not self._affordable(size):
             return choice
-        tried = self.measure(size, levers=replace(choice.levers, loss_chunk_mb=whole_mb))
+        levers = replace(choice.levers, loss_chunk_mb=whole_mb)
+        tried = self.measure(size, levers=levers, note=", all logits in one chunk")
         return tried if tried.fits and tried.tokens_per_second > choice.tokens_per_second else choice
 
     def check(self, plan, size, levers):
