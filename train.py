@@ -19,7 +19,7 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, gradients, models, runtime, settings, weights
+from nanofit import autofit, checkpoint, gradients, models, runtime, settings, sharding, weights
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.distributed import World
@@ -78,6 +78,7 @@ compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotu
 # speed for memory
 recompute = False  # blocks compute their activations again in the backward pass: less memory, slower
 optimizer_state = "float32"  # '8bit' (torchao; changes the numbers a little), 'offload' (to the machine's memory)
+shard = False  # several ranks hold one model together (FSDP2), for one that no GPU holds
 loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there is
 # fitting the GPU
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
@@ -150,9 +151,8 @@ if block_size < trained_with:
     model.crop_block_size(block_size)
     folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
-model.to(device)
-world.broadcast(model.parameters())  # each rank has drawn its own
 models.apply_levers(model, levers)
+sharding.place(model, world, device, dtype, shard)  # with the weights of rank 0: each rank has drawn its own
 optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
@@ -180,8 +180,8 @@ def rng_state():
 def snapshot():
     """What a checkpoint holds: the run at the beginning of iteration iter_num. All ranks must call it."""
     return {
-        "model": raw_model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": sharding.whole_model(raw_model, world),
+        "optimizer": sharding.whole_optimizer(optimizer, world),
         "model_args": model_args,
         "activation": weights.activation_of(raw_model),
         "iter_num": iter_num,

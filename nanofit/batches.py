@@ -80,7 +80,7 @@ class RandomBatch:
     def advance(self):
         """There is no other batch."""
 
-    def evaluation(self, split, count, rank=0, ranks=1):
+    def evaluation(self, split, count, rank=0, ranks=1, even=False):
         """The batch, as often as this rank's share of count."""
         yield from [[self._batch]] * len(range(rank, count, ranks))
 
@@ -225,13 +225,15 @@ class Batches:
         if following >= several:
             self._begin()
 
-    def evaluation(self, split, count, rank=0, ranks=1):
+    def evaluation(self, split, count, rank=0, ranks=1, even=False):
         """Draw count batches of a split; of those that are this rank's, give each as a list of micro-batches.
 
-        The batches are dealt to the ranks in turn, so that together they see what one alone would.
+        The batches are dealt to the ranks in turn, so that together they see what one alone would. even: those with
+        one less than others get the last once more, to do as much.
         """
+        idle = even and count % ranks and rank >= count % ranks
         for number in range(count):
             starts = self._draw_starts(split)
-            if number % ranks == rank:
+            if number % ranks == rank or (idle and number == count - 1):
                 x, y = self._load(split, starts)
                 yield list(zip(x.split(self.micro_batch_size), y.split(self.micro_batch_size), strict=True))

@@ -18,6 +18,7 @@ from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usag
 from nanofit.metrics import is_state
 from nanofit.models import SIZES
 from nanofit.pickles import refuse_endless
+from nanofit.sharding import share_like
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
@@ -414,6 +415,7 @@ def load_optimizer(optimizer, state):
                 kept = value[: shape[0]] if isinstance(value, torch.Tensor) else None
                 if kept is None or kept.shape != shape:
                     raise UsageError(f"{prefix}{name} of weight {index} must be a tensor of shape {tuple(shape)}")
+                kept = share_like(kept, params[index])
                 moments[name] = kept.clone()  # of its own, and not the file's
         for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
             saved.update({k: ours[k] for k in _IMPLEMENTATION if k in ours})

@@ -43,6 +43,7 @@ class World:
     local_rank: int = 0
     size: int = 1
     on_host: object = None  # a group whose messages don't wait for the devices
+    sharded: bool = False  # no rank holds the whole model: see sharding.py
 
     @classmethod
     def of_torchrun(cls):
@@ -141,7 +142,7 @@ class World:
         if self.size > 1:
             with torch.no_grad():
                 for tensor in tensors:
-                    dist.broadcast(tensor, 0)
+                    dist.broadcast(tensor, 0, group=self.on_host if tensor.device.type == "cpu" else None)
 
     def all_reduce_mean(self, tensors):
         """Replace each tensor by its mean over the ranks."""

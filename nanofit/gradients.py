@@ -11,6 +11,8 @@ BUCKET_BYTES = 25 * 2**20  # that travel together, at least: small messages cost
 
 def of(model, world):
     """What a model's gradients need on this rank. All ranks must call it, once the model is on its device."""
+    if world.sharded:
+        return ShardedGradients(model)
     return Gradients(model) if world.size == 1 else AveragedGradients(model, world.size)
 
 
@@ -36,6 +38,13 @@ class Gradients:
 
     def end(self):
         """The iteration is over, and if it isn't complete, its gradients will be dropped."""
+
+
+class ShardedGradients(Gradients):
+    """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares."""
+
+    def begin(self, micro_steps):
+        """Whole gradients would take the memory that sharding saves."""
 
 
 class AveragedGradients(Gradients):

@@ -74,7 +74,7 @@ class Recovery:
         All ranks must call it. A part begins once the one before is through on all ranks. If memory ran out on one, all
         of them begin again with the first: once as before, with what the allocator kept given back, and then, or
         where that has happened before, with micro-batches of half the size. Raises StopRequested, or a UsageError where
-        the data can't be read or not even one sequence fits any more.
+        the data can't be read or not even one sequence fits any more; of a sharded model, wherever memory ran out.
         """
         place, generators = self.batches.state_dict(), runtime.rng_state(self.device)
         attempts = 0
@@ -94,6 +94,8 @@ class Recovery:
                     if not is_out_of_memory(e):
                         raise
                     kind, said = "memory", memory_sentence(e)
+                if kind and self.world.sharded:
+                    self._leave(kind, said)
                 # Here, behind the except blocks, the traceback and the tensors of its frames are gone.
                 if self.world.all_reduce_max(int(bool(kind))):
                     break
@@ -126,6 +128,23 @@ class Recovery:
         runtime.empty_cache(self.device)
         return part()
 
+    def _leave(self, kind, said):
+        """End a sharded run from one rank: the others are waiting for its shares, and can't be asked."""
+        sentence = f"rank {self.world.rank}: {said}"
+        if kind == "memory":
+            size, whole = self.batches.micro_batch_size, self.batches.batch_size * self.batches.per_iter
+            smaller = self._smaller()
+            split = f"--batch_size={smaller} --gradient_accumulation_steps={whole * self.world.size // (smaller or 1)}"
+            sentence += f" at batch_size {size}, and sharded ranks can't go back one by one; " + (
+                f"start again with {split}" if smaller else "one sequence is too much: use more ranks or recompute"
+            )
+        raise UsageError(f"{sentence}; --init_from=auto goes on from the last checkpoint", of_rank=True)
+
+    def _smaller(self):
+        """The next micro-batch size, half the current or less, or None."""
+        sizes = micro_batch_sizes(self.batches.batch_size, self.batches.per_iter)
+        return max((s for s in sizes if s <= self.batches.micro_batch_size // 2), default=None)
+
     def _go_back(self, place, generators):
         self.batches.load_state_dict(place)
         runtime.set_rng_state(generators, self.device)
@@ -139,9 +158,7 @@ class Recovery:
             self.scaler.update(self.scaler.get_scale())
 
     def _make_room(self, what, same_size):
-        size = self.batches.micro_batch_size
-        sizes = micro_batch_sizes(self.batches.batch_size, self.batches.per_iter)
-        smaller = max((s for s in sizes if s <= size // 2), default=None)
+        size, smaller = self.batches.micro_batch_size, self._smaller()
         if smaller is None and not same_size:
             self._fail(
                 f"{what} at batch_size 1 ({runtime.memory_now(self.device)}): end what else uses this device, or start "

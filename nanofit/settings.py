@@ -72,6 +72,8 @@ def check(config, world):
             f"gradient_accumulation_steps={steps} can't be shared equally by {world.size} ranks: "
             f"set it to {' or '.join(nearest)}"
         )
+    if config["shard"]:
+        check_shard(config, world)
     if is_elsewhere(config):
         if world.size > 1:
             raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
@@ -81,6 +83,17 @@ def check(config, world):
         )
     else:
         check_compile_mode(config)
+
+
+def check_shard(config, world):
+    """Raise a UsageError for what a model that is shared out among the ranks can't be combined with."""
+    if world.size == 1:
+        raise UsageError("shard=True shares a model out among several ranks: start with torchrun, or leave it out")
+    if config["optimizer_state"] != "float32":
+        raise UsageError(
+            f"optimizer_state={config['optimizer_state']!r} keeps the state of whole weights, and with shard=True no "
+            "rank has any: use 'float32', whose state is shared out as well"
+        )
 
 
 def check_compile_mode(config):

@@ -53,8 +53,10 @@ def clip(model, optimizer, scaler, grad_clip):
     params = [p for p in model.parameters() if p.grad is not None]
     scaler.unscale_(optimizer)
     if grad_clip:
-        return torch.nn.utils.clip_grad_norm_(params, grad_clip)
-    return torch.nn.utils.get_total_norm([p.grad for p in params])
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded ranks
 
 
 def update(optimizer, scaler, norm):
@@ -84,7 +86,7 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
     """Losses of eval_iters batches of each split, of those that are this rank's: {'train': nats (n,), 'val': ...}.
 
     mean_losses makes one figure of all ranks' shares. check() is called before each batch, and may raise to end the
-    evaluation.
+    evaluation, but of a sharded model.
     """
     losses = {}
     model.eval()
@@ -92,10 +94,13 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
         for split in ("train", "val"):
             found = []
             share = len(range(world.rank, eval_iters, world.size))
-            for pieces in bar(batches.evaluation(split, eval_iters, world.rank, world.size), f"{split} loss", share):
-                check()
+            dealt = batches.evaluation(split, eval_iters, world.rank, world.size, world.sharded)
+            for pieces in bar(dealt, f"{split} loss", share):
+                if not world.sharded:  # there, a rank that ends alone would leave the others waiting for its shares
+                    check()
                 with autocast:
                     found.append(sum(loss_of(model, x, y) for x, y in pieces) / len(pieces))
+            found = found[:share]
             losses[split] = torch.stack(found).cpu().double() if found else torch.zeros(0, dtype=torch.double)
     finally:
         model.train()

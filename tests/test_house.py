@@ -39,6 +39,7 @@ FLOORS = (
     (
         "distributed",
         "settings",
+        "sharding",
         "recovery",
         "metrics",
         "autofit.advice",

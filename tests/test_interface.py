@@ -133,6 +133,8 @@ COMMANDS = {
     ),
     "python bench.py --real_data=False": How((*flags(**TINY), "--device=cpu"), r"^time per iteration: \d.*ms, MFU"),
     "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py": How(SHORT, TRAINED, slow=True),
+    "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py --n_layer=48 --n_head=25 --n_embd=1600 "
+    "--shard=True": How(SHORT, TRAINED, slow=True),
     "torchrun --standalone --nproc_per_node=4 --max-restarts=3 train.py config/train_gpt2.py --init_from=auto": How(
         SHORT, TRAINED, slow=True
     ),

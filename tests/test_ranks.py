@@ -93,9 +93,9 @@ def whole(one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_learn_what_one_process_learns(whole, ranks):
-    train_on_ranks(ranks, **SAME)
+@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (4, False), (2, True), (4, True)])
+def test_ranks_learn_what_one_process_learns(whole, ranks, shard):
+    train_on_ranks(ranks, **SAME, shard=shard)
     ours, alone = figures("out"), figures(whole)
     assert len(ours) == 2 * 31 + 2 * 4
     assert ours == pytest.approx(alone, abs=1e-5)
@@ -103,11 +103,19 @@ def test_ranks_learn_what_one_process_learns(whole, ranks):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks():
-    keys = {**SAME, "eval_interval": 5, "lr_decay_iters": 40}
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_goes_on_with_another_number_of_ranks(shard):
+    keys = {**SAME, "eval_interval": 5, "recompute": shard}
     train(**keys, out_dir="whole")
-    for ranks, until in ((1, 8), (2, 15), (4, 23), (1, 30)):
-        keys |= dict(max_iters=until, init_from="auto")
+    for ranks, until, shares in ((1, 8, False), (2, 15, shard), (4, 23, False), (2, 27, shard), (1, 30, False)):
+        keys |= dict(max_iters=until, init_from="auto", shard=shares)
         train(**keys) if ranks == 1 else train_on_ranks(ranks, **keys)
     assert figures("out") == pytest.approx(figures("whole"), abs=1e-5)
     assert_same_weights("out", "whole")
+    ours, theirs = (torch.load(f"{name}/ckpt.pt", weights_only=True) for name in ("out", "whole"))
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"], "one format"
+    assert {n: m["exp_avg"].shape for n, m in ours["optimizer"]["state"].items()} == {
+        n: m["exp_avg"].shape for n, m in theirs["optimizer"]["state"].items()
+    }
+    tied = [ours["model"][name] for name in ("lm_head.weight", "transformer.wte.weight")]
+    assert tied[0].data_ptr() == tied[1].data_ptr()

@@ -25,7 +25,7 @@ class Listed:
     def advance(self):
         self.batches.append(self.batches.pop(0))
 
-    def evaluation(self, split, count, rank=0, ranks=1):
+    def evaluation(self, split, count, rank=0, ranks=1, even=False):
         yield from ([batch] for batch in self.batches[:count])
 
 

@@ -1,0 +1,77 @@
+"""A model that no device holds: each rank keeps a share of every weight, its gradient and AdamW's state.
+
+By torch's FSDP2 (fully_shard): a block's weights are gathered while it computes, and its gradients are reduced to the
+shares right after its backward pass, in every micro-step. All ranks must call what is here, and run the model equally
+often.
+"""
+
+import torch
+
+from nanofit.models import blocks_of
+from nanofit.runtime import DTYPES
+
+
+def place(model, world, device, dtype, shard=False):
+    """Bring a model onto this rank's device, its weights those of rank 0: whole, or with shard this rank's share.
+
+    dtype: what products run in, and so, on a GPU, what a block's weights travel in; all else stays float32.
+    """
+    if not shard:
+        model.to(device)
+        world.broadcast(model.parameters())
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    world.broadcast(model.parameters())  # on the host: whole, it may not fit the device
+    world.sharded = True
+    mesh = init_device_mesh(device.type, (world.size,))
+    # On a CPU, norms don't take weights of another precision than their input's.
+    reduced = DTYPES[dtype] if device.type == "cuda" and dtype != "float32" else None
+    of_block = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=of_block)
+    # Embeddings and the head in float32, in which the residual stream begins and the loss is computed.
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def whole_model(model, world):
+    """model.state_dict(); of a sharded one with whole tensors on the host, gathered one by one. Rank 0 alone has them.
+
+    Tensors that are tied are one.
+    """
+    plain = model.state_dict()  # which leaves each rank its shares alone, whatever was gathered
+    if not world.sharded:
+        return plain
+    whole = {id(p): _whole(p, world.is_main) for p in model.parameters()}
+    names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: whole[names[name]] if name in names else value for name, value in plain.items()}
+
+
+def whole_optimizer(optimizer, world):
+    """optimizer.state_dict(), as whole_model."""
+    plain = optimizer.state_dict()
+    if not world.sharded:
+        return plain
+    state = {
+        index: {name: _whole(value, world.is_main) for name, value in moments.items()}
+        for index, moments in plain["state"].items()
+    }
+    return {**plain, "state": state}
+
+
+def _whole(value, keep):
+    """A tensor gathered from its shares, on the host, or None; what isn't shared out stays as it is."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    value = value.detach().full_tensor()
+    return value.to("cpu", copy=True) if keep else None  # a copy waits for what is on its way
+
+
+def share_like(value, p):
+    """This rank's share of a whole tensor on the host, in the way in which p is shared out; p may be whole itself."""
+    if not hasattr(p, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

@@ -1,0 +1,127 @@
+"""A model that no rank holds whole: what each holds, what it may be combined with, what ends it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RANK, train, train_on_ranks
+
+from nanofit.errors import UsageError
+
+HELD = """
+import json, os, runpy, sys
+import torch
+
+script = {script!r}
+sys.argv[0] = script
+def sizes(tensors):
+    locals_ = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return sum(s.nbytes() for s in {{t.untyped_storage().data_ptr(): t.untyped_storage() for t in locals_}}.values())
+
+move = torch.optim.AdamW.step
+def step(optimizer, *args):
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    states = [v for s in optimizer.state.values() for v in s.values()]
+    told = dict(weights=sizes(params), gradients=sizes(p.grad for p in params), state=sizes(states))
+    json.dump(told, open("held" + os.environ["RANK"], "w"))
+    return move(optimizer, *args)
+torch.optim.AdamW.step = step
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_holds_its_share_of_weights_gradients_and_state(workplace):
+    (workplace / "held.py").write_text(HELD.format(script=str(RANK)))
+    held = {}
+    for shard in (False, True):
+        train_on_ranks(2, script="held.py", gradient_accumulation_steps=4, max_iters=2, shard=shard, out_dir=f"{shard}")
+        held[shard] = [json.loads(Path(f"held{rank}").read_text()) for rank in (0, 1)]
+    for sharded, replicated in zip(held[True], held[False], strict=True):
+        for what in ("weights", "gradients", "state"):
+            assert sharded[what] <= 0.55 * replicated[what], what
+
+
+SCRIPT = """
+import os, runpy, sys
+import torch
+{patch}
+sys.argv[0] = {rank!r}
+runpy.run_path({rank!r}, run_name="__main__")
+"""
+
+
+def sharded(patch="", check=True, **keys):
+    """A sharded run of two ranks in which this Python was run before: as conftest.torchrun."""
+    Path("patched.py").write_text(SCRIPT.format(patch=patch, rank=str(RANK)))
+    keys = {**dict(gradient_accumulation_steps=2, max_iters=6, shard=True), **keys}
+    return train_on_ranks(2, script="patched.py", check=check, **keys)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_ends_the_attempt_with_what_would_be_smaller():
+    patch = """
+from model import GPT
+forward, calls = GPT.forward, []
+def runs_out(self, *args, **options):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and self.training and len(calls) > 8:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.")
+    return forward(self, *args, **options)
+runs_out.__wrapped__ = forward
+GPT.forward = runs_out
+"""
+    _, said, code = sharded("sys.path.insert(0, os.environ['PYTHONPATH'])" + patch, check=False)
+    assert code != 0
+    sentence = (
+        "error: rank 1: memory ran out on asking for 6.14 GiB at batch_size 8, and sharded ranks can't go back one by "
+        "one; start again with --batch_size=4 --gradient_accumulation_steps=4; --init_from=auto goes on from the last"
+    )
+    assert said.count(sentence) == 1, said
+    assert "mistake of the program's" not in said
+
+
+@pytest.mark.slow
+def test_float16_is_scaled_over_shares():
+    """The scaler, which is CUDA's alone in training, on a CPU: its scale is found, and all ranks leave the same out."""
+    patch = (
+        "from nanofit import runtime\n"
+        "runtime.grad_scaler = lambda *_: torch.amp.GradScaler('cpu', init_scale=2.0**40, growth_interval=3)\n"
+    )
+    run, _, _ = sharded(patch, dtype="float32", max_iters=30, eval_interval=30)
+    scale = torch.load("out/ckpt.pt", weights_only=True)["scaler"]["scale"]
+    assert scale > 1
+    alone = train(gradient_accumulation_steps=2, max_iters=30, eval_interval=30, out_dir="alone")
+    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_as_one_process_does():
+    run, _, _ = sharded(dtype="bfloat16", max_iters=20, recompute=True, grad_clip=0.0)
+    alone = train(dtype="bfloat16", gradient_accumulation_steps=2, max_iters=20, grad_clip=0.0, out_dir="alone")
+    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=5e-3)
+    assert torch.load("out/ckpt.pt", weights_only=True)["model"]["transformer.wpe.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_shared_out(workplace):
+    run, _, _ = sharded(compile=True, max_iters=8, eval_interval=4)
+    alone = train(gradient_accumulation_steps=2, max_iters=8, eval_interval=4, out_dir="alone")
+    assert "compile failed" not in run.text
+    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (dict(), "shard=True shares a model out among several ranks: start with torchrun"),
+        (dict(optimizer_state="offload"), "keeps the state of whole weights"),
+    ],
+)
+def test_what_sharding_is_not_combined_with(monkeypatch, keys, sentence):
+    if keys:
+        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
+            monkeypatch.setenv(name, str(value))
+    with pytest.raises(UsageError, match=sentence):
+        train(shard=True, gradient_accumulation_steps=2, **keys)
