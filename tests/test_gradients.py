@@ -139,7 +139,7 @@ def test_messages_of_an_iteration_of_gpt2(workplace):
     assert len(buckets) + beside <= 24
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_gradients_that_leave_early_are_the_same(workplace):
     keys = dict(gradient_accumulation_steps=4, dropout=0.1, max_iters=6)
     weights = []

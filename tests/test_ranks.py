@@ -93,7 +93,10 @@ def whole(one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (4, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("ranks", "shard"),
+    [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.proof) for shard in (False, True))],
+)
 def test_ranks_learn_what_one_process_learns(whole, ranks, shard):
     train_on_ranks(ranks, **SAME, shard=shard)
     ours, alone = figures("out"), figures(whole)
@@ -103,6 +106,7 @@ def test_ranks_learn_what_one_process_learns(whole, ranks, shard):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_run_goes_on_with_another_number_of_ranks(shard):
     keys = {**SAME, "eval_interval": 5, "recompute": shard}
