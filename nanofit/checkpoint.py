@@ -166,7 +166,8 @@ def _open(path, whole=False):
     with open(path, "rb") as f:  # torch maps only a file whose name is text
         if not zipped:
             for _ in range(OLD_PICKLES):
-                refuse_endless(f)
+                if f.peek(1):
+                    refuse_endless(f)
             f.seek(0)
         return torch.load(f, map_location="cpu", weights_only=True)
 
