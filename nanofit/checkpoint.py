@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import math
+import mmap
 import os
 import pickle
 import sys
@@ -165,10 +166,11 @@ def _open(path, whole=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     with open(path, "rb") as f:  # torch maps only a file whose name is text
         if not zipped:
-            for _ in range(OLD_PICKLES):
-                if f.peek(1):
-                    refuse_endless(f)
-            f.seek(0)
+            # Mapped, because a file makes room for whatever length a damaged pickle asks it to read.
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pickles:
+                for _ in range(OLD_PICKLES):
+                    if pickles.tell() < len(pickles):
+                        refuse_endless(pickles)
         return torch.load(f, map_location="cpu", weights_only=True)
 
 
