@@ -166,6 +166,23 @@ def test_commands_are_found_wherever_they_stand():
     assert commands_of(text) == ["python b.py", "torchrun c.py --y=2", "python a.py --x=1"]
 
 
+@pytest.mark.proof
+def test_the_plan_that_the_readme_shows_is_what_its_command_prints(checkout):
+    block = r"^\$ python train.py (.*)\n\.\.\.\n((?:auto-fit: .*\n)+)"
+    [(arguments, shown)] = re.findall(block, (ROOT / "README.md").read_text(), re.MULTILINE)
+    printed = run_script("train.py", *shlex.split(arguments)).text.splitlines()
+    told = [line for line in printed if line.startswith("auto-fit: ")]
+    seconds = r", found in \d+ s$"
+    assert [re.sub(seconds, "", line) for line in shown.splitlines()] == [re.sub(seconds, "", line) for line in told]
+
+
+@pytest.mark.parametrize(("folder", "not_named"), [("benchmarks", {"common", "nanogpt"}), ("nanofit", {"__init__"})])
+def test_the_readme_names_each_file(folder, not_named):
+    text = (ROOT / "README.md").read_text()
+    missing = {path.stem for path in (ROOT / folder).glob("*.py") if f"`{folder}/{path.name}`" not in text}
+    assert missing == not_named
+
+
 def test_each_command_of_the_readme_has_a_row_and_each_row_a_command():
     found = commands_of((ROOT / "README.md").read_text())
     assert set(found) == set(COMMANDS), "a row of COMMANDS tells how a command of README.md is run, or why it can't be"
