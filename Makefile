@@ -14,12 +14,13 @@ endif
 OUT := out-python-char
 RESULTS := benchmarks/results
 
-.PHONY: help train test proofs picture torture bigdata lint gpu clean
+.PHONY: help train test proofs picture torture hosts bigdata lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
 	@echo "make proofs  run the tests that take long, which make test leaves out"
 	@echo "make torture kill a small run a hundred times, and resume it each time; what only whole processes show"
+	@echo "make hosts   as root, on Linux: a run on two hosts, of which one is unplugged; two network namespaces"
 	@echo "make picture take the picture of a report that README shows, with Chromium"
 	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
 	@echo "make lint    check the style"
@@ -42,7 +43,11 @@ proofs: $(SETUP)
 
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100
+	$(PY) tests/torture.py --kills=20 --ranks=2
 	$(PY) -m pytest -q tests/processes.py
+
+hosts: $(SETUP)
+	$(PY) tests/two_hosts.py
 
 bigdata: $(SETUP)
 	$(PY) tests/bigdata.py

@@ -84,6 +84,7 @@ loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there 
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
+ranks = 1  # of such a plan: GPUs like that one
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
 defaults = keys_of(globals())
@@ -133,6 +134,7 @@ elif saved:
     plan = checkpoint.split_as_saved(saved, plan, given)
     if plan.micro_batch_size != batch_size:
         print(f"batch_size {batch_size} is cut into {plan.micro_batch_size}, as when the checkpoint was saved")
+plan = folder.no_larger(plan)
 runtime.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device))
 
@@ -152,7 +154,7 @@ if block_size < trained_with:
     folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 models.apply_levers(model, levers)
-sharding.place(model, world, device, dtype, shard)  # with the weights of rank 0: each rank has drawn its own
+sharding.place(model, world, device, dtype, levers.shard)  # with the weights of rank 0: each rank has drawn its own
 optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
@@ -217,7 +219,7 @@ def save_where_it_stops():
 here = rng_state()  # as this iteration began
 unsaved, saved_iter = "", iter_num - 1  # why the last checkpoint could not be written; of which iteration it is
 signals = StopSignals()
-recovery = Recovery(world, device, batches, raw_model, scaler, give_up=save_where_it_stops)
+recovery = Recovery(world, device, batches, raw_model, scaler, save_where_it_stops, folder.note_smaller)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 recovery.run(partial(allocate_state, optimizer))
 if plan.compile:

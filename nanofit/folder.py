@@ -9,18 +9,22 @@ import contextlib
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import socket
 import time
 import uuid
+from dataclasses import replace
 
 from nanofit import checkpoint
+from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
 from nanofit.distributed import ALONE
 from nanofit.errors import UsageError, shown, usage_errors
 
 LOCK = "run.lock"
+SMALLER = "smaller.json"  # [batch_size, the micro-batch that the next attempt of a sharded run begins with]
 _held = {}  # folder: this process's hold on it. A run that ended in an error, as in a notebook, may have left it
 
 
@@ -74,6 +78,28 @@ class RunFolder:
         self.run_id = run_id_of(saved)
         self._loaded = saved["iter_num"]
         return saved
+
+    def note_smaller(self, batch_size, size):
+        """Let the next attempt begin with micro-batches of this size; any rank may call it, for want of memory."""
+        part = self.path(f"{SMALLER}.{os.getpid()}.part")
+        with contextlib.suppress(OSError):  # a full disk: the message that ends the attempt says the same
+            with open(part, "w") as file:
+                json.dump([batch_size, size], file)
+            os.replace(part, self.path(SMALLER))
+
+    def no_larger(self, plan):
+        """plan, or as note_smaller wants it where that is less. All ranks must call it."""
+        noted = None
+        if self.world.is_main:
+            with contextlib.suppress(OSError, ValueError, RecursionError), open(self.path(SMALLER)) as file:
+                noted = json.load(file)
+        noted = self.world.all_gather(noted)[0]
+        sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // self.world.size)
+        smaller = [size for size in sizes if noted == [plan.batch_size, size] and size < plan.micro_batch_size]
+        if not plan.levers.shard or not smaller:
+            return plan
+        print(f"batch_size {plan.micro_batch_size} -> {smaller[0]}: memory ran out before ({self.path(SMALLER)})")
+        return replace(plan, micro_batch_size=smaller[0])
 
     def begin_anew(self):
         """What is saved from here on is another run's than what was loaded, which will be kept beside it."""

@@ -60,12 +60,13 @@ class Recovery:
     """Runs parts of training, again in smaller pieces where memory runs out in them.
 
     batches: cut into smaller micro-batches, so that what they say of the split is always true. give_up(): saves what
-    can be saved before an error ends the run on all ranks; returns what to tell of it.
+    can be saved before an error ends the run on all ranks; returns what to tell of it. note_smaller(batch_size, size):
+    keeps what a sharded run's next attempt should begin with.
     """
 
-    def __init__(self, world, device, batches, model, scaler, give_up):
+    def __init__(self, world, device, batches, model, scaler, give_up, note_smaller=lambda batch_size, size: None):
         self.world, self.device, self.batches, self.model = world, device, batches, model
-        self.scaler, self.give_up = scaler, give_up
+        self.scaler, self.give_up, self.note_smaller = scaler, give_up, note_smaller
         self._ran_out = 0  # iterations and evaluations in which memory ran out so far
 
     def run(self, *parts):
@@ -132,12 +133,12 @@ class Recovery:
         """End a sharded run from one rank: the others are waiting for its shares, and can't be asked."""
         sentence = f"rank {self.world.rank}: {said}"
         if kind == "memory":
-            size, whole = self.batches.micro_batch_size, self.batches.batch_size * self.batches.per_iter
-            smaller = self._smaller()
-            split = f"--batch_size={smaller} --gradient_accumulation_steps={whole * self.world.size // (smaller or 1)}"
-            sentence += f" at batch_size {size}, and sharded ranks can't go back one by one; " + (
-                f"start again with {split}" if smaller else "one sequence is too much: use more ranks or recompute"
-            )
+            sentence += f" at batch_size {self.batches.micro_batch_size}, and sharded ranks can't go back one by one"
+            if smaller := self._smaller():
+                self.note_smaller(self.batches.batch_size, smaller)
+                sentence += f"; the next start takes {smaller}"
+            else:
+                sentence += ": one sequence is too much, use more ranks or --recompute=True"
         raise UsageError(f"{sentence}; --init_from=auto goes on from the last checkpoint", of_rank=True)
 
     def _smaller(self):

@@ -46,6 +46,7 @@ def check(config, world):
     """Raise a UsageError for the first key of train.py that can't be what it is."""
     at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps")
     at_least(1, config, "eval_interval", "eval_iters", "log_interval")
+    at_least(1, config, "ranks")
     at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
     at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2", "loss_chunk_mb")
     if not 0 < config["wait_minutes"] <= 60 * 24 * 365:
@@ -64,16 +65,21 @@ def check(config, world):
             f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(models.GPT2_SIZES)}, or a folder that "
             f"holds a Hugging Face GPT-2, not {init_from!r}"
         )
-    steps = config["gradient_accumulation_steps"]
-    if steps % world.size:
-        below = steps // world.size * world.size
-        nearest = [str(n) for n in (below, below + world.size) if n]
+    if config["ranks"] > 1 and not is_elsewhere(config):
         raise UsageError(
-            f"gradient_accumulation_steps={steps} can't be shared equally by {world.size} ranks: "
+            "ranks is for the plan of a device that isn't here (--dry_run=True --memory_limit_gb=12): to train on "
+            f"several, start with torchrun --nproc_per_node={config['ranks']}"
+        )
+    ranks, steps = max(world.size, config["ranks"]), config["gradient_accumulation_steps"]
+    if steps % ranks:
+        below = steps // ranks * ranks
+        nearest = [str(n) for n in (below, below + ranks) if n]
+        raise UsageError(
+            f"gradient_accumulation_steps={steps} can't be shared equally by {ranks} ranks: "
             f"set it to {' or '.join(nearest)}"
         )
     if config["shard"]:
-        check_shard(config, world)
+        check_shard(config, ranks)
     if is_elsewhere(config):
         if world.size > 1:
             raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
@@ -85,9 +91,9 @@ def check(config, world):
         check_compile_mode(config)
 
 
-def check_shard(config, world):
+def check_shard(config, ranks):
     """Raise a UsageError for what a model that is shared out among the ranks can't be combined with."""
-    if world.size == 1:
+    if ranks == 1:
         raise UsageError("shard=True shares a model out among several ranks: start with torchrun, or leave it out")
     if config["optimizer_state"] != "float32":
         raise UsageError(

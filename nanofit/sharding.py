@@ -16,7 +16,7 @@ def place(model, world, device, dtype, shard=False):
 
     dtype: what products run in, and so, on a GPU, what a block's weights travel in; all else stays float32.
     """
-    if not shard:
+    if not shard or world.size == 1:
         model.to(device)
         world.broadcast(model.parameters())
         return

@@ -623,6 +623,8 @@ row("a config file that takes a builtin's name", file("c.py", "print = len = max
     changes=("out", *SAVED))
 row("a value too deep", argv=["--batch_size=" + "[" * 9000], says="batch_size must be a whole number")
 row("no time to wait for a rank", wait_minutes=0, says="wait_minutes must be above 0")
+row("ranks without a plan", ranks=2, says="start with torchrun --nproc_per_node=2")
+row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
 row("an unknown init_from", init_from="gpt5", says="init_from must be")
 row("init_from with a zero byte", argv=["--init_from='a\\0'"], says="zero byte")
 row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")

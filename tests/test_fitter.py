@@ -305,6 +305,35 @@ def test_recompute_is_taken_where_it_is_faster():
     assert plan.trials[-1].levers.recompute
 
 
+def answer_of_ranks(job):
+    """A model that fits four ranks of 12 GB together."""
+    if not job.levers.shard:
+        return OUT_OF_MEMORY
+    assert job.ranks == 4
+    return dict(peak_bytes=int((12 if not job.levers.recompute else 7 + job.micro_batch_size) * GIB))
+
+
+def test_ranks_share_a_model_out_where_it_does_not_fit_one():
+    made, said, jobs = fitter(
+        answer_of_ranks, world_size=4, gradient_accumulation_steps=4, may_shard=True, asked_compile=True
+    )
+    plan = made.plan()
+    assert (plan.micro_batch_size, plan.levers) == (2, MemoryLevers(recompute=True, shard=True))
+    assert plan.compile, "as asked: it can't be tried"
+    assert "auto-fit: shard on: whole, not even batch_size 1 fits a rank; simulated" in said
+    assert [job.levers.shard for job in jobs] == [False, False, True, True, True]
+    made, _, _ = fitter(answer_of_ranks, world_size=4, gradient_accumulation_steps=4, advises=False)
+    with pytest.raises(UsageError, match="nothing fits"):
+        made.plan()
+
+
+def test_ranks_keep_a_model_whole_where_it_fits():
+    made, said, jobs = fitter(answer_3060, world_size=2, gradient_accumulation_steps=2, may_shard=True)
+    assert not made.plan().levers.shard
+    assert "auto-fit: shard off: the whole model fits each rank, and need not be gathered in every micro-step" in said
+    assert not any(job.levers.shard for job in jobs)
+
+
 # ---- where nothing fits ------------------------------------------------------------------------------------
 
 

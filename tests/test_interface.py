@@ -121,6 +121,10 @@ COMMANDS = {
     "python train.py config/train_openwebtext.py --device=cuda --memory_limit_gb=12 --dry_run=True": How(
         (*flags(**TINY), *ONE), "^auto-fit: batch_size 1 -> 1, .*$"
     ),
+    "python train.py config/train_gpt2.py --device=cuda --memory_limit_gb=12 --dry_run=True --ranks=4": How(
+        flags(**TINY, gradient_accumulation_steps=4),
+        "^auto-fit: each of 4 ranks, sharded: of (.*\n)*auto-fit: batch_size 2",
+    ),
     BY_CHARACTERS: How(SHORT, TRAINED),
     f"{BY_CHARACTERS} --init_from=resume": How(
         SHORT, rf"^resuming from \S+ at iteration 1\n(.*\n)*{TRAINED[1:]}", BY_CHARACTERS
@@ -140,6 +144,9 @@ COMMANDS = {
     ),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py config/train_gpt2.py "
     "--gradient_accumulation_steps=48": Cannot("needs two machines"),
+    "torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=run1 "
+    "--rdzv_endpoint=10.0.0.1:29400 train.py config/train_gpt2.py --gradient_accumulation_steps=48 "
+    "--init_from=auto": Cannot("needs two machines: tests/two_hosts.py makes two of one"),
     "python data/python_char/prepare.py": How(shows=r"^train has \d+,\d+,\d+ tokens"),
     "python data/shakespeare_char/prepare.py": How(TEXT, "^train has 180 tokens"),
     "python data/shakespeare/prepare.py": How(TEXT, "^train has 67 tokens", needs=("bpe",)),

@@ -19,11 +19,19 @@ from nanofit.optimizers import make_optimizer
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
-JOB = Job(str(ROOT / "model.py"), SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2)
-MOVED = {"recompute": True, "optimizer_state": "offload", "loss_chunk_mb": 256}  # another value of each lever
+JOB = Job(str(ROOT / "model.py"), SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2, ranks=2)
+MOVED = {
+    "recompute": True,
+    "optimizer_state": "offload",
+    "loss_chunk_mb": 256,
+    "shard": True,
+}  # another value of each lever
 PLAIN = MemoryLevers().within(0)  # as a trial and a run settle them
 
-lever = pytest.mark.parametrize("name", [field.name for field in fields(MemoryLevers)])
+LEVERS = [field.name for field in fields(MemoryLevers)]
+lever = pytest.mark.parametrize("name", LEVERS)
+# What several ranks share out is shown on several: tests/test_sharding.py, test_ranks.py.
+lever_of_one = pytest.mark.parametrize("name", [name for name in LEVERS if name != "shard"])
 
 
 def moved(name):
@@ -89,7 +97,7 @@ def applied(levers):
     return sum(saved.values()), model.loss_chunk_mb, type(optimizer).__name__, loss.item()
 
 
-@lever
+@lever_of_one
 def test_it_changes_how_training_computes_and_not_what(name):
     (*plain, loss), (*changed, same_loss) = applied(PLAIN), applied(moved(name))
     assert changed != plain
@@ -102,7 +110,7 @@ def test_it_changes_what_is_simulated(name):
     assert step_memory(WithChunks, GPTConfig, JOB, moved(name)) != plain
 
 
-@lever
+@lever_of_one
 def test_a_run_with_it_says_so_in_its_checkpoint(name, workplace):
     train(**{name: MOVED[name]}, max_iters=2, eval_interval=2)
     saved = torch.load("out/ckpt.pt", weights_only=True)

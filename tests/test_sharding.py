@@ -59,28 +59,38 @@ def sharded(patch="", check=True, **keys):
     return train_on_ranks(2, script="patched.py", check=check, **keys)
 
 
-@pytest.mark.slow
-def test_memory_that_runs_out_ends_the_attempt_with_what_would_be_smaller():
-    patch = """
+RUNS_OUT = """
+sys.path.insert(0, os.environ["PYTHONPATH"])
+from functools import wraps
 from model import GPT
 forward, calls = GPT.forward, []
-def runs_out(self, *args, **options):
+@wraps(forward)
+def runs_out(self, idx, *args, **options):
     calls.append(1)
-    if os.environ["RANK"] == "1" and self.training and len(calls) > 8:
+    if os.environ["RANK"] == "1" and self.training and len(calls) > 12 and len(idx) > 4:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.")
-    return forward(self, *args, **options)
-runs_out.__wrapped__ = forward
+    return forward(self, idx, *args, **options)
 GPT.forward = runs_out
 """
-    _, said, code = sharded("sys.path.insert(0, os.environ['PYTHONPATH'])" + patch, check=False)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_ends_the_attempt_and_the_next_takes_less():
+    keys = dict(eval_interval=4, max_iters=16, init_from="auto", log_interval=1)
+    _, said, code = sharded(RUNS_OUT, check=False, **keys)
     assert code != 0
     sentence = (
         "error: rank 1: memory ran out on asking for 6.14 GiB at batch_size 8, and sharded ranks can't go back one by "
-        "one; start again with --batch_size=4 --gradient_accumulation_steps=4; --init_from=auto goes on from the last"
+        "one; the next start takes 4; --init_from=auto goes on from the last checkpoint"
     )
     ours, torchruns = said.split("Traceback (most recent call last):")  # which tells at its end what it was told
     assert (ours.count(sentence), torchruns.count(sentence)) == (1, 1), said
     assert "mistake of the program's" not in said
+    run, _, _ = sharded(RUNS_OUT, **keys)
+    assert "resuming from out at iteration 4" in run.text
+    assert "batch_size 8 -> 4: memory ran out before (out/smaller.json)" in run.text
+    alone = train(gradient_accumulation_steps=2, eval_interval=4, max_iters=16, out_dir="alone")
+    assert run.iter_loss == pytest.approx({i: loss for i, loss in alone.iter_loss.items() if i >= 4}, abs=2e-4)
 
 
 @pytest.mark.proof

@@ -52,6 +52,11 @@ def test_parts_are_what_their_names_say():
     assert parts["activations"] > 5 * take(n_layer=2, levers=RECOMPUTE)["activations"]
     alone = take(n_layer=2, micro_steps=1)
     assert alone["gradients"] < parts["gradients"], "without accumulation, the forward pass finds none"
+    shared = take(n_layer=2, ranks=4, levers={"shard": True})
+    assert shared["optimizer state"] == pytest.approx(parts["optimizer state"] / 4, rel=0.01)
+    outside, block = (50304 + 1024 + 1) * 768 / GIB, (12 * 768**2 + 2 * 768) / GIB
+    assert shared["weights"] == pytest.approx(parts["weights"] / 4 + 4 * outside + 2 * 2 * block, rel=0.01)
+    assert shared["gradients"] == pytest.approx(parts["gradients"] / 4 + 4 * outside + (2 + 4) * block, rel=0.01)
     together = take(n_layer=2, micro_steps=1, ranks=2)
     assert together["gradients"] == parts["gradients"], "several ranks' have memory of their own"
     assert take(n_layer=2, levers={"optimizer_state": "offload"})["optimizer state"] == 0
@@ -63,6 +68,13 @@ def test_parts_are_what_their_names_say():
 def test_350m_fits_a_card_of_8_gb():
     limit = (8 - 0.5) * 0.95  # less CUDA's context and the margin
     assert sum(take("gpt2-medium", levers=RECOMPUTE).values()) < limit
+
+
+@pytest.mark.slow
+def test_1500m_fits_four_cards_of_12_gb_together():
+    limit = (12 - 0.5) * 0.95
+    shared = sum(take("gpt2-xl", ranks=4, levers={**RECOMPUTE, "shard": True}).values())
+    assert shared < limit < sum(take("gpt2-xl", ranks=4, levers=RECOMPUTE).values())
 
 
 class Bare(torch.nn.Module):

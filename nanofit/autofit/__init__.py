@@ -56,6 +56,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
     from nanofit.autofit.plan import Job
 
     elsewhere, dry_run = isinstance(device, str), config["dry_run"]
+    ranks = config["ranks"] if elsewhere else world.size
     job = Job(
         model_file=models.file_of(model_class),
         model_args=model_args,
@@ -71,11 +72,12 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
         job=job,
         batch_size=config["batch_size"],
         gradient_accumulation_steps=config["gradient_accumulation_steps"],
-        world_size=world.size,
+        world_size=ranks,
         asked_compile=config["compile"],
         compile_min_sms=config["compile_min_sms"],
         iterations_left=iterations_left,
         may_recompute="recompute" not in given,
+        may_shard="shard" not in given and config["optimizer_state"] == "float32",
         may_shrink=config["init_from"] == "scratch",
         advises=world.is_main,
         run_trial=run_trial,
@@ -83,7 +85,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
     key = {
         **({} if elsewhere else runtime.device_info(device)),
         "model": model_args,
-        "ranks": world.size,
+        "ranks": ranks,
         "recompute_is_free": fitter.may_recompute,
         **{name: config[name] for name in ASKED},
     }
@@ -103,8 +105,13 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
         print(f"auto-fit: the ranks chose batch_size {sizes}: all take {plan.micro_batch_size}")
         world.agree(lambda: fitter.check(own, plan.micro_batch_size, plan.levers))
     if world.is_main and dry_run:
-        parts = run_trial(replace(fitter.job_of(plan.micro_batch_size), levers=plan.levers, simulate=True)).parts
-        print(f"auto-fit: {advice.where_it_goes(parts)}" if parts else "auto-fit: where memory goes is not known")
+        ways = {"": plan.levers.shard}
+        if ranks > 1:
+            ways = {f"each of {ranks} ranks, whole: ": False, f"each of {ranks} ranks, sharded: ": True}
+        for who, shard in ways.items():
+            levers = replace(plan.levers, shard=shard)
+            parts = run_trial(replace(fitter.job_of(plan.micro_batch_size), levers=levers, simulate=True)).parts
+            print(f"auto-fit: {who}{advice.where_it_goes(parts) if parts else 'where memory goes is not known'}")
     elif world.is_main and not config["eval_only"] and (why := cache.remember(config["out_dir"], key, plan)):
         print(f"auto-fit: {why}")
     return plan
@@ -122,5 +129,7 @@ def smallest(plans, own):
         own,
         micro_batch_size=min(plan.micro_batch_size for plan in plans),
         compile=all(plan.compile for plan in plans),
-        levers=replace(own.levers, recompute=any(plan.levers.recompute for plan in plans)),
+        levers=replace(
+            own.levers, **{name: any(getattr(p.levers, name) for p in plans) for name in ("recompute", "shard")}
+        ),
     )

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-from nanofit.autofit.plan import GIB
+from nanofit.autofit.plan import FRAGMENTED, GIB
 from nanofit.models import GPT2_SIZES
 from nanofit.optimizers import OPTIMIZER_STATES
 
-FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
 SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 
 

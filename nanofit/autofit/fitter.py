@@ -30,6 +30,7 @@ class Fitter:
     compile_min_sms: int = 68
     iterations_left: int = 1
     may_recompute: bool = True  # recompute is ours to choose
+    may_shard: bool = False  # shard is
     may_shrink: bool = True  # the model's size is free to be proposed smaller
     advises: bool = True  # where nothing fits, look for what would
     say: Callable = print
@@ -46,7 +47,7 @@ class Fitter:
         """A Plan, from trials or from an earlier one that a single trial confirms. UsageError where nothing fits."""
         if remembered and (plan := self._confirm(remembered)):
             return plan
-        choice, trials, why = self._search()
+        choice, trials, why = self._search_ranks()
         if choice is None:
             raise UsageError(self._nothing_fits(trials))
         choice = self._in_one_chunk(choice)
@@ -106,10 +107,23 @@ class Fitter:
             f"{facts.free_bytes / GIB:.2f} GiB free, limit {facts.limit_bytes / GIB:.2f} GiB{asked}{simulated}"
         )
 
-    def _search(self):
+    def _search_ranks(self):
+        """(choice, trials, reasons): each rank with the whole model, and with a share where that doesn't fit."""
+        choice, trials, reasons = self._search(self.job.levers)
+        if not self.may_shard or self.world_size == 1 or self.job.levers.shard or not self.facts:
+            return choice, trials, reasons
+        if choice:
+            why = "shard off: the whole model fits each rank, and need not be gathered in every micro-step"
+        else:
+            choice, more, reasons = self._search(replace(self.job.levers, shard=True))
+            trials, why = [*trials, *more], "shard on: whole, not even batch_size 1 fits a rank; simulated"
+        if choice:
+            self.say(f"auto-fit: {why}")
+        return choice, trials, (*reasons, why)
+
+    def _search(self, levers):
         """(choice, trials, reasons): without recompute, and with it where that helps."""
         sizes = self._sizes()
-        levers = self.job.levers
         choice, trials = self._search_sizes(sizes, levers)
         if levers.recompute or not self.may_recompute:
             return choice, trials, ()
@@ -172,7 +186,10 @@ class Fitter:
     def check(self, plan, size, levers):
         """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
         known = any(
-            t.fits and t.micro_batch_size == size and t.levers.recompute == levers.recompute for t in plan.trials
+            t.fits
+            and t.micro_batch_size == size
+            and (t.levers.recompute, t.levers.shard) == (levers.recompute, levers.shard)
+            for t in plan.trials
         )
         if not known and not self.measure(size, levers=levers).fits:
             raise UsageError(f"batch_size {size}, which another rank chose, does not fit here")
@@ -181,6 +198,9 @@ class Fitter:
         """(trial, use, why) for torch.compile at the chosen size or the next smaller one, tried there if it may pay."""
         if self.job.simulate:
             return choice, False, "compile: decided on the device itself"
+        if choice.levers.shard:
+            why = "compile: as configured, because sharded ranks are not tried beforehand"
+            return choice, self.asked_compile, why
         facts = self.facts
         verdict, why = may_compile(
             asked=self.asked_compile,

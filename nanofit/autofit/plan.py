@@ -13,6 +13,7 @@ GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
+FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
 
 
 def divisors(n):
@@ -33,6 +34,7 @@ class MemoryLevers:
     recompute: bool = False  # blocks compute their activations again in the backward pass
     optimizer_state: str = "float32"  # or '8bit', 'offload': see optimizers.py
     loss_chunk_mb: int = 0  # MiB of logits that exist at a time; 0: by the memory there is
+    shard: bool = False  # several ranks hold one model together: see sharding.py
 
     def within(self, limit_bytes):
         """These levers with what is left open settled for a device of so much memory (0: unknown)."""
@@ -48,7 +50,7 @@ class MemoryLevers:
         return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
 
 
-FITTED = ("recompute", "loss_chunk_mb")  # the levers that auto-fit may move, where the user doesn't
+FITTED = ("recompute", "loss_chunk_mb", "shard")  # the levers that auto-fit may move, where the user doesn't
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from nanofit import models, runtime
 from nanofit.autofit.plan import (
     CONTEXT_BYTES,
     FAILS,
+    FRAGMENTED,
     GIB,
     OUT_OF_MEMORY,
     Facts,
@@ -77,10 +78,14 @@ def measure(job, made):
             neighbours=() if job.limit_bytes else tuple(runtime.gpu_processes(device)),
         )
     )
+    levers = job.levers.within(limit)
+    if levers.shard:  # which takes more processes than this one
+        peak = int(FRAGMENTED * sum(simulated(job, levers).values())) + runtime.process_bytes(device)
+        report(Trial(job.micro_batch_size, levers, job.compile, peak_bytes=peak))
+        return
     runtime.cap_memory(device, limit)
     if device.type == "cpu":
         runtime.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
-    levers = job.levers.within(limit)
     try:
         made[:] = made or make(job, levers, device)
         figures = run(job, *made, device)
@@ -155,10 +160,15 @@ def run(job, model, optimizer, device):
     }
 
 
-def simulate(job):
-    """The same step on fake tensors: what tensors would hold at the peak, and what for."""
+def simulated(job, levers):
+    """Bytes by what they are for, at the peak of the same step on fake tensors."""
     from nanofit.autofit.simulate import step_memory
 
+    return step_memory(*models.from_file(job.model_file), job, levers)
+
+
+def simulate(job):
+    """A device that isn't here: what tensors would hold of it."""
     card = int(job.memory_limit_gb * GIB)
     free = card - (CONTEXT_BYTES if job.device.startswith("cuda") else 0)
     limit = job.limit_bytes or memory_limit(free, 0.0)
@@ -172,7 +182,7 @@ def simulate(job):
         )
     )
     levers = job.levers.within(limit)
-    parts = step_memory(*models.from_file(job.model_file), job, levers)
+    parts = simulated(job, levers)
     report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
 
 
