@@ -88,8 +88,9 @@ class World:
         wait, hook = timedelta(minutes=wait_minutes), sys.excepthook
         # Where torch waits at the meeting place, it hears no Python handler: Ctrl-C ends the process without a word.
         with usage_errors(ValueError, RuntimeError, OverflowError, TypeError, prefix=prefix), ctrl_c_ends_at_once():
-            store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
-            store = dist.PrefixStore(self._meet(store), store)
+            meeting = min(MEETING, wait)
+            store, *_ = next(dist.rendezvous("env://", timeout=meeting))
+            store = dist.PrefixStore(self._meet(store, meeting), store)
             store.set_timeout(wait)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait, **options)
         sys.excepthook = hook  # torch's would hold back what ours says before it ends the process
@@ -99,12 +100,12 @@ class World:
         atexit.register(time.sleep, 0.1)
         return device
 
-    def _meet(self, store):
+    def _meet(self, store, patience):
         """A name that all ranks of this attempt of a run share, and none of an earlier one that torchrun restarted.
 
         torchrun may keep its store, and how often a machine has restarted is its own count: in the store as it was
         left, a rank would look for those that are gone. So each tells rank 0 a name of its own, and is answered by it.
-        Raises UsageError where some don't come in time.
+        Raises UsageError where some don't come within patience, a timedelta.
         """
         own = uuid.uuid4().hex
         if not self.is_main:
@@ -112,10 +113,10 @@ class World:
             try:
                 attempt = store.get(f"answer/{own}").decode()  # waits
             except dist.DistStoreError as e:
-                raise self._without([0]) from e
+                raise self._without([0], patience) from e
             store.set(f"joined/{attempt}/{self.rank}", "")
             return attempt
-        missing, end = list(range(1, self.size)), time.monotonic() + MEETING.total_seconds()
+        missing, end = list(range(1, self.size)), time.monotonic() + patience.total_seconds()
         while missing:
             for rank in missing:
                 if store.check([f"here/{rank}"]):  # perhaps of one that is gone, and will be replaced
@@ -123,13 +124,13 @@ class World:
             time.sleep(0.02)
             missing = [rank for rank in missing if not store.check([f"joined/{own}/{rank}"])]
             if missing and time.monotonic() > end:
-                raise self._without(missing)
+                raise self._without(missing, patience)
         return own
 
-    def _without(self, missing):
+    def _without(self, missing, patience):
         """The UsageError that these ranks did not come."""
         ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}{', ...' * (len(missing) > 8)}"
-        waited = f"{MEETING.total_seconds() / 60:.0f} minutes"
+        waited = f"{patience.total_seconds() / 60:g} minutes"
         return UsageError(f"{ranks} of {self.size} did not come in {waited}: look at what {ranks} printed")
 
     def destroy(self):

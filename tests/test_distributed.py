@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,9 +65,27 @@ def test_a_plan_for_a_card_that_is_not_here_is_made_by_one_process(monkeypatch):
         train(device="cuda", memory_limit_gb=12.0, dry_run=True, gradient_accumulation_steps=2)
 
 
+def test_ranks_meet_in_a_store_that_an_earlier_attempt_has_left():
+    store, before = torch.distributed.HashStore(), []
+    for _ in range(2):  # attempts: torchrun may keep its store
+        with ThreadPoolExecutor(3) as pool:
+            deadline = time.monotonic() + 30
+            late = [pool.submit(World(rank=rank, size=3)._attempt, store, deadline) for rank in (0, 1)]
+            time.sleep(0.1)
+            late.append(pool.submit(World(rank=2, size=3)._attempt, store, deadline))
+            names = {told.result() for told in late}
+        assert len(names) == 1
+        assert not names & {*before}, "of its own"
+        before.append(names.pop())
+    with pytest.raises(RuntimeError, match="rank 1 has not come"):
+        World(rank=0, size=3)._attempt(store, time.monotonic() - 1)
+
+
 AGREE = """
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from nanofit.distributed import World

@@ -57,7 +57,7 @@ def ways_of(facts):
         size, accumulation = plan.micro_batch_size, plan.accumulation
     except (AttributeError, LookupError, TypeError):
         return []
-    here = replace(job, micro_batch_size=size, micro_steps=accumulation // ranks)
+    here = replace(job, micro_batch_size=size, micro_steps=accumulation // ranks, ranks=ranks)
     theirs = replace(here, levers=MemoryLevers())
     ways = [("this run", False, here), ("nanoGPT's way", True, theirs)]
     if plan.batch_size != size:
