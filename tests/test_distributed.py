@@ -4,6 +4,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,16 @@ def test_ranks_meet_in_a_store_that_an_earlier_attempt_has_left():
     store, before = torch.distributed.HashStore(), []
     for _ in range(2):  # attempts: torchrun may keep its store
         with ThreadPoolExecutor(3) as pool:
-            deadline = time.monotonic() + 30
-            late = [pool.submit(World(rank=rank, size=3)._attempt, store, deadline) for rank in (0, 1)]
+            patience = timedelta(seconds=30)
+            late = [pool.submit(World(rank=rank, size=3)._meet, store, patience) for rank in (0, 1)]
             time.sleep(0.1)
-            late.append(pool.submit(World(rank=2, size=3)._attempt, store, deadline))
+            late.append(pool.submit(World(rank=2, size=3)._meet, store, patience))
             names = {told.result() for told in late}
         assert len(names) == 1
         assert not names & {*before}, "of its own"
         before.append(names.pop())
-    with pytest.raises(RuntimeError, match="rank 1 has not come"):
-        World(rank=0, size=3)._attempt(store, time.monotonic() - 1)
+    with pytest.raises(UsageError, match="ranks 1, 2 of 3 did not come in 0 minutes: look at what"):
+        World(rank=0, size=3)._meet(torch.distributed.HashStore(), timedelta(0))
 
 
 AGREE = """
@@ -86,6 +87,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 import torch
 from nanofit.distributed import World
