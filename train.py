@@ -7,6 +7,7 @@ On 4 GPUs of one machine (torchrun --help tells how to join several machines):
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
 
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from nanofit.distributed import World
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
-from nanofit.optimizers import allocate_state, get_lr, make_optimizer
+from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.progress import waiting
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.step import accumulate, clip, dry_step, evaluate, mean_losses, try_compile, update
@@ -174,11 +175,6 @@ runtime.empty_cache(device)
 # ---- what a run survives -----------------------------------------------------------------------------------
 
 
-def rng_state():
-    """Where this rank's random numbers stand."""
-    return {"data": batches.state_dict(), "generators": runtime.rng_state(device)}
-
-
 def snapshot():
     """What a checkpoint holds: the run at the beginning of iteration iter_num. All ranks must call it."""
     return {
@@ -216,7 +212,7 @@ def save_where_it_stops():
     return failure or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
 
 
-here = rng_state()  # as this iteration began
+here = checkpoint.rng_of(batches, device)  # as this iteration began
 unsaved, saved_iter = "", iter_num - 1  # why the last checkpoint could not be written; of which iteration it is
 signals = StopSignals()
 recovery = Recovery(world, device, batches, raw_model, scaler, save_where_it_stops, folder.note_smaller)
@@ -233,14 +229,24 @@ if plan.compile:
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
+
+def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
+    """Learning rate of iteration it: linear warm-up, cosine decay to min_lr, then min_lr."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
 if world.is_main:
     facts = run_facts(device, world, config, defaults, model_args, plan, levers)
     metrics.readers = open_readers(config, folder, iter_num, facts)
 metrics.start_clock()
-
 with signals.listening():
     while eval_only or iter_num <= max_iters:
-        here = rng_state()
+        here = checkpoint.rng_of(batches, device)
         if stop := world.all_reduce_max(signals.received):
             print(f"{signal.Signals(stop).name} before iteration {iter_num}: {save_where_it_stops()}")
             world.destroy()
@@ -283,7 +289,7 @@ with signals.listening():
         iter_num += 1
     watch.check_at_the_end()
     if not eval_only and saved_iter < max_iters:
-        here = rng_state()
+        here = checkpoint.rng_of(batches, device)
         print(f"iteration {max_iters} was the last: {save_where_it_stops()}")
 
 folder.release()

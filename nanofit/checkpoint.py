@@ -381,6 +381,11 @@ def restore(saved, optimizer, scaler, batches, world, device):
             batches.load_state_dict(ranks[0]["data"])  # the stream is one, of however many ranks
 
 
+def rng_of(batches, device):
+    """Where this rank's random numbers stand: what a checkpoint's rng holds of each rank."""
+    return {"data": batches.state_dict(), "generators": runtime.rng_state(device)}
+
+
 def split_of(batches, world, levers):
     """How the batch is cut now: [batch_size, gradient_accumulation_steps] as configured, and as they are."""
     return {

@@ -5,7 +5,6 @@ another optimizer_state, and by nanoGPT.
 """
 
 import importlib.util
-import math
 
 import torch
 
@@ -13,16 +12,6 @@ from nanofit.errors import UsageError
 
 OPTIMIZER_STATES = ("float32", "8bit", "offload")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
-
-
-def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Learning rate of iteration it: linear warm-up, cosine decay to min_lr, then min_lr."""
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it >= lr_decay_iters:
-        return min_lr
-    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
 def require(kind):
