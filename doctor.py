@@ -19,8 +19,7 @@ import nanofit  # noqa: F401  # before torch: see there
 
 # isort: split
 from configurator import configure
-from nanofit.autofit.plan import GIB
-from nanofit.doctor.checks import STOP, verdicts_on
+from nanofit.doctor.checks import STOP, size_of, verdicts_on
 from nanofit.doctor.gather import machine, private, run
 from nanofit.errors import UsageError
 
@@ -68,12 +67,8 @@ def examine(argv):
 
 def lines_on(facts):
     """What there is, for people: (name, text)."""
-
-    def size(count):
-        return "unknown" if count is None else f"{count / GIB:.2f} GiB"
-
-    limit = f", the container's limit is {size(facts.container_bytes)}" if facts.container_bytes else ""
-    memory = f"{size(facts.memory_bytes)} of memory, {size(facts.memory_free_bytes)} free{limit}"
+    limit = f", the container's limit is {size_of(facts.container_bytes)}" if facts.container_bytes else ""
+    memory = f"{size_of(facts.memory_bytes)} of memory, {size_of(facts.memory_free_bytes)} free{limit}"
     yield "system", f"{facts.system}{', WSL' if facts.is_wsl else ''}, {facts.cores} cores, {memory}"
     yield "Python", f"{facts.python}, compilers: {', '.join(facts.compilers) or 'none'}"
     runs = "{}.{}".format(*facts.driver_cuda) if facts.driver_cuda else "unknown"
@@ -90,7 +85,7 @@ def lines_on(facts):
         yield (
             f"GPU {index}",
             f"{gpu.name}, {gpu.sm_count} SMs, compute capability {'.'.join(map(str, gpu.capability))}, "
-            f"{size(gpu.total_bytes)}, {size(gpu.free_bytes)} free, held by: {held}",
+            f"{size_of(gpu.total_bytes)}, {size_of(gpu.free_bytes)} free, held by: {held}",
         )
     yield "packages", ", ".join(f"{name} {version}" for name, version in facts.packages.items() if version)
     for name, value in facts.environment.items():
@@ -101,13 +96,13 @@ def lines_on(facts):
         yield "data", f"{data.name}: {tokens} tokens, {vocabulary}"
     for saved in facts.checkpoints:
         state = "damaged" if saved.iteration is None else f"iteration {saved.iteration:,}"
-        yield "checkpoint", f"{saved.name}: {state}, {size(saved.bytes)}"
-    yield "disk", f"{size(facts.disk_free_bytes)} free"
+        yield "checkpoint", f"{saved.name}: {state}, {size_of(saved.bytes)}"
+    yield "disk", f"{size_of(facts.disk_free_bytes)} free"
 
 
 def main(argv):
     if {"-h", "--help"} & set(argv):
-        print(__doc__.strip(), "\npython train.py --help lists the keys.")
+        print(__doc__.strip(), "python train.py --help lists the keys.", sep="\n")
         return 0
     facts = examine([argument for argument in argv if argument != "--json"])
     verdicts = verdicts_on(facts)

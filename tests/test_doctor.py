@@ -125,7 +125,8 @@ TABLE = [  # (check, what is different, level or None where it has nothing to sa
     ("disk", {"disk_free_bytes": GIB // 2}, STOP, "none could be written", "--out_dir"),
     ("disk", {"disk_free_bytes": GIB // 2, "checkpoint_bytes": None}, OK, "0.50 GiB are free", ""),
     ("disk", {"disk_free_bytes": None}, None, "", ""),
-    ("fit", {}, OK, "batch_size 12 fits", ""),
+    ("fit", {}, OK, "batch_size 12 fits: it takes 8.00 GiB", ""),
+    ("fit", {"fit": Fit(GIB, 24, GIB, False, "12 -> 24")}, OK, "batch_size 12 fits: even 24 takes 1.00 GiB", ""),
     ("fit", {"fit": None}, None, "", ""),
     ("fit", {"fit": Fit(GIB, 4, GIB, False, "12 -> 4")}, STOP, "would not fit, 4 would", "--auto_fit=True"),
     ("fit", {"fit": Fit(GIB, 12, GIB, True, "12 -> 12")}, STOP, "would not fit", "--auto_fit=True"),
@@ -199,6 +200,21 @@ def test_what_a_run_finds_is_what_it_is_told_and_nothing_is_written():
     told = doctor(*SMALL, "--init_from=resume", code=1)
     assert told["stopped_by"] == ["checkpoint"]
     assert told["checks"]["checkpoint"]["do"] == "mv out/ckpt.prev.pt out/ckpt.pt"
+
+
+def test_auto_is_resume_where_there_is_a_checkpoint_and_else_scratch(monkeypatch):
+    monkeypatch.setattr(gather, "_fit", lambda *_: None)
+    assert "keys" not in doctor(*SMALL, "--init_from=auto")["checks"]
+    Path("out").mkdir()
+    Path("out/ckpt.pt").write_text("no checkpoint")
+    assert doctor(*SMALL, "--init_from=auto", code=1)["stopped_by"] == ["checkpoint"]
+
+
+def test_sizes_are_told_in_a_unit_that_shows_them():
+    facts = replace(SOUND, memory_free_bytes=None, checkpoints=(Checkpoint("ckpt.pt", 3 * 2**20, 7),))
+    told = dict(script.lines_on(facts))
+    assert told["checkpoint"] == "ckpt.pt: iteration 7, 3.0 MiB"
+    assert "32.00 GiB of memory, unknown free" in told["system"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ class Verdict:
     do: str = ""
 
 
-def _gib(size):
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.1f} MiB"
+def size_of(count):
+    """A number of bytes for people, None where it isn't known."""
+    if count is None:
+        return "unknown"
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _version(pair):
@@ -97,7 +100,7 @@ def memory_held_by_others(facts):
     gpu = facts.gpu
     if gpu is None or gpu.free_bytes is None:
         return None
-    free = f"{_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} are free"
+    free = f"{size_of(gpu.free_bytes)} of {size_of(gpu.total_bytes)} are free"
     if gpu.holders:
         who = ", ".join(f"{name} (pid {pid}) {mib:,} MiB" for pid, name, mib in gpu.holders)
         return Verdict(WARNING, f"{free}; held by {who}", f"kill {gpu.holders[0][0]}, if that may end")
@@ -176,17 +179,17 @@ def wsl_disk(facts):
     if facts.on_windows_disk:
         says = "this folder is on Windows' disk, which WSL2 reads slowly"
         return Verdict(WARNING, says, "cp -r . ~/nanogpt-fit")
-    memory = _gib(facts.memory_bytes) if facts.memory_bytes else "part"
+    memory = size_of(facts.memory_bytes) if facts.memory_bytes else "part"
     return Verdict(OK, f"WSL2, with {memory} of the machine's memory: [wsl2] memory= in .wslconfig gives it more")
 
 
 def disk_for_a_checkpoint(facts):
     if facts.disk_free_bytes is None:
         return None
-    free = f"{_gib(facts.disk_free_bytes)} are free where out_dir is"
+    free = f"{size_of(facts.disk_free_bytes)} are free where out_dir is"
     if facts.checkpoint_bytes is None:
         return Verdict(OK, free)
-    says = f"{free}, a checkpoint takes about {_gib(facts.checkpoint_bytes)}"
+    says = f"{free}, a checkpoint takes about {size_of(facts.checkpoint_bytes)}"
     if facts.disk_free_bytes < facts.checkpoint_bytes:
         return Verdict(STOP, f"{says}: none could be written", "--out_dir=... on a larger disk")
     if facts.disk_free_bytes < CHECKPOINTS_AT_ONCE * facts.checkpoint_bytes:
@@ -259,12 +262,13 @@ def batch_fits(facts):
         # A sentence of auto-fit's, and below it the settings that would fit.
         options = [line.strip() for line in fit.failure.splitlines() if line.startswith("  --")]
         return Verdict(STOP, fit.failure, options[0] if options else "a smaller model, or more memory")
-    size, limit = config["batch_size"], f"{_gib(fit.limit_bytes)} may be taken, simulated"
+    size, limit = config["batch_size"], f"{size_of(fit.limit_bytes)} may be taken, simulated"
     if fit.micro_batch_size >= size and fit.recompute == config["recompute"]:
-        return Verdict(OK, f"batch_size {size} fits: {fit.micro_batch_size} takes {_gib(fit.peak_bytes)}, {limit}")
+        what = "it" if fit.micro_batch_size == size else f"even {fit.micro_batch_size}"
+        return Verdict(OK, f"batch_size {size} fits: {what} takes {size_of(fit.peak_bytes)}, {limit}")
     if config["auto_fit"]:
         return Verdict(OK, f"auto_fit makes it fit: {fit.split}; {limit}")
-    says = f"batch_size {size} would not fit, {fit.micro_batch_size} would with {_gib(fit.peak_bytes)}; {limit}"
+    says = f"batch_size {size} would not fit, {fit.micro_batch_size} would with {size_of(fit.peak_bytes)}; {limit}"
     return Verdict(STOP, says, "--auto_fit=True")
 
 

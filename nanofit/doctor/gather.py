@@ -142,7 +142,9 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
     from nanofit.folder import RunFolder
     from nanofit.metrics import require_readers
 
-    config, given = facts.config, facts.given
+    folder = RunFolder(facts.config["out_dir"])
+    config = {**facts.config, "init_from": folder.settle(facts.config["init_from"])}
+    given = facts.given
     cpu, elsewhere = runtime.find_device("cpu"), settings.is_elsewhere(config)
     known = {"checkpoints": _checkpoints(config["out_dir"])}
 
@@ -160,7 +162,7 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
     attempt("refusal", require_readers, config, ALONE)
     saved = model_args = None
     if config["init_from"] == "resume":
-        saved = attempt("resume_failure", RunFolder(config["out_dir"]).load)
+        saved = attempt("resume_failure", folder.load)
     if saved or config["init_from"] != "resume":
         model_args = attempt("refusal", models.sizes_of, config["init_from"], config, saved, meta, own_fields)
     if model_args:
