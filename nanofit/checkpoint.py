@@ -28,6 +28,7 @@ REQUIRED = ("model", "model_args", "optimizer", "iter_num", "best_val_loss", "co
 # How AdamW computes, not what: these follow the machine that runs, not the one that saved.
 _IMPLEMENTATION = ("fused", "foreach", "capturable")
 _ANOTHER_OPTIMIZER = ("maximize", "amsgrad", "differentiable")
+ZIP = b"PK\3\4"  # how a zip file begins; whether it is one, its end tells
 OLD_PICKLES = 5  # that follow each other in a file of torch.save's before 1.6; then numbers come
 _REAL = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -145,7 +146,7 @@ def _read(path):
         if is_out_of_memory(e):
             raise
         # torch advises to load what isn't plain data all the same, which would run it.
-        said = "it holds more than plain data" if isinstance(e, pickle.UnpicklingError) else first_line(e)[:200]
+        said = "it holds more than plain data" if isinstance(e, pickle.UnpicklingError) else shown(first_line(e), str)
         raise UsageError(f"{path} can't be read, it is damaged or not a checkpoint ({said})") from e
 
 
@@ -166,6 +167,9 @@ def _open(path, whole=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     with open(path, "rb") as f:  # torch maps only a file whose name is text
         if not zipped:
+            if f.read(len(ZIP)) == ZIP:
+                raise UsageError("its end is missing")  # of a copy that was cut short, mostly
+            f.seek(0)
             # Mapped, because a file makes room for whatever length a damaged pickle asks it to read.
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pickles:
                 for _ in range(OLD_PICKLES):

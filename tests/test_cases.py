@@ -560,7 +560,7 @@ refused("positions beyond reason", size(block_size=2**50), says="make it smaller
 refused("heads that don't divide a large width", size(n_embd=10**18, n_head=7), says="make it smaller")
 refused("no zip and no pickle", file("out/ckpt.pt", b"words" * 99), says="damaged or not a checkpoint")
 refused("nothing in it", cut("out/ckpt.pt", 0), says="damaged or not a checkpoint")
-refused("half of its bytes", cut("out/ckpt.pt", 9999), says="damaged or not a checkpoint")
+refused("half of its bytes", cut("out/ckpt.pt", 9999), says="checkpoint (its end is missing)")
 refused("a list in it", held(lambda c: [1, 2]), says="not a checkpoint of a training run: it lacks")
 refused("a tensor in it", held(lambda c: torch.zeros(3)), says="it lacks")
 refused("code in it", file("out/ckpt.pt", pickle.dumps(print)), says="it holds more than plain data",

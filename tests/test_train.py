@@ -303,7 +303,7 @@ def test_a_damaged_checkpoint(workplace):
     train(max_iters=10)
     path = workplace / "out" / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UsageError, match="out/ckpt.pt can't be read, it is damaged or not a checkpoint"):
+    with pytest.raises(UsageError, match=r"out/ckpt.pt can't be read, .* not a checkpoint \(its end is missing\)"):
         train(init_from="resume")
     torch.save({"model": {}}, path)
     with pytest.raises(UsageError, match="it lacks model, model_args, optimizer, iter_num, best_val_loss, config"):
