@@ -322,6 +322,8 @@ def test_what_is_missing_is_told(monkeypatch):
     with pytest.raises(UsageError, match=r"no figures in out: train.py --out_dir=out writes them"):
         run_script("report.py", "out")
     a_run()
+    with pytest.raises(UsageError, match=r"out/metrics.jsonl is a file: report.py takes the out_dir of a run"):
+        run_script("report.py", "out/metrics.jsonl")
     for package, sentence in (("bokeh", "pip install bokeh"), ("matplotlib", "pip install matplotlib")):
         for name in [name for name in sys.modules if name.startswith("nanofit.report.")]:
             monkeypatch.delitem(sys.modules, name)

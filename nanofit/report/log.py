@@ -32,6 +32,8 @@ class Log:
 
     def __init__(self, folder):
         self.path, self.version = os.path.join(folder, FILE), 0
+        if os.path.isfile(folder):
+            raise UsageError(f"{folder} is a file: report.py takes the out_dir of a run, such as out")
         if not os.path.isfile(self.path):
             raise UsageError(f"there are no figures in {folder}: train.py --out_dir={folder} writes them to {FILE}")
         self._forget()
