@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these tensors are so small that threads would only be in the way
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a network, nor waits until there is none
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent

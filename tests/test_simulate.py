@@ -70,7 +70,7 @@ def test_350m_fits_a_card_of_8_gb():
     assert sum(take("gpt2-medium", levers=RECOMPUTE).values()) < limit
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_1500m_fits_four_cards_of_12_gb_together():
     limit = (12 - 0.5) * 0.95
     shared = sum(take("gpt2-xl", ranks=4, levers={**RECOMPUTE, "shard": True}).values())
