@@ -205,10 +205,10 @@ def save(name=checkpoint.NAME):
 
 
 def save_where_it_stops():
-    """A last checkpoint, beside the best one where only that is kept; what to tell of it."""
+    """A last checkpoint, beside the best one where only that is kept and there is one; what to tell of it."""
     if iter_num == 0:
         return "nothing is trained yet, and nothing saved"
-    failure = save(checkpoint.NAME if always_save_checkpoint else checkpoint.LAST)
+    failure = save(folder.place_to_stop(always_save_checkpoint))
     return failure or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
 
 

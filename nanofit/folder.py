@@ -182,6 +182,11 @@ class RunFolder:
                 os.ftruncate(lock, 0)
             os.close(lock)
 
+    def place_to_stop(self, always_save):
+        """Where a run that stops is saved: in ckpt.pt, but beside it where that is this run's best and must stay."""
+        has_best = not always_save and os.path.isfile(self.path()) and NAME not in self._others()
+        return LAST if has_best else NAME
+
     def save(self, snapshot, name=NAME):
         """Write a checkpoint of this run. All ranks must call it; rank 0 writes, and the others wait for it.
 

@@ -172,7 +172,10 @@ def differences(saved, config, given):
         before = shown(before, str)
         kept = shape or key in OF_THE_CHECKPOINT
         (ignored if kept else taken).append(f"{key} {before}, not {value}" if kept else f"{key} {before} -> {value}")
-    lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
+    lines = []
+    if saved["iter_num"] > config["max_iters"] and not config["eval_only"]:
+        lines.append(f"nothing is left to train: max_iters={config['max_iters']} was the last iteration")
+    lines += [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
     return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
 
 

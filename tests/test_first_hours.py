@@ -69,6 +69,15 @@ def test_a_run_that_ends_before_its_first_save_is_saved():
     assert "\nout/ckpt.pt, of iteration 5" in sampled
 
 
+def test_a_run_that_keeps_its_best_and_has_none_yet_is_one_that_nanogpt_reads():
+    short(eval_interval=1000, always_save_checkpoint=False)
+    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 5
+    keys = dict(eval_interval=1000, always_save_checkpoint=False, init_from="resume")
+    assert "nothing is left to train: max_iters=4 was the last iteration\n" in short(**keys)
+    assert "nothing is left" not in short(**keys, max_iters=7)
+    assert torch.load("out/ckpt.last.pt", weights_only=True)["iter_num"] == 8, "what is there may be the best"
+
+
 def test_memory_limit_gb_says_what_it_limits():
     text = short(memory_limit_gb=4)
     assert "\nmemory_limit_gb: without auto_fit nothing holds a run to it on cpu\n" in text
