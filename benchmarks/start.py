@@ -1,9 +1,9 @@
-"""Seconds from the command to the first iteration with auto_fit, here and in another checkout, in turns.
+"""Seconds from the command to the first iteration, here and in another checkout, in turns.
 
     python benchmarks/start.py --other=../before --rounds=5
 
-Every start looks for a size anew, in an empty folder with a data set of random tokens. Prints a table, and one line of
-JSON last.
+With auto_fit, every start looks for a size anew, in an empty folder with a data set of random tokens. Prints a table,
+and one line of JSON last.
 """
 
 import os
@@ -29,6 +29,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 compile = False
+auto_fit = True
 device = runtime.best_device()
 save = ""  # a file for the result
 config, given = configure(globals())
@@ -41,8 +42,9 @@ for path in checkouts.values():
 
 def start(checkout, folder):
     """Seconds until train.py of a checkout has printed its first iteration; it is ended then."""
-    sizes = {name: config[name] for name in ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "compile")}
-    keys = {**sizes, "device": device, "dataset": "random", "auto_fit": True, "eval_iters": 1, "out_dir": folder}
+    names = ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "compile", "auto_fit")
+    sizes = {name: config[name] for name in names}
+    keys = {**sizes, "device": device, "dataset": "random", "eval_iters": 1, "out_dir": folder}
     command = [sys.executable, os.path.join(checkout, "train.py"), *(f"--{key}={value}" for key, value in keys.items())]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": checkout}
     began = time.perf_counter()
