@@ -131,7 +131,7 @@ def test_what_ranks_tell_each_other(workplace):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_two_ranks_hold_the_same_weights():
     run, _, _ = train_on_ranks(2, batch_size=4, gradient_accumulation_steps=4)
     weights = weights_of_ranks()

@@ -29,14 +29,13 @@ def files():
 
 
 def test_advice_on_a_cpu_counts_the_process_and_repeats_nothing():
-    for more in ({}, {"optimizer_state": "offload"}):
-        with pytest.raises(UsageError) as told:
-            short(auto_fit=True, memory_limit_gb=0.1, batch_size=1, **more)
-        sentence = str(told.value)
-        alone = float(re.search(r"the process alone, Python and torch, takes (\d\.\d\d) GiB", sentence)[1])
-        assert 0.1 < alone < 1
-        assert sentence.endswith("no setting helps, memory_limit_gb must be more than that")
-        assert "--optimizer_state" not in sentence
+    with pytest.raises(UsageError) as told:
+        short(auto_fit=True, memory_limit_gb=0.1, batch_size=1, optimizer_state="offload")
+    sentence = str(told.value)
+    alone = float(re.search(r"the process alone, Python and torch, takes (\d\.\d\d) GiB", sentence)[1])
+    assert 0.1 < alone < 1
+    assert sentence.endswith("no setting helps, memory_limit_gb must be more than that")
+    assert "--optimizer_state" not in sentence
 
 
 def test_eval_only_evaluates_once_and_changes_no_file():
@@ -82,9 +81,6 @@ def test_memory_limit_gb_says_what_it_limits():
     text = short(memory_limit_gb=4)
     assert "\nmemory_limit_gb: without auto_fit nothing holds a run to it on cpu\n" in text
     assert "memory_limit_gb:" not in short(out_dir="out-b")
-    with pytest.raises(SystemExit) as stop:
-        train(dry_run=True, device="cuda:7", memory_limit_gb=12)
-    assert "\nauto-fit: a planned cuda:7 device, 12.00 GiB, 11.50 GiB free, limit 10.92 GiB" in stop.value.text
 
 
 def test_a_run_says_first_where_it_computes_and_on_what():

@@ -120,7 +120,7 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_messages_of_an_iteration_of_gpt2(workplace):
     with torch.device("meta"):
         gpt2 = GPT(GPTConfig(bias=False))

@@ -86,7 +86,7 @@ class How:
     shows: str = ""  # a regular expression
     after: str = ""
     needs: tuple = ()  # fixtures, which skip where something isn't there
-    slow: bool = False
+    proof: bool = False  # takes long, and much of it is told by other rows
 
 
 @dataclass
@@ -136,11 +136,11 @@ COMMANDS = {
         ("--init_from=hf", "--device=cpu", "--num_samples=1", "--max_new_tokens=2"), "^The prompt", needs=("bpe", "hf")
     ),
     "python bench.py --real_data=False": How((*flags(**TINY), "--device=cpu"), r"^time per iteration: \d.*ms, MFU"),
-    "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py": How(SHORT, TRAINED, slow=True),
+    "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py": How(SHORT, TRAINED),
     "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py --n_layer=48 --n_head=25 --n_embd=1600 "
-    "--shard=True": How(SHORT, TRAINED, slow=True),
+    "--shard=True": How(SHORT, TRAINED, proof=True),
     "torchrun --standalone --nproc_per_node=4 --max-restarts=3 train.py config/train_gpt2.py --init_from=auto": How(
-        SHORT, TRAINED, slow=True
+        SHORT, TRAINED, proof=True
     ),
     "torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py config/train_gpt2.py "
     "--gradient_accumulation_steps=48": Cannot("needs two machines"),
@@ -156,7 +156,7 @@ COMMANDS = {
     "python data/openwebtext/prepare.py --source=HuggingFaceFW/fineweb-edu --name=sample-10BT "
     "--max_tokens=100_000_000 --out=edu": How((*DOCUMENTS.flags, "--name="), DOCUMENTS.shows, needs=DOCUMENTS.needs),
     "python data/from_text/prepare.py FOLDER": How(shows="^train has 66 tokens", needs=("bpe",)),
-    "python benchmarks/memory.py": How((*flags(block_size=8, batch_sizes="1"),), "^{.*}$", slow=True),
+    "python benchmarks/memory.py": How((*flags(block_size=8, batch_sizes="1"),), "^{.*}$", proof=True),
 }
 
 
@@ -251,7 +251,7 @@ def run(command):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=pytest.mark.slow if getattr(how, "slow", False) else ())
+        pytest.param(command, marks=pytest.mark.proof if getattr(how, "proof", False) else ())
         for command, how in COMMANDS.items()
     ],
 )

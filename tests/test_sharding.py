@@ -31,7 +31,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_rank_holds_its_share_of_weights_gradients_and_state(workplace):
     (workplace / "held.py").write_text(HELD.format(script=str(RANK)))
     held = {}
@@ -110,7 +110,7 @@ def test_float16_is_scaled_over_shares():
     assert 0 < steps[True].pop() < 20
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_bfloat16_learns_as_one_process_does():
     run, _, _ = sharded(dtype="bfloat16", max_iters=20, recompute=True, grad_clip=0.0)
     alone = train(dtype="bfloat16", gradient_accumulation_steps=2, max_iters=20, grad_clip=0.0, out_dir="alone")

@@ -31,6 +31,7 @@ def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None,
     return {part: size / GIB for part, size in step_memory(model, GPTConfig, job, levers).items()}
 
 
+@pytest.mark.proof
 def test_the_logits_take_no_memory_and_blocks_little():
     """124M at 64 x 1024, of which nanoGPT's way takes 65 GiB."""
     theirs = sum(take(micro_batch_size=64, model=NanoGPTsWay).values())
