@@ -235,4 +235,4 @@ def test_the_simulation_agrees_with_what_a_process_takes(shape, a_process_takes,
     job = replace(JOB, model_args={**JOB.model_args, **sizes, "dropout": 0.0})
     taken = run_trial(job).peak_bytes - a_process_takes
     assert run_trial(replace(job, simulate=True)).peak_bytes == pytest.approx(taken, rel=0.1)
-    assert taken > GIB // 6, "large enough to tell"
+    assert taken > GIB // 8, "large enough to tell"
