@@ -20,7 +20,7 @@ import time
 import numpy as np
 import torch
 from common import finish
-from nanogpt import TheirForward, their_batch, their_optimizer
+from nanogpt import TheirForward, their_batch, their_optimizer, their_update
 
 from configurator import configure
 from model import GPT, GPTConfig
@@ -77,11 +77,7 @@ class Theirs:
             self.logits, loss = self.forward(self.x, self.y)  # nanoGPT's script holds on to the logits too
         self.x, self.y = self.batch()
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        their_update(self.model, self.optimizer, self.scaler)
         return loss.detach()
 
 

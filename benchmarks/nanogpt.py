@@ -38,6 +38,15 @@ def their_optimizer(model, device):
     return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
+def their_update(model, optimizer, scaler):
+    """Clip the gradients that a backward pass has left, and let the weights move."""
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def their_batch(path, batch_size, block_size, device, generator):
     """(x, y), each int64 (B, T), stacked from single rows."""
     data = np.memmap(path, dtype=np.uint16, mode="r")

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 from common import finish
-from nanogpt import TheirForward, their_batch, their_optimizer
+from nanogpt import TheirForward, their_batch, their_optimizer, their_update
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
@@ -144,11 +144,7 @@ class NanoGPT:
                 loss = loss / self.micro_steps
             self.x, self.y = self.batch()
             self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        their_update(self.model, self.optimizer, self.scaler)
         return loss.item() * self.micro_steps
 
 
