@@ -11,6 +11,7 @@ import os
 
 import nanofit  # noqa: F401  # errors become sentences
 from nanofit.errors import usage_errors
+from nanofit.files import replacing
 from nanofit.report.log import Log
 from nanofit.report.memory import Question
 from nanofit.report.run import Run, labels_of
@@ -43,10 +44,8 @@ def main():
     from nanofit.report.page import page_of
 
     page, path = page_of(load()), os.path.join(asked.folders[0], NAME)
-    with usage_errors(OSError, prefix=f"{path} can't be written: "):
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            file.write(page)
-        os.replace(path + ".part", path)
+    with usage_errors(OSError, prefix=f"{path} can't be written: "), replacing(path) as file:
+        file.write(page)
     print(path)
 
 

@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from nanofit import checkpoint, models, runtime, settings, weights
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError, usage_errors
+from nanofit.files import replacing
 from nanofit.huggingface import codec_of_folder
 from nanofit.step import try_compile
 
@@ -165,6 +166,5 @@ with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
             draw(line)
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
-    with contextlib.suppress(OSError):  # the folder may be somebody else's
-        Path(f"{kept}.part").write_text("\n---------------\n".join(last_texts), encoding="utf-8")
-        os.replace(f"{kept}.part", kept)
+    with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be somebody else's
+        file.write("\n---------------\n".join(last_texts))

@@ -12,6 +12,7 @@ sys.path.append(ROOT)
 import torch
 
 from nanofit import runtime
+from nanofit.files import replacing
 
 
 def _commit():
@@ -38,10 +39,9 @@ def keep(benchmark, config, device, figures, save):
         **figures,
     }
     if save:
-        with open(f"{save}.part", "w", encoding="utf-8") as f:
+        with replacing(save) as f:
             json.dump(result, f, indent=2)
             f.write("\n")
-        os.replace(f"{save}.part", save)
     return result
 
 

@@ -7,7 +7,6 @@ import mmap
 import os
 import pickle
 import sys
-import tempfile
 import zipfile
 from dataclasses import asdict, replace
 
@@ -16,6 +15,7 @@ import torch
 from nanofit import runtime
 from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usage_errors
+from nanofit.files import replacing
 from nanofit.metrics import is_state
 from nanofit.models import SIZES
 from nanofit.pickles import refuse_endless
@@ -97,28 +97,13 @@ def _reason(error):
 def _write(checkpoint, path, make_way):
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)  # somebody may have removed it in mid-run
-    # A name that nobody has: what lies there may be a link to somebody's file.
-    handle, part = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", suffix=".part", dir=folder)
-    try:
-        with open(handle, "wb") as f:
-            os.chmod(part, 0o666 & ~_umask())  # mkstemp's files are their owner's alone
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
+    with replacing(path, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())  # before anything gives way to it
         make_way()
         if os.path.basename(path) == NAME:
             _keep_previous(path)
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.remove(part)
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _keep_previous(path):

@@ -22,6 +22,7 @@ from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
 from nanofit.distributed import ALONE
 from nanofit.errors import UsageError, shown, usage_errors
+from nanofit.files import replacing
 
 LOCK = "run.lock"
 SMALLER = "smaller.json"  # [batch_size, the micro-batch that the next attempt of a sharded run begins with]
@@ -81,14 +82,14 @@ class RunFolder:
 
     def note_smaller(self, batch_size, size):
         """Let the next attempt begin with micro-batches of this size; any rank may call it, for want of memory."""
-        part = self.path(f"{SMALLER}.{os.getpid()}.part")
-        with contextlib.suppress(OSError):  # a full disk: the message that ends the attempt says the same
-            with open(part, "w") as file:
-                json.dump([batch_size, size], file)
-            os.replace(part, self.path(SMALLER))
+        # A full disk: the message that ends the attempt says the same.
+        with contextlib.suppress(OSError), replacing(self.path(SMALLER)) as file:
+            json.dump([batch_size, size], file)
 
     def no_larger(self, plan):
         """plan, or as note_smaller wants it where that is less. All ranks must call it."""
+        if not plan.levers.shard:
+            return plan
         noted = None
         if self.world.is_main:
             with contextlib.suppress(OSError, ValueError, RecursionError), open(self.path(SMALLER)) as file:
@@ -96,9 +97,12 @@ class RunFolder:
         noted = self.world.all_gather(noted)[0]
         sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // self.world.size)
         smaller = [size for size in sizes if noted == [plan.batch_size, size] and size < plan.micro_batch_size]
-        if not plan.levers.shard or not smaller:
+        if not smaller:
             return plan
-        print(f"batch_size {plan.micro_batch_size} -> {smaller[0]}: memory ran out before ({self.path(SMALLER)})")
+        print(
+            f"batch_size {plan.micro_batch_size} -> {smaller[0]}: memory ran out before ({self.path(SMALLER)}); on "
+            "larger GPUs, remove that file"
+        )
         return replace(plan, micro_batch_size=smaller[0])
 
     def begin_anew(self):
@@ -151,7 +155,8 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-        for ours in ("ckpt*.pt.*.part", "auto_fit.json.*.part"):  # of a run that was killed while it wrote
+        # Of a run that was killed while it wrote.
+        for ours in ("ckpt*.pt.*.part", "auto_fit.json.*.part", f"{SMALLER}.*.part"):
             for part in glob.glob(os.path.join(glob.escape(self.out_dir), ours)):
                 with contextlib.suppress(OSError):
                     os.remove(part)

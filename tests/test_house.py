@@ -33,7 +33,6 @@ FLOORS = (
         "gradients",
         "autofit.search",
         "autofit.trial",
-        "autofit.cache",
         "doctor.facts",
     ),
     (
@@ -43,6 +42,7 @@ FLOORS = (
         "recovery",
         "metrics",
         "autofit.advice",
+        "autofit.cache",
         "report.log",
         "report.charts",
         "doctor.checks",

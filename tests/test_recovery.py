@@ -19,7 +19,7 @@ from conftest import ROOT, TOY, environment, flags, train, train_on_ranks, weigh
 
 from model import GPT
 from nanofit import checkpoint as checkpoints
-from nanofit import recovery, runtime, step
+from nanofit import files, recovery, runtime, step
 from nanofit.batches import Batches
 from nanofit.distributed import World
 from nanofit.errors import UsageError
@@ -58,7 +58,7 @@ def failing_files(monkeypatch):
     def opened(path, mode="r", *args, **options):
         return Failing(path, mode) if mode == "wb" else builtins.open(path, mode, *args, **options)
 
-    monkeypatch.setattr(checkpoints, "open", opened, raising=False)
+    monkeypatch.setattr(files, "open", opened, raising=False)
 
     def fail(at, error=errno.ENOSPC):
         Failing.writes, Failing.fail_at, Failing.error = 0, at, error
@@ -98,12 +98,12 @@ def test_the_previous_checkpoint_makes_room_for_the_new_one(failing_files):
 def test_no_permission_leaves_the_checkpoint_before(monkeypatch):
     checkpoints.save(small(1), "out")
 
-    def refused(*_):
+    def refused(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     for name in ("open", "replace"):  # the file, and the folder
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints if name == "open" else os, name, refused, raising=False)
+            patch.setattr(files if name == "open" else os, name, refused, raising=False)
             with pytest.raises(checkpoints.SaveError, match="Permission denied"):
                 checkpoints.save(small(2), "out")
         assert kept() == 1
@@ -164,7 +164,7 @@ def test_training_goes_on_where_saving_fails_and_says_so_at_the_end(monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     train(max_iters=10)
-    monkeypatch.setattr(checkpoints, "open", full, raising=False)
+    monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(UsageError, match="not saved: out/ckpt.pt can't be written"):
         train(max_iters=20)
     assert len(steps) == 11 + 21, "it went on to the end"

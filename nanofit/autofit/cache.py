@@ -2,10 +2,10 @@
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 
 from nanofit.autofit.plan import Plan, from_dict
+from nanofit.files import replacing
 
 NAME = "auto_fit.json"
 LARGEST = 2**24  # bytes that an answer may have
@@ -37,17 +37,11 @@ def remember(out_dir, key, plan):
     path = os.path.join(out_dir, NAME)
     kept = asdict(plan)
     trials = kept.pop("trials")
-    part = ""
     try:
         os.makedirs(out_dir, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f"{NAME}.", suffix=".part", dir=out_dir)
-        os.chmod(part, 0o644)  # mkstemp's files are their owner's alone
-        with open(handle, "w", encoding="utf-8") as f:
+        with replacing(path) as f:
             json.dump({"key": key, "plan": kept, "trials": trials}, f, indent=2)
             f.write("\n")
-        os.replace(part, path)
     except OSError as e:
-        if os.path.exists(part):
-            os.remove(part)
         return f"{path} can't be written ({e.strerror}): the next start will look again"
     return ""
