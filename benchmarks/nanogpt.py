@@ -6,6 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def their_attention(layer, x):
+    """The attention of a layer's weights, from x (B, T, C): by split and transposes."""
+    B, T, C = x.shape
+    heads = layer.n_head
+    parts = layer.c_attn(x).split(C, dim=2)
+    q, k, v = (p.view(B, T, heads, C // heads).transpose(1, 2) for p in parts)  # (B, nh, T, hs)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return layer.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
 class TheirForward(nn.Module):
     """A GPT's weights, run as nanoGPT runs them."""
 
@@ -13,19 +23,11 @@ class TheirForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def attention(self, layer, x):
-        B, T, C = x.shape
-        heads = layer.n_head
-        parts = layer.c_attn(x).split(C, dim=2)
-        q, k, v = (p.view(B, T, heads, C // heads).transpose(1, 2) for p in parts)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return layer.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-
     def forward(self, idx, targets):
         gpt = self.model.transformer
         x = gpt.wte(idx) + gpt.wpe(torch.arange(idx.shape[1], device=idx.device))
         for block in gpt.h:
-            x = x + self.attention(block.attn, block.ln_1(x))
+            x = x + their_attention(block.attn, block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))
         logits = self.model.lm_head(gpt.ln_f(x))
         return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
@@ -38,10 +40,10 @@ def their_optimizer(model, device):
     return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
-def their_update(model, optimizer, scaler):
+def their_update(model, optimizer, scaler, grad_clip=1.0):
     """Clip the gradients that a backward pass has left, and let the weights move."""
     scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -17,10 +17,11 @@ from functools import partial
 import numpy as np
 import torch
 from common import finish
+from nanogpt import their_update
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime, settings
+from nanofit import checkpoint, runtime, settings
 from nanofit.batches import Batches
 from nanofit.distributed import ALONE
 from nanofit.folder import RunFolder
@@ -64,11 +65,7 @@ class Bare:
 
     def iteration(self):
         loss = self.gradients()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        their_update(self.model, self.optimizer, self.scaler)
         return loss.item()
 
 
@@ -81,7 +78,7 @@ class Guarded(Bare):
         self.recovery = Recovery(ALONE, device, self.batches, self.model, self.scaler, give_up=lambda: "")
 
     def iteration(self):
-        here = {"data": self.batches.state_dict(), "generators": runtime.rng_state(device)}
+        here = checkpoint.rng_of(self.batches, device)
         assert not ALONE.all_reduce_max(self.signals.received), here
         loss, norm = self.recovery.run(self.gradients, partial(clip, self.model, self.optimizer, self.scaler, 1.0))
         self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import torch._functorch.config
 from common import finish
+from nanogpt import their_attention, their_update
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -64,11 +65,7 @@ PARTS = ("embedding", "norms and residual", "attention", "MLP", "head", "gradien
 
 class TheirAttention(CausalSelfAttention):
     def forward(self, x, cached=None, seen=0):
-        B, T, C = x.shape
-        parts = self.c_attn(x).split(C, dim=2)
-        q, k, v = (p.view(B, T, n_head, C // n_head).transpose(1, 2) for p in parts)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return their_attention(self, x)
 
 
 class Theirs(GPT):
@@ -95,11 +92,7 @@ def their_step(model, optimizer, scaler, batches, autocast, grad_clip):
             loss = loss / batches.micro_steps
         batches.advance()
         scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    their_update(model, optimizer, scaler, grad_clip)
 
 
 logits_mb = -(-4 * batch_size * block_size * VOCAB_SIZE // 2**20)  # of a micro-step, in float32
