@@ -143,6 +143,73 @@ def _print_help(namespace, defaults):
         print(f"  --{key}={namespace[key]!r:<{max(1, 34 - len(key))}} {about}".rstrip())
 
 
+class _Keys:
+    """The keys of a script, while they are overridden."""
+
+    def __init__(self, namespace, more):
+        self.namespace = namespace
+        self.script = os.path.basename(namespace.get("__file__") or "this script")
+        self.defaults = keys_of(namespace)
+        self.kinds = {key: type(default) for key, default in self.defaults.items()}
+        self.given = set()
+        for key, (kind, default) in more.items():
+            if key in namespace and key not in self.defaults:
+                raise UsageError(
+                    f"model.py: the field {key} of GPTConfig has a name that {self.script} uses: rename it"
+                )
+            self.kinds.setdefault(key, kind)
+            self.defaults[key] = namespace.setdefault(key, default)
+
+    def override(self, key, value, source, text=None):
+        default = self.defaults[key]
+        if value is not None or default is not None:
+            value = coerce(key, value, self.kinds[key], default, source, text)
+        self.namespace[key] = value
+        self.given.add(key)
+
+    def read_file(self, path):
+        # An argument that isn't UTF-8 holds lone surrogates, which can't be printed.
+        _say(f"Overriding config with {path.encode(errors='backslashreplace').decode()}:")
+        for key, value in _run_config_file(path, self.namespace).items():
+            if key in self.defaults:
+                self.override(key, value, path)
+                _say(f"  {key} = {self.namespace[key]!r}")
+                continue
+            # A helper of the file's own is kept, as in nanoGPT, but may not replace a name that the script uses.
+            if not hasattr(builtins, key):
+                self.namespace.setdefault(key, value)
+            if isinstance(value, (bool, int, float, str)) and not _scripts_that_know(key):
+                print(
+                    f"warning: {path}: no script knows the key '{key}': {_nearest(key, self.defaults)}", file=sys.stderr
+                )
+
+    def read_argument(self, key, text):
+        if key not in self.defaults:
+            others = _scripts_that_know(key)
+            hint = f"it belongs to {' and '.join(others)}" if others else _nearest(key, self.defaults)
+            raise UsageError(f"{self.script} has no key '{key}': {hint}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError):
+            value = text  # not a Python literal: a string without quotes
+        self.override(key, value, "command line", text)
+        _say(f"Overriding: {key} = {self.namespace[key]!r}")
+
+
+def _say(line):
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
+def _when_memory_ends(namespace):
+    """What the user of a script with such keys may do then."""
+    if "auto_fit" not in namespace:
+        return "use a smaller batch_size" if "batch_size" in namespace else "use a shorter prompt or max_new_tokens"
+    if not namespace["auto_fit"]:
+        return "--auto_fit=True finds a split that fits"
+    return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
+
+
 def configure(namespace, argv=None, more=None):
     """Override the keys in namespace (a script's globals()) by config files and --key=value.
 
@@ -151,75 +218,26 @@ def configure(namespace, argv=None, more=None):
     Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file; from
     here on the script shows a UsageError as one sentence.
     """
-
-    def when_memory_ends():
-        if "auto_fit" not in namespace:
-            return "use a smaller batch_size" if "batch_size" in namespace else "use a shorter prompt or max_new_tokens"
-        if not namespace["auto_fit"]:
-            return "--auto_fit=True finds a split that fits"
-        return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
-
-    show_errors_as_sentences(when_memory_ends)
+    show_errors_as_sentences(lambda: _when_memory_ends(namespace))
     argv = sys.argv[1:] if argv is None else argv
-    script = os.path.basename(namespace.get("__file__") or "this script")
-    defaults = keys_of(namespace)
-    kinds = {key: type(default) for key, default in defaults.items()}
-    for key, (kind, default) in (more or {}).items():
-        if key in namespace and key not in defaults:
-            raise UsageError(f"model.py: the field {key} of GPTConfig has a name that {script} uses: rename it")
-        kinds.setdefault(key, kind)
-        defaults[key] = namespace.setdefault(key, default)
-    given = set()
-    say = print if os.environ.get("RANK", "0") == "0" else lambda *_: None
-
-    def override(key, value, source, text=None):
-        if value is not None or defaults[key] is not None:
-            value = coerce(key, value, kinds[key], defaults[key], source, text)
-        namespace[key] = value
-        given.add(key)
-
+    keys = _Keys(namespace, more or {})
     for arg, following in zip(argv, [*argv[1:], ""], strict=False):  # the last has none
         if arg in ("-h", "--help"):
             continue
-        if "=" not in arg:
-            if arg.startswith("-"):
-                meant = following if following and not following.startswith("-") else "value"
-                raise UsageError(f"'{arg}' has no value: write {arg}={meant}, with the sign between them")
-            # An argument that isn't UTF-8 holds lone surrogates, which can't be printed.
-            say(f"Overriding config with {arg.encode(errors='backslashreplace').decode()}:")
-            for key, value in _run_config_file(arg, namespace).items():
-                if key in defaults:
-                    override(key, value, arg)
-                    say(f"  {key} = {namespace[key]!r}")
-                    continue
-                # A helper of the file's own is kept, as in nanoGPT, but may not replace a name that the script uses.
-                if not hasattr(builtins, key):
-                    namespace.setdefault(key, value)
-                if isinstance(value, (bool, int, float, str)) and not _scripts_that_know(key):
-                    print(
-                        f"warning: {arg}: no script knows the key '{key}': {_nearest(key, defaults)}", file=sys.stderr
-                    )
-            continue
-
-        key, text = arg.split("=", 1)
-        if not key.startswith("--"):
+        name, sign, text = arg.partition("=")
+        if sign and name.startswith("--"):
+            keys.read_argument(name[2:], text)
+        elif sign:
             raise UsageError(f"'{arg}' is neither a config file nor an override: write --{arg.lstrip('-')}")
-        key = key[2:]
-        if key not in defaults:
-            others = _scripts_that_know(key)
-            hint = f"it belongs to {' and '.join(others)}" if others else _nearest(key, defaults)
-            raise UsageError(f"{script} has no key '{key}': {hint}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError):
-            value = text  # not a Python literal: a string without quotes
-        override(key, value, "command line", text)
-        say(f"Overriding: {key} = {namespace[key]!r}")
-
+        elif arg.startswith("-"):
+            meant = following if following and not following.startswith("-") else "value"
+            raise UsageError(f"'{arg}' has no value: write {arg}={meant}, with the sign between them")
+        else:
+            keys.read_file(arg)
     if {"-h", "--help"} & set(argv):
-        _print_help(namespace, defaults)
+        _print_help(namespace, keys.defaults)
         raise SystemExit(0)
-    return {key: namespace[key] for key in defaults}, given
+    return {key: namespace[key] for key in keys.defaults}, keys.given
 
 
 if __name__ != "configurator":  # run by exec, in another script's globals
