@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Trial, divisors
+from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Trial, divisors, micro_batch_sizes
 from nanofit.autofit.search import MAX_TRIALS, choose, search, size_to_try_recomputed
 
 
@@ -115,6 +115,29 @@ def test_where_speed_is_level_a_smaller_size_may_be_the_best():
     choice, asked = check_search(32, 100 * GIB, lambda b: line(b) * GIB, speeds.get)
     assert asked == [1, 2, 32, 16, 8]
     assert choice.micro_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("half", "limit", "expected", "probes"),
+    [
+        (0.2, 1000, 6, [1, 2, 12, 6, 4]),  # no more is to be gained beyond 12: smaller sizes are looked at
+        (8, 1000, 480, [1, 2, 12, 96, 480]),  # speed grows and grows
+        (2, 1000, 60, [1, 2, 12, 96, 60]),  # it does from 12 to 96, but would hardly go on to
+        (8, 30, 24, [1, 2, 12, 24]),  # memory ends it
+    ],
+)
+def test_batches_are_joined_as_long_as_that_is_faster(half, limit, expected, probes):
+    measure, asked = device(limit * GIB, lambda b: (2 + b) * GIB, speed=lambda b: b / (b + half))
+    choice, _ = search(micro_batch_sizes(12, 40), lambda: limit * GIB, measure, batch_size=12)
+    assert asked == probes
+    assert choice.micro_batch_size == expected
+
+
+def test_without_speed_all_that_fits_is_joined():
+    measure, asked = device(1000 * GIB, lambda b: (2 + b) * GIB, speed=lambda b: 0.0)
+    choice, _ = search(micro_batch_sizes(12, 40), lambda: 1000 * GIB, measure, batch_size=12)
+    assert asked == [1, 2, 480]
+    assert choice.micro_batch_size == 480
 
 
 def test_the_smallest_within_two_percent_of_the_fastest():

@@ -155,13 +155,13 @@ class Fitter:
             trials.append(self.measure(size, levers=levers))
             if len(trials) == 2 and all(t.peak_bytes for t in trials):
                 a, k = line_through(trials)
-                following = next_size(sizes, trials, self.limit)
+                following = next_size(sizes, trials, self.limit, self.batch_size)
                 hope = f": {following} should fit" if following and following > size else ""
                 self.say(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB{hope}")
             return trials[-1]
 
-        found = search(sizes, lambda: self.limit, measure, self._affordable)
-        if len(trials) < MAX_TRIALS and next_size(sizes, trials, self.limit):
+        found = search(sizes, lambda: self.limit, measure, self._affordable, self.batch_size)
+        if len(trials) < MAX_TRIALS and next_size(sizes, trials, self.limit, self.batch_size):
             self.say(
                 f"auto-fit: no more sizes are tried: trials have taken {duration(self._elapsed())}, and may take "
                 f"{duration(self.budget_seconds)} (2% of the run, at least a minute)"
@@ -176,6 +176,8 @@ class Fitter:
         more = logits_bytes - choice.levers.loss_chunk_mb * 2**20
         size = choice.micro_batch_size
         if self.job.levers.loss_chunk_mb or not choice.tokens_per_second or more <= 0:
+            return choice
+        if self.facts.device_type == "cpu":  # whose caches like small ones
             return choice
         if choice.peak_bytes + more > self.limit or not self._affordable(size):
             return choice

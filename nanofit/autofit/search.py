@@ -5,6 +5,7 @@ import math
 MAX_TRIALS = 5
 NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
 LEVEL = 0.9  # of the fastest: too close to tell which size is the best
+JOINED_TIMES = 8  # a size beyond the configured one may be so many times the largest that was tried
 # Recomputing costs about a third more arithmetic. Where doubling the size gains so much speed, two doublings, for which
 # recomputing makes room, make up for it: 1.15 ** 2 = 1.32.
 WORTH_RECOMPUTING = 1.15
@@ -21,12 +22,26 @@ def line_through(trials):
     return m1 - k * b1, k
 
 
-def next_size(sizes, trials, limit_bytes):
+def expected_speed(fitting, size):
+    """Tokens per second at a larger size, were a micro-step's time a fixed part and one for each sequence.
+
+    By the two largest of these trials; inf where they can't tell.
+    """
+    *_, smaller, largest = [None, None, *sorted(fitting, key=lambda t: t.micro_batch_size)]
+    if not smaller or not smaller.tokens_per_second or not largest.tokens_per_second:
+        return math.inf
+    x, y = 1 / smaller.micro_batch_size, 1 / largest.micro_batch_size
+    time_of_smaller, time_of_largest = 1 / smaller.tokens_per_second, 1 / largest.tokens_per_second  # of a token
+    time = time_of_largest - (time_of_smaller - time_of_largest) / (x - y) * (y - 1 / size)
+    return 1 / time if time > 0 else math.inf
+
+
+def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
     """The micro-batch size to try next, or None where the trials so far suffice.
 
-    First the two smallest, for the line that memory follows; then the largest that the line allows; then what
-    lies between what fits and what doesn't; then the neighbours of the fastest; last, where speed is level there,
-    the middle of the sizes below.
+    First the two smallest, for the line that memory follows; then the largest up to batch_size that the line allows,
+    and on from there in steps as long as that promises speed; then what lies between what fits and what doesn't; then
+    the neighbours of the fastest; last, where speed is level there, the middle of the sizes below.
     """
     tried = {t.micro_batch_size for t in trials}
     fitting = [t for t in trials if t.fits]
@@ -38,13 +53,17 @@ def next_size(sizes, trials, limit_bytes):
     low = max(t.micro_batch_size for t in fitting)
     too_large = [t.micro_batch_size for t in trials if not t.fits and t.micro_batch_size > low]
     high = min(too_large, default=sizes[-1] + 1)
+    fastest = max(fitting, key=lambda t: t.tokens_per_second)
+    if fastest.tokens_per_second:  # to join batches takes time to try, and buys speed alone
+        further = JOINED_TIMES * low
+        gains = low >= batch_size and NEAR_ENOUGH * expected_speed(fitting, further) > fastest.tokens_per_second
+        high = min(high, max(batch_size, further if gains else low) + 1)
     between = [s for s in sizes if low < s < high and s not in tried]
     a, k = line_through(trials)
     allowed = [s for s in between if a + k * s <= limit_bytes]
     if allowed:
         # A line that has been wrong twice is no guide any more.
         return between[len(between) // 2] if len(too_large) > 1 else allowed[-1]
-    fastest = max(fitting, key=lambda t: t.tokens_per_second)
     if not fastest.tokens_per_second:
         return None
     at = sizes.index(fastest.micro_batch_size)
@@ -70,16 +89,16 @@ def choose(trials):
     return next(t for t in fitting if t.tokens_per_second >= NEAR_ENOUGH * fastest)
 
 
-def search(sizes, limit_bytes, measure, affordable=lambda size: True):
+def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size=math.inf):
     """(choice, trials): at most MAX_TRIALS calls of measure(size), which gives a Trial.
 
-    sizes: ascending. limit_bytes: a function, as only the first trial finds it out. affordable(size): whether there is
-    time for it. The choice is a trial that was measured to fit, or None.
+    sizes: ascending; those beyond batch_size join batches. limit_bytes: a function, as only the first trial finds it
+    out. affordable(size): whether there is time for it. The choice is a trial that was measured to fit, or None.
     """
     trials = []
     while len(trials) < MAX_TRIALS:
         tried = {t.micro_batch_size for t in trials}
-        size = next_size([s for s in sizes if s in tried or affordable(s)], trials, limit_bytes())
+        size = next_size([s for s in sizes if s in tried or affordable(s)], trials, limit_bytes(), batch_size)
         if size is None:
             break
         trials.append(measure(size))
