@@ -15,6 +15,7 @@ import torch
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import models, runtime, settings
+from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches, RandomBatch
 from nanofit.step import dry_step, train_step, try_compile
 
@@ -53,6 +54,7 @@ else:
     batches = RandomBatch(batch_size, block_size, 50257, device)
 
 model = raw_model = models.build(GPT, GPTConfig, model_args).to(device)
+models.apply_levers(model, MemoryLevers().within(runtime.total_memory_bytes(device), device.type))
 optimizer = model.configure_optimizers(
     weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type
 )

@@ -85,8 +85,8 @@ loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there 
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
-ranks = 1  # of such a plan: GPUs like that one
 dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
+ranks = 1  # in a plan for GPUs that aren't here: how many of them
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
 defaults = keys_of(globals())
 own_fields = models.own_fields(GPTConfig)  # those that nanoGPT's lacks are keys too
@@ -137,7 +137,7 @@ elif saved:
         print(f"batch_size {batch_size} is cut into {plan.micro_batch_size}, as when the checkpoint was saved")
 plan = folder.no_larger(plan)
 runtime.set_device(device, plan.limit_bytes)
-levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device))
+levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device), device.type)
 
 # ---- model, optimizer, and the place in the data where a run goes on ---------------------------------------
 torch.manual_seed(1337 + world.rank)

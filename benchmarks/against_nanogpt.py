@@ -52,7 +52,8 @@ settings.at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 dtype = config["dtype"] = settings.dtype(config, given)
 settings.one_of(("", "ours", "nanogpt"), config, "side")
 device = runtime.find_device(device)
-runtime.set_device(device)
+if side == "ours" or device.type != "cpu":  # of the C library, too, nanoGPT asks nothing
+    runtime.set_device(device)
 VOCAB_SIZE = 50304
 
 
@@ -85,7 +86,8 @@ class Ours:
     """A training step as train.py takes it."""
 
     def __init__(self, model, folder):
-        models.apply_levers(model, MemoryLevers(recompute=recompute).within(runtime.total_memory_bytes(device)))
+        levers = MemoryLevers(recompute=recompute).within(runtime.total_memory_bytes(device), device.type)
+        models.apply_levers(model, levers)
         self.model = torch.compile(model) if compile else model
         self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)

@@ -1,5 +1,8 @@
-"""How torch's allocator takes a GPU's memory: settled in the environment before torch is imported."""
+"""How memory is taken: a GPU's by torch's allocator, as the environment says before torch is imported; the machine's by
+the C library's, which a process tells while it runs.
+"""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -20,3 +23,28 @@ def prefer_expandable_segments():
     except importlib.metadata.PackageNotFoundError:
         return  # importing torch will say so
     os.environ[NAMES[release >= (2, 10)]] = "expandable_segments:True"
+
+
+HOST_NAMES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt
+
+
+def _of_glibc(name):
+    """A function of the C library, or one that does nothing where it is another library."""
+    return getattr(ctypes.CDLL(None), name, lambda *_: 0) if sys.platform == "linux" else lambda *_: 0
+
+
+def keep_host_memory():
+    """Let this process keep what it has freed of the machine's memory for what it needs next, as torch does on GPUs.
+
+    glibc would give back blocks of some MiB at once, and in each step of training on a CPU the system would have to
+    find and clear gigabytes anew. What the user has set stands.
+    """
+    if not set(HOST_NAMES) & set(os.environ):
+        _of_glibc("mallopt")(MMAP_MAX, 0)
+        _of_glibc("mallopt")(TRIM_THRESHOLD, -1)
+
+
+def give_back_host_memory():
+    """Give back what this process keeps of the machine's memory without need."""
+    _of_glibc("malloc_trim")(0)

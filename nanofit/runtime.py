@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from nanofit import allocator
 from nanofit.errors import UsageError, first_line, is_old_driver, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,7 +128,7 @@ def require_kernels(device):
 
 
 def set_device(device, limit_bytes=None):
-    """Make device the current one. On CUDA this takes memory, for its context.
+    """Make device the current one, and let the process keep its memory. On CUDA this takes some, for its context.
 
     limit_bytes: what tensors may take of a GPU; more raises torch.OutOfMemoryError, where otherwise some drivers
     would go on slowly in the host's memory.
@@ -136,6 +137,8 @@ def set_device(device, limit_bytes=None):
         require_kernels(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
+    elif device.type == "cpu":
+        allocator.keep_host_memory()
     if limit_bytes:
         cap_memory(device, limit_bytes)
 
@@ -373,6 +376,8 @@ def empty_cache(device):
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    else:
+        allocator.give_back_host_memory()
 
 
 def reset_peak_memory(device):

@@ -1,4 +1,4 @@
-"""What is asked of the allocator, before torch is there."""
+"""What is asked of torch's allocator, before torch is there, and of the C library's."""
 
 import importlib.metadata
 import platform
@@ -60,3 +60,46 @@ def test_scripts_ask_before_torch_is_imported(script):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in allocator.NAMES
+
+
+GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+TWICE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from nanofit import runtime
+import torch
+
+device = torch.device("cpu")
+runtime.set_device(device)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**25)  # 128 MiB, freed at once
+before = faults()
+torch.ones(2**25)
+again = faults() - before
+runtime.empty_cache(device)
+before = faults()
+torch.ones(2**25)
+print(again, faults() - before)
+"""
+
+
+def faults(**variables):
+    """(pages that the system had to find for a tensor of 128 MiB behind another, and after memory was given back)."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE.format(root=str(ROOT))],
+        capture_output=True, text=True, env={**environment(), **variables}, check=True,
+    )  # fmt: skip
+    return tuple(map(int, done.stdout.split()))
+
+
+@pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
+def test_a_cpu_keeps_its_memory_until_it_is_asked_for():
+    again, given_back = faults()
+    assert again < 100
+    assert given_back > 50 * (again + 1)
+
+
+@pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
+def test_what_the_user_tells_the_c_library_stands():
+    again, _ = faults(MALLOC_TRIM_THRESHOLD_="131072")
+    assert again > 50  # a page may have 2 MiB

@@ -197,6 +197,13 @@ def test_all_logits_are_one_chunk_where_that_fits_and_is_faster(gain, room, chos
     assert any(job.levers.loss_chunk_mb == 1572 for job in jobs) == (room > 1.5)
 
 
+def test_a_cpu_does_not_try_one_chunk():
+    job = replace(JOB, model_args={**JOB.model_args, "vocab_size": 50304})
+    made, _, jobs = fitter(answer_3060, replace(FACTS, device_type="cpu"), job=job, batch_size=8, chunk_mb=128)
+    assert made.plan().levers.loss_chunk_mb == 128
+    assert {job.levers.loss_chunk_mb for job in jobs} == {0}
+
+
 def test_the_users_chunk_stands():
     job = replace(JOB, model_args={**JOB.model_args, "vocab_size": 50304}, levers=MemoryLevers(loss_chunk_mb=64))
     made, _, jobs = fitter(answer_3060, job=job, batch_size=8)

@@ -115,7 +115,7 @@ def test_a_run_with_it_says_so_in_its_checkpoint(name, workplace):
     train(**{name: MOVED[name]}, max_iters=2, eval_interval=2)
     saved = torch.load("out/ckpt.pt", weights_only=True)
     asked = MemoryLevers(**{name: MOVED[name]})
-    assert saved["split"]["levers"] == asdict(asked.within(runtime.total_memory_bytes(CPU)))
+    assert saved["split"]["levers"] == asdict(asked.within(runtime.total_memory_bytes(CPU), "cpu"))
 
 
 def test_what_auto_fit_may_move_are_levers():

@@ -173,7 +173,7 @@ def test_a_probe_measures_memory_and_speed(workplace):
     assert measured.limit_bytes == facts[0].limit_bytes
     assert 0.1 * GIB < measured.peak_bytes < 2 * GIB
     assert measured.tokens_per_second > 100
-    assert measured.levers == JOB.levers.within(measured.limit_bytes), "what was left open is settled"
+    assert measured.levers == JOB.levers.within(measured.limit_bytes, "cpu"), "what was left open is settled"
 
 
 def test_one_process_tries_several_sizes():

@@ -36,12 +36,14 @@ class MemoryLevers:
     loss_chunk_mb: int = 0  # MiB of logits that exist at a time; 0: by the memory there is
     shard: bool = False  # several ranks hold one model together: see sharding.py
 
-    def within(self, limit_bytes):
+    def within(self, limit_bytes, device_type="cuda"):
         """These levers with what is left open settled for a device of so much memory (0: unknown)."""
         if self.loss_chunk_mb:
             return self
-        # Large chunks are faster. In 16 bits this is 2% of the memory; below 128 MiB a chunk saves nothing that counts.
-        return replace(self, loss_chunk_mb=max(128, limit_bytes // 25 // 2**20 // 128 * 128))
+        # On a GPU, large chunks are faster. In 16 bits this is 2% of its memory; below 128 MiB a chunk saves nothing
+        # that counts.
+        share = 0 if device_type == "cpu" else limit_bytes // 25
+        return replace(self, loss_chunk_mb=max(128, share // 2**20 // 128 * 128))
 
     def __str__(self):
         """The levers that are moved, for messages: ', recompute'; nothing where none is."""

@@ -78,7 +78,7 @@ def measure(job, made):
             neighbours=() if job.limit_bytes else tuple(runtime.gpu_processes(device)),
         )
     )
-    levers = job.levers.within(limit)
+    levers = job.levers.within(limit, device.type)
     if levers.shard:  # which takes more processes than this one
         peak = int(FRAGMENTED * sum(simulated(job, levers).values())) + runtime.process_bytes(device)
         report(Trial(job.micro_batch_size, levers, job.compile, peak_bytes=peak))
@@ -181,7 +181,7 @@ def simulate(job):
             limit_bytes=limit,
         )
     )
-    levers = job.levers.within(limit)
+    levers = job.levers.within(limit, torch.device(job.device).type)
     parts = simulated(job, levers)
     report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
 
