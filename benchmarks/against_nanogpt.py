@@ -9,17 +9,16 @@ each has its own peak; they take turns, and one waits while the other works. Pri
 last.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
-from common import finish
+from common import Player, finish, take_turns
 from nanogpt import TheirForward, their_batch, their_optimizer, their_update
 
 from configurator import configure
@@ -28,7 +27,7 @@ from nanofit import models, runtime, settings
 from nanofit.allocator import NAMES
 from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches
-from nanofit.errors import UsageError
+from nanofit.optimizers import allocate_state
 from nanofit.step import train_step
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -91,6 +90,7 @@ class Ours:
         self.model = torch.compile(model) if compile else model
         self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+        allocate_state(self.optimizer)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
         torch.manual_seed(1)  # as theirs
         self.batches.start(VOCAB_SIZE)
@@ -109,7 +109,7 @@ def build(name, folder):
 
 
 def turn(model):
-    """(seconds a step, losses, peak bytes so far) of one turn."""
+    """[seconds a step, losses, peak bytes so far] of one turn."""
     losses = [model.step()]  # untimed: it takes again the memory that the last turn gave back
     runtime.synchronize(device)
     start = time.perf_counter()
@@ -119,71 +119,45 @@ def turn(model):
     losses = [loss.item() for loss in losses]
     peak = runtime.peak_reserved_bytes(device)
     runtime.empty_cache(device)  # the other side may need it
-    return seconds, losses, peak
-
-
-def answer_turns(name, folder):
-    """What the process of one side does: a turn for each line on standard input, its figures on standard output."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints goes to standard error
-    model = build(name, folder)
-    for _ in sys.stdin:
-        print(json.dumps(turn(model)), file=answers, flush=True)
-
-
-class Player:
-    """The process of one side."""
-
-    def __init__(self, name, folder):
-        command = [sys.executable, __file__, *sys.argv[1:], f"--side={name}", f"--folder={folder}", "--save="]
-        # nanoGPT asks nothing of torch's allocator; an empty wish is the user's, and stands.
-        asks = {} if name == "ours" else dict.fromkeys(NAMES, "")
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env={**os.environ, **asks}, **pipes)
-        self.name, self.seconds, self.losses, self.peak = name, [], [], 0
-
-    def play(self):
-        self.process.stdin.write("turn\n")
-        self.process.stdin.flush()
-        line = next((line for line in self.process.stdout if line.startswith("[")), "")  # behind configure's words
-        if not line:
-            raise UsageError(f"the process of {self.name} ended with exit code {self.process.wait()}")
-        took, losses, self.peak = json.loads(line)
-        self.seconds.append(took)
-        self.losses += losses
+    return [seconds, losses, peak]
 
 
 with tempfile.TemporaryDirectory() as place:
     if side:
-        answer_turns(side, folder)
+        take_turns(partial(turn, build(side, folder)))
         sys.exit(0)
     for split in ("train", "val"):
         rng = np.random.default_rng(0)
         rng.integers(50257, size=1_000_000, dtype=np.uint16).tofile(os.path.join(place, f"{split}.bin"))
-    players = [Player(name, place) for name in SIDES]
-    for _ in range(rounds + 1):
-        for player in players:
-            player.play()
+    command = [sys.executable, __file__, *sys.argv[1:], f"--folder={place}", "--save="]
+    # nanoGPT asks nothing of torch's allocator; an empty wish is the user's, and stands.
+    asks = {"nanogpt": dict.fromkeys(NAMES, ""), "ours": {}}
+    players = [Player(name, [*command, f"--side={name}"], asks[name]) for name in SIDES]
+    turns = [[player.play() for player in players] for _ in range(rounds + 1)]
     for player in players:
-        player.process.stdin.close()
-        player.process.wait()
+        player.end()
 
-theirs, ours = players
+seconds, losses, peaks = {}, {}, {}
+for name, found in zip(SIDES, zip(*turns, strict=True), strict=True):
+    took, told, until = zip(*found, strict=True)
+    seconds[name] = took[1:]  # the first turn warms up
+    losses[name] = [loss for of_a_turn in told for loss in of_a_turn]
+    peaks[name] = until[-1]
 tokens = batch_size * block_size
-ratios = [a / b for a, b in zip(theirs.seconds[1:], ours.seconds[1:], strict=True)]  # the first turn warms up
-difference = max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True))
-for player in players:
-    median = statistics.median(player.seconds[1:])
+ratios = [a / b for a, b in zip(seconds["nanogpt"], seconds["ours"], strict=True)]
+difference = max(abs(a - b) for a, b in zip(losses["nanogpt"], losses["ours"], strict=True))
+for name in SIDES:
+    median = statistics.median(seconds[name])
     speed = f"{median * 1000:10.1f} ms a step {tokens / median:12,.0f} tok/s"
-    print(f"{player.name:10} {speed} {player.peak / 2**30:8.2f} GiB")
+    print(f"{name:10} {speed} {peaks[name] / 2**30:8.2f} GiB")
 print(f"ratio of tok/s {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {rounds} turns)")
-print(f"ratio of peaks {ours.peak / theirs.peak:.3f}")
+print(f"ratio of peaks {peaks['ours'] / peaks['nanogpt']:.3f}")
 print(f"largest difference of a loss {difference:.1e}")
 figures = {
-    "seconds_per_step": {player.name: statistics.median(player.seconds[1:]) for player in players},
+    "seconds_per_step": {name: statistics.median(took) for name, took in seconds.items()},
     "tokens_per_second_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-    "peak_bytes": {player.name: player.peak for player in players},
-    "peak_ratio": ours.peak / theirs.peak,
+    "peak_bytes": peaks,
+    "peak_ratio": peaks["ours"] / peaks["nanogpt"],
     "largest_loss_difference": difference,
 }
 del config["side"], config["folder"]

@@ -12,6 +12,7 @@ sys.path.append(ROOT)
 import torch
 
 from nanofit import runtime
+from nanofit.errors import UsageError
 from nanofit.files import replacing
 
 
@@ -48,3 +49,40 @@ def keep(benchmark, config, device, figures, save):
 def finish(benchmark, config, device, figures, save):
     """Keep a result, and print it as one line of JSON."""
     print(json.dumps(keep(benchmark, config, device, figures, save)))
+
+
+class Player:
+    """The processes of one side of a comparison, which wait while the other sides take their turns.
+
+    environments: what each process, a rank, finds in its environment. The first is told to take a turn, and answers.
+    """
+
+    def __init__(self, name, command, *environments):
+        self.name = name
+        first, *others = [{**os.environ, **environment} for environment in environments]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        silent = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, env=first, **pipes)
+        self.others = [subprocess.Popen(command, env=environment, **silent) for environment in others]
+
+    def play(self):
+        """What take_turns was given by one turn."""
+        self.process.stdin.write("turn\n")
+        self.process.stdin.flush()
+        line = next((line for line in self.process.stdout if line.startswith("[")), "")  # behind configure's words
+        if not line:
+            raise UsageError(f"the process of {self.name} ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def end(self):
+        self.process.stdin.close()
+        for process in (self.process, *self.others):
+            process.wait()
+
+
+def take_turns(turn, told=sys.stdin):
+    """What a Player's process does: for each line that it is told, turn() is called, and its list is the answer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to standard error
+    for _ in told:
+        print(json.dumps(turn()), file=answers, flush=True)

@@ -4,12 +4,13 @@
 
 Two processes of one thread each on a CPU, or --ranks of a machine's GPUs with --device=cuda. Ours is train.py's
 iteration with all that it survives; 'after' is the same with gradients that leave after the last backward pass, not
-during it. All sides tell the loss of every iteration. Prints a table, and one line of JSON last.
+during it. All sides tell the loss of every iteration. The ranks of each side are processes of their own, and wait while
+others take their turns. Prints a table, and one line of JSON last.
 """
 
 import os
+import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from common import finish
+from common import Player, finish, take_turns
 from nanogpt import TheirForward, their_batch, their_optimizer, their_update
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,27 +45,12 @@ rounds = 10  # turns that are counted
 steps = 5  # iterations of each side in a turn
 device = runtime.best_device()
 dtype = runtime.best_dtype(device)
-folder = ""  # the data of a rank, which this script starts itself
+side = ""  # the side of a rank, which this script starts itself
+folder = ""  # its data
 save = ""  # a file for the result
-if "RANK" in os.environ and os.environ["RANK"] != "0":
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 config, given = configure(globals())
 settings.at_least(1, config, "ranks", "threads", "batch_size", "block_size", "rounds", "steps")
 dtype = config["dtype"] = settings.dtype(config, given)
-
-if "RANK" not in os.environ:
-    with tempfile.TemporaryDirectory() as place:
-        for split in ("train", "val"):
-            tokens = np.random.default_rng(0).integers(vocab_size, size=1_000_000, dtype=np.uint16)
-            tokens.tofile(os.path.join(place, f"{split}.bin"))
-        together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [*together, __file__, *sys.argv[1:], f"--folder={place}"]
-        sys.exit(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode)
-
-world = World.of_torchrun()
-device = world.init("nccl" if device == "cuda" else "gloo", device)
-runtime.set_device(device)
-torch.set_num_threads(threads)
 
 
 class Ours:
@@ -151,42 +137,77 @@ class NanoGPT:
 SIDES = {"ours": Ours, "after": After, "ours under DDP": OursUnderDDP, "nanoGPT under DDP": NanoGPT}
 
 
-def build(side, micro_steps):
+def build(side):
     torch.manual_seed(1337)
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)
-    return side(GPT(shape).to(device), micro_steps)
+    return SIDES[side](GPT(shape).to(device), int(micro_steps))
 
 
-def seconds(side):
-    """Of an iteration, as rank 0 sees it."""
+def turn(run):
+    """[seconds of an iteration, as rank 0 sees it]"""
+    run.step()  # untimed: caches hold what another side has left there
     runtime.synchronize(device)
     world.all_reduce_max(0)  # begin together
     start = time.perf_counter()
     for _ in range(steps):
-        side.step()
+        run.step()
     runtime.synchronize(device)
     world.all_reduce_max(0)
-    return (time.perf_counter() - start) / steps
+    return [(time.perf_counter() - start) / steps]
 
 
-figures = {}
-for count in map(int, micro_steps.split(",")):
-    sides = {name: build(side, count) for name, side in SIDES.items()}
-    took = {name: [] for name in SIDES}
-    for turn in range(rounds + 1):
-        order = list(SIDES) if turn % 2 else list(reversed(SIDES))
-        for name in order:
-            found = seconds(sides[name])
-            took[name] += [found] if turn else []  # the first turn warms up
-    figures[count] = {"seconds_per_iteration": {name: statistics.median(found) for name, found in took.items()}}
+def turns():
+    """On all ranks: one for each line that rank 0 is told."""
+    while world.all_reduce_max(int(world.is_main and bool(sys.stdin.readline()))):
+        yield
+
+
+def play(place, micro_steps):
+    """{side: seconds of an iteration in each turn}"""
+    arguments = [*sys.argv[1:], f"--folder={place}", f"--micro_steps={micro_steps}", "--save="]
+    players = {}
     for name in SIDES:
-        print(f"{count} micro-steps, {name:20} {statistics.median(took[name]) * 1000:10.1f} ms an iteration")
-    for name in list(SIDES)[1:]:
-        ratios = [a / b for a, b in zip(took[name], took["ours"], strict=True)]
-        spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        figures[count][f"tokens_per_second_ratio_to_{name.replace(' ', '_')}"] = spread
-        print("    ours is {median:.3f} ({min:.3f} to {max:.3f}) times as fast as".format(**spread), name)
-if world.is_main:
-    del config["folder"]
-    finish("ranks", config, device, {"micro_steps": figures}, save)
-world.destroy()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+        each = [
+            {**meet, "OMP_NUM_THREADS": str(threads), "RANK": rank, "LOCAL_RANK": rank}
+            for rank in map(str, range(ranks))
+        ]
+        players[name] = Player(name, [sys.executable, __file__, *arguments, f"--side={name}"], *each)
+    took = {name: [] for name in SIDES}
+    for number in range(rounds + 1):
+        for name in list(SIDES) if number % 2 else reversed(SIDES):
+            found = players[name].play()
+            took[name] += found if number else []  # the first turn warms up
+    for player in players.values():
+        player.end()
+    return took
+
+
+if side:
+    world = World.of_torchrun()
+    device = world.init("nccl" if device == "cuda" else "gloo", device)
+    if device.type != "cpu" or not side.startswith("nanoGPT"):  # which asks nothing of the C library
+        runtime.set_device(device)
+    torch.set_num_threads(threads)
+    take_turns(partial(turn, build(side)), turns())
+    world.destroy()
+    sys.exit(0)
+figures = {}
+with tempfile.TemporaryDirectory() as place:
+    for split in ("train", "val"):
+        tokens = np.random.default_rng(0).integers(vocab_size, size=1_000_000, dtype=np.uint16)
+        tokens.tofile(os.path.join(place, f"{split}.bin"))
+    for count in map(int, micro_steps.split(",")):
+        took = play(place, count)
+        figures[count] = {"seconds_per_iteration": {name: statistics.median(found) for name, found in took.items()}}
+        for name in SIDES:
+            print(f"{count} micro-steps, {name:20} {statistics.median(took[name]) * 1000:10.1f} ms an iteration")
+        for name in list(SIDES)[1:]:
+            ratios = [a / b for a, b in zip(took[name], took["ours"], strict=True)]
+            spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+            figures[count][f"tokens_per_second_ratio_to_{name.replace(' ', '_')}"] = spread
+            print("    ours is {median:.3f} ({min:.3f} to {max:.3f}) times as fast as".format(**spread), name)
+del config["folder"], config["side"]
+finish("ranks", config, runtime.find_device(device), {"micro_steps": figures}, save)
