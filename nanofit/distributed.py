@@ -59,6 +59,18 @@ class World:
             )
         return world
 
+    @classmethod
+    def imagined(cls, size):
+        """A World of so many ranks, of which this process is the first and the others don't exist.
+
+        Messages arrive at once and hold nothing (torch's "fake" backend): what tensors take is as among real ranks,
+        what they say and how long it takes isn't.
+        """
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        return cls(size=size, on_host=dist.group.WORLD)
+
     @property
     def is_main(self):
         return self.rank == 0

@@ -324,6 +324,41 @@ def test_cuda_graphs_train_alike():
     assert graphs.iter_loss == pytest.approx(eager.iter_loss, abs=0.02)
 
 
+HELD = """
+import sys
+import nanofit, torch
+from model import GPT, GPTConfig
+from nanofit import gradients, models, optimizers, runtime, sharding
+from nanofit.batches import RandomBatch
+from nanofit.distributed import World
+from nanofit.step import accumulate, clip
+
+device = runtime.find_device("cuda")
+runtime.set_device(device)
+world = World.imagined(2)
+model = models.build(GPT, GPTConfig, dict(block_size=64, n_layer=6, n_head=8, n_embd=512, bias=False))
+sharding.place(model, world, device, "bfloat16", sys.argv[1] == "sharded")
+optimizer = optimizers.make_optimizer(model, "float32", 0.1, 6e-4, (0.9, 0.95), device)
+optimizers.allocate_state(optimizer)
+scaler, autocast = runtime.grad_scaler(device, "bfloat16"), runtime.autocast(device, "bfloat16")
+batches = RandomBatch(1, 64, 50304, device, micro_steps=2)
+accumulate(model, scaler, batches, autocast, gradients.of(model, world))
+clip(model, optimizer, scaler, 1.0)
+print(torch.cuda.memory_allocated())
+"""
+
+
+def test_a_sharded_rank_holds_half():
+    """Weights, gradients and AdamW's state, by the allocator; of two ranks, of which one is imagined."""
+    held = {}
+    for way in ("replicated", "sharded"):
+        done = subprocess.run([sys.executable, "-c", HELD, way], capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr
+        held[way] = int(done.stdout.split()[-1])
+    assert held["replicated"] > 4 * 4 * 44e6, "four times 44M parameters in float32"
+    assert held["sharded"] <= 0.55 * held["replicated"]
+
+
 @numbers
 def test_one_nccl_rank():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]

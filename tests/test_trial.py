@@ -187,6 +187,16 @@ def test_one_process_tries_several_sizes():
     assert large.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.1), "what went before doesn't show"
 
 
+def test_one_process_tries_the_share_of_a_rank():
+    """Which imagines the others: FSDP2 needs their number, not them."""
+    with Trials() as run:
+        tried = [run(replace(JOB, levers=MemoryLevers(shard=True), ranks=2, micro_batch_size=n)) for n in (1, 256)]
+    assert [trial.failure for trial in tried] == ["", ""]
+    assert all(trial.fits for trial in tried)
+    assert tried[1].peak_bytes > 1.1 * tried[0].peak_bytes
+    assert [trial.tokens_per_second for trial in tried] == [0, 0], "a rank that talks to others is slower"
+
+
 @pytest.mark.slow
 def test_dropout_costs_a_plan_no_attention_matrices():
     peaks = []

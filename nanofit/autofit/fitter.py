@@ -116,7 +116,7 @@ class Fitter:
             why = "shard off: the whole model fits each rank, and need not be gathered in every micro-step"
         else:
             choice, more, reasons = self._search(replace(self.job.levers, shard=True))
-            trials, why = [*trials, *more], "shard on: whole, not even batch_size 1 fits a rank; simulated"
+            trials, why = [*trials, *more], "shard on: whole, not even batch_size 1 fits a rank"
         if choice:
             self.say(f"auto-fit: {why}")
         return choice, trials, (*reasons, why)

@@ -19,11 +19,10 @@ os.dup2(2, 1)  # whatever prints goes to standard error
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanofit import models, runtime
+from nanofit import models, runtime, sharding
 from nanofit.autofit.plan import (
     CONTEXT_BYTES,
     FAILS,
-    FRAGMENTED,
     GIB,
     OUT_OF_MEMORY,
     Facts,
@@ -34,6 +33,7 @@ from nanofit.autofit.plan import (
     to_json,
 )
 from nanofit.batches import RandomBatch
+from nanofit.distributed import ALONE, World
 from nanofit.errors import first_line, is_out_of_memory, show_errors_as_sentences
 from nanofit.optimizers import make_optimizer
 from nanofit.step import dry_step, evaluate, train_step, try_compile
@@ -79,10 +79,6 @@ def measure(job, made):
         )
     )
     levers = job.levers.within(limit, device.type)
-    if levers.shard:  # which takes more processes than this one
-        peak = int(FRAGMENTED * sum(simulated(job, levers).values())) + runtime.process_bytes(device)
-        report(Trial(job.micro_batch_size, levers, job.compile, peak_bytes=peak))
-        return
     runtime.cap_memory(device, limit)
     if device.type == "cpu":
         runtime.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
@@ -91,15 +87,19 @@ def measure(job, made):
         figures = run(job, *made, device)
     except (RuntimeError, MemoryError) as e:
         figures = {"failure": OUT_OF_MEMORY if is_out_of_memory(e) else f"{type(e).__name__}: {first_line(e)[:100]}"}
+    if levers.shard:
+        figures["tokens_per_second"] = 0.0  # without the messages of other ranks it would be too high
     report(Trial(job.micro_batch_size, levers, job.compile, **figures))
 
 
 def make(job, levers, device):
     """(model, optimizer), the weights made where they stay. A GPU draws them in no time; its clock may mind zeros."""
-    with torch.device(device), WithoutDrawing() if device.type == "cpu" else contextlib.nullcontext():
+    world = World.imagined(job.ranks) if levers.shard else ALONE
+    made_on = torch.device("cpu") if levers.shard else device  # whole, it may not fit the device
+    with made_on, WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
         model = models.build(*models.from_file(job.model_file), job.model_args)
-    model.to(device)
     models.apply_levers(model, levers)
+    sharding.place(model, world, device, job.dtype, levers.shard)
     return model, make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
 
 
@@ -160,15 +160,10 @@ def run(job, model, optimizer, device):
     }
 
 
-def simulated(job, levers):
-    """Bytes by what they are for, at the peak of the same step on fake tensors."""
-    from nanofit.autofit.simulate import step_memory
-
-    return step_memory(*models.from_file(job.model_file), job, levers)
-
-
 def simulate(job):
     """A device that isn't here: what tensors would hold of it."""
+    from nanofit.autofit.simulate import step_memory
+
     card = int(job.memory_limit_gb * GIB)
     free = card - (CONTEXT_BYTES if job.device.startswith("cuda") else 0)
     limit = job.limit_bytes or memory_limit(free, 0.0)
@@ -182,7 +177,7 @@ def simulate(job):
         )
     )
     levers = job.levers.within(limit, torch.device(job.device).type)
-    parts = simulated(job, levers)
+    parts = step_memory(*models.from_file(job.model_file), job, levers)
     report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
 
 
