@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
 LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
+ADDED_ROWS = 8192  # of a product that is added to a matrix of another dtype: what exists of it at a time
 SOFTMAX_BYTES = 32 * 2**20  # of probabilities in float32: what eager training holds of them at a time
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
 
@@ -159,7 +160,7 @@ def cuda_adds_products(dtype):
 
 @torch.library.custom_op("nanofit::add_product", mutates_args={"total"})
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, without a second tensor of total's size where the backend can.
+    """total += a @ b, without a second tensor of total's size.
 
     torch.compile doesn't look into it: it would add all chunks' products at the end, and keep them until then.
     """
@@ -168,7 +169,8 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     elif total.is_cuda and cuda_adds_products(a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        for rows, of_rows in zip(total.split(ADDED_ROWS), a.split(ADDED_ROWS), strict=True):
+            rows += of_rows @ b
 
 
 def softmax_less_one_hot(logits, target, exact, lift, with_gradients):

@@ -1,5 +1,6 @@
 """What the benchmarks share: the project's modules on the path, and how a result is told and kept."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -51,6 +52,9 @@ def finish(benchmark, config, device, figures, save):
     print(json.dumps(keep(benchmark, config, device, figures, save)))
 
 
+ANSWER = "answer: "
+
+
 class Player:
     """The processes of one side of a comparison, which wait while the other sides take their turns.
 
@@ -67,12 +71,13 @@ class Player:
 
     def play(self):
         """What take_turns was given by one turn."""
-        self.process.stdin.write("turn\n")
-        self.process.stdin.flush()
-        line = next((line for line in self.process.stdout if line.startswith("[")), "")  # behind configure's words
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the exit code below says how
+            self.process.stdin.write("turn\n")
+            self.process.stdin.flush()
+        line = next((line for line in self.process.stdout if line.startswith(ANSWER)), "")  # others print, too
         if not line:
             raise UsageError(f"the process of {self.name} ended with exit code {self.process.wait()}")
-        return json.loads(line)
+        return json.loads(line.removeprefix(ANSWER))
 
     def end(self):
         self.process.stdin.close()
@@ -85,4 +90,4 @@ def take_turns(turn, told=sys.stdin):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to standard error
     for _ in told:
-        print(json.dumps(turn()), file=answers, flush=True)
+        print(ANSWER + json.dumps(turn()), file=answers, flush=True)

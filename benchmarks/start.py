@@ -24,10 +24,12 @@ from nanofit.errors import UsageError
 other = ""  # the other checkout; none: this one alone
 rounds = 5  # starts of each
 batch_size = 12
+gradient_accumulation_steps = 1
 block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
+max_iters = 2000
 compile = False
 auto_fit = True
 device = runtime.best_device()
@@ -40,11 +42,14 @@ for path in checkouts.values():
         raise UsageError(f"other: {path} is no checkout, it has no train.py")
 
 
+OF_A_RUN = ("batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head", "n_embd", "max_iters",
+            "compile", "auto_fit", "device")  # fmt: skip
+
+
 def start(checkout, folder):
     """Seconds until train.py of a checkout has printed its first iteration; it is ended then."""
-    names = ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "compile", "auto_fit")
-    sizes = {name: config[name] for name in names}
-    keys = {**sizes, "device": device, "dataset": "random", "eval_iters": 1, "out_dir": folder}
+    asked = {name: config[name] for name in OF_A_RUN}
+    keys = {**asked, "dataset": "random", "eval_iters": 1, "out_dir": folder}
     command = [sys.executable, os.path.join(checkout, "train.py"), *(f"--{key}={value}" for key, value in keys.items())]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": checkout}
     began = time.perf_counter()

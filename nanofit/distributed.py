@@ -63,12 +63,14 @@ class World:
     def imagined(cls, size):
         """A World of so many ranks, of which this process is the first and the others don't exist.
 
-        Messages arrive at once and hold nothing (torch's "fake" backend): what tensors take is as among real ranks,
-        what they say and how long it takes isn't.
+        Messages arrive at once, and mean nothing (torch's "fake" backend): what tensors take is as among real ranks,
+        their values and the time aren't.
         """
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
+        hook = sys.excepthook
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        sys.excepthook = hook  # as in init
         return cls(size=size, on_host=dist.group.WORLD)
 
     @property

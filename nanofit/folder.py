@@ -156,7 +156,8 @@ class RunFolder:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
         # Of a run that was killed while it wrote.
-        for ours in ("ckpt*.pt.*.part", "auto_fit.json.*.part", f"{SMALLER}.*.part"):
+        names = (f"{name}.*.part" for name in ("ckpt*.pt", "auto_fit.json", SMALLER, "sample.txt", "report.html"))
+        for ours in names:
             for part in glob.glob(os.path.join(glob.escape(self.out_dir), ours)):
                 with contextlib.suppress(OSError):
                     os.remove(part)

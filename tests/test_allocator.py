@@ -72,19 +72,21 @@ import torch
 device = torch.device("cpu")
 runtime.set_device(device)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**25)  # 128 MiB, freed at once
-before = faults()
+def taken():
+    before = faults()
+    torch.ones(2**24)  # 64 MiB, freed at once
+    return faults() - before
+
+
 torch.ones(2**25)
-again = faults() - before
+again = taken()
 runtime.empty_cache(device)
-before = faults()
-torch.ones(2**25)
-print(again, faults() - before)
+print(again, taken())
 """
 
 
 def faults(**variables):
-    """(pages that the system had to find for a tensor of 128 MiB behind another, and after memory was given back)."""
+    """(pages that the system had to find for 64 MiB where 128 were freed, and after memory was given back)."""
     done = subprocess.run(
         [sys.executable, "-c", TWICE.format(root=str(ROOT))],
         capture_output=True, text=True, env={**environment(), **variables}, check=True,
@@ -95,8 +97,8 @@ def faults(**variables):
 @pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
 def test_a_cpu_keeps_its_memory_until_it_is_asked_for():
     again, given_back = faults()
-    assert again < 100
-    assert given_back > 50 * (again + 1)
+    assert again < 20
+    assert given_back > again + 50  # of 4 KiB or, as huge ones, of 2 MiB
 
 
 @pytest.mark.skipif(not GLIBC, reason="another C library than glibc")

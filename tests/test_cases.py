@@ -386,7 +386,8 @@ row("a part that is a link to somebody's file", a_run, file("theirs", "words"), 
 row("a part of another program", a_run, file("out/film.part", "half"), init_from="resume", max_iters=6, code=0,
     changes=SAVED)
 row("parts of a killed run", a_run, file("out/ckpt.pt.abc.part", "half"), file("out/auto_fit.json.x.part"),
-    init_from="resume", max_iters=6, code=0, changes=(*SAVED, "out/*.part"))
+    file("out/sample.txt.x.part"), file("out/report.html.x.part"), init_from="resume", max_iters=6, code=0,
+    changes=(*SAVED, "out/*.part"))
 row("no locks on this file system", fails("fcntl.flock", errno.ENOLCK), code=0, changes=("out", *SAVED),
     says="out can't be locked (No locks available): make sure that no other run writes there")
 row("no locks at all", fails("fcntl.flock", errno.ENOSYS), code=0, changes=("out", *SAVED), says="can't be locked")

@@ -326,12 +326,23 @@ def test_ranks_share_a_model_out_where_it_does_not_fit_one():
     )
     plan = made.plan()
     assert (plan.micro_batch_size, plan.levers) == (2, MemoryLevers(recompute=True, shard=True))
-    assert plan.compile, "as asked: it can't be tried"
+    assert plan.compile, "as asked: its gain can't be measured"
     assert "auto-fit: shard on: whole, not even batch_size 1 fits a rank" in said
     assert [job.levers.shard for job in jobs] == [False, False, True, True, True]
     made, _, _ = fitter(answer_of_ranks, world_size=4, gradient_accumulation_steps=4, advises=False)
     with pytest.raises(UsageError, match="nothing fits"):
         made.plan()
+
+
+def test_the_speed_of_a_share_alone_counts_for_the_budget_and_is_not_told():
+    def answer(job):
+        return dict(peak_bytes=GIB, tokens_per_second=100.0)
+
+    job = replace(JOB, levers=MemoryLevers(shard=True))
+    made, said, _ = fitter(answer, job=job, world_size=2, gradient_accumulation_steps=2)
+    assert made.measure(1).tokens_per_second == 0
+    assert made.budget_seconds == 60, "known, where none was before"
+    assert said[-1] == "auto-fit: batch_size 1, shard   peak 1.00 GiB   fits"
 
 
 def test_ranks_keep_a_model_whole_where_it_fits():
@@ -440,6 +451,14 @@ def test_one_trial_confirms_a_kept_answer():
     assert plan.reasons == ("because",)
     assert [(job.micro_batch_size, job.levers, job.compile) for job in jobs] == [(4, RECOMPUTE, True)]
     assert said[-1] == "auto-fit: the answer kept beside the run holds"
+
+
+def test_a_kept_answer_of_shares_is_confirmed_without_compiling():
+    shares = MemoryLevers(shard=True)
+    made, _, jobs = fitter(lambda job: dict(peak_bytes=GIB, tokens_per_second=100.0), world_size=4,
+                           gradient_accumulation_steps=4)  # fmt: skip
+    assert made.plan(kept(4, levers=shares, compile=True)).compile
+    assert [(job.levers, job.compile) for job in jobs] == [(shares, False)]
 
 
 def test_a_kept_answer_that_does_not_hold_is_looked_for_again():

@@ -133,6 +133,22 @@ def test_batches_are_joined_as_long_as_that_is_faster(half, limit, expected, pro
     assert choice.micro_batch_size == expected
 
 
+@pytest.mark.parametrize(("batch_size", "steps", "expected"), [(12, 37, 444), (2, 13, 26), (1, 64, 64)])
+def test_a_step_that_is_long_is_taken_where_it_promises_speed(batch_size, steps, expected):
+    sizes = micro_batch_sizes(batch_size, steps)
+    measure, _ = device(1000 * GIB, lambda b: (2 + b) * GIB, speed=lambda b: b / (b + 8))
+    choice, _ = search(sizes, lambda: 1000 * GIB, measure, batch_size=batch_size)
+    assert choice.micro_batch_size == expected
+
+
+def test_two_small_sizes_do_not_tell_what_large_ones_gain():
+    speeds = {1: 100.0, 2: 101.0, 16: 200.0, 64: 200.0, 32: 200.0, 8: 190.0, 4: 150.0}
+    measure, asked = device(100 * GIB, lambda b: line(b) * GIB, speeds.get)
+    choice, _ = search(micro_batch_sizes(1, 64), lambda: 100 * GIB, measure, batch_size=1)
+    assert asked[:3] == [1, 2, 16]
+    assert choice.micro_batch_size == 16
+
+
 def test_without_speed_all_that_fits_is_joined():
     measure, asked = device(1000 * GIB, lambda b: (2 + b) * GIB, speed=lambda b: 0.0)
     choice, _ = search(micro_batch_sizes(12, 40), lambda: 1000 * GIB, measure, batch_size=12)

@@ -65,6 +65,8 @@ class Fitter:
         with waiting(f"auto-fit: trying batch_size {size}{how}", self.budget_seconds - self._elapsed()):
             trial = self.run_trial(job, self._on_facts)
         self._speed = trial.tokens_per_second or self._speed
+        if job.levers.shard:  # without other ranks' messages that is too fast to be told or compared
+            trial = replace(trial, tokens_per_second=0.0)
         if self._speed and self.budget_seconds == math.inf:
             self.budget_seconds = max(AT_LEAST_SECONDS, SHARE_OF_RUN * self._tokens_left() / self._speed)
         speed = f"   {trial.tokens_per_second:,.0f} tok/s" if trial.tokens_per_second else ""
@@ -201,7 +203,7 @@ class Fitter:
         if self.job.simulate:
             return choice, False, "compile: decided on the device itself"
         if choice.levers.shard:
-            why = "compile: as configured, because sharded ranks are not tried beforehand"
+            why = "compile: as configured, because the speed of sharded ranks isn't measured"
             return choice, self.asked_compile, why
         facts = self.facts
         verdict, why = may_compile(
@@ -263,7 +265,8 @@ class Fitter:
 
     def _confirm(self, kept):
         """A Plan as the kept one, if one trial shows that it still holds; else None, with a sentence."""
-        trial = self.measure(kept.micro_batch_size, compile=kept.compile, levers=kept.levers)
+        compile = kept.compile and not kept.levers.shard  # sharded, it wasn't tried either
+        trial = self.measure(kept.micro_batch_size, compile=compile, levers=kept.levers)
         if not trial.fits:
             self.say("auto-fit: the answer kept beside the run does not fit any more: looking again")
         elif abs(self.limit - kept.limit_bytes) > 0.05 * kept.limit_bytes:

@@ -35,7 +35,7 @@ from nanofit.autofit.plan import (
 from nanofit.batches import RandomBatch
 from nanofit.distributed import ALONE, World
 from nanofit.errors import first_line, is_out_of_memory, show_errors_as_sentences
-from nanofit.optimizers import make_optimizer
+from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.step import dry_step, evaluate, train_step, try_compile
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
@@ -87,8 +87,6 @@ def measure(job, made):
         figures = run(job, *made, device)
     except (RuntimeError, MemoryError) as e:
         figures = {"failure": OUT_OF_MEMORY if is_out_of_memory(e) else f"{type(e).__name__}: {first_line(e)[:100]}"}
-    if levers.shard:
-        figures["tokens_per_second"] = 0.0  # without the messages of other ranks it would be too high
     report(Trial(job.micro_batch_size, levers, job.compile, **figures))
 
 
@@ -100,7 +98,9 @@ def make(job, levers, device):
         model = models.build(*models.from_file(job.model_file), job.model_args)
     models.apply_levers(model, levers)
     sharding.place(model, world, device, job.dtype, levers.shard)
-    return model, make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
+    optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
+    allocate_state(optimizer)  # as train.py; gradients that aren't finite would leave a first step out
+    return model, optimizer
 
 
 def run(job, model, optimizer, device):

@@ -55,8 +55,10 @@ def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
     high = min(too_large, default=sizes[-1] + 1)
     fastest = max(fitting, key=lambda t: t.tokens_per_second)
     if fastest.tokens_per_second:  # to join batches takes time to try, and buys speed alone
-        further = JOINED_TIMES * low
-        gains = low >= batch_size and NEAR_ENOUGH * expected_speed(fitting, further) > fastest.tokens_per_second
+        following = next((size for size in sizes if size > low), low)
+        further = max(following, JOINED_TIMES * low)
+        promised = expected_speed(fitting, further) if len(fitting) > 2 else math.inf  # two small ones can't tell
+        gains = low >= batch_size and NEAR_ENOUGH * promised > fastest.tokens_per_second
         high = min(high, max(batch_size, further if gains else low) + 1)
     between = [s for s in sizes if low < s < high and s not in tried]
     a, k = line_through(trials)
@@ -119,4 +121,5 @@ def size_to_try_recomputed(sizes, trials):
         doublings = math.log2(largest.micro_batch_size / smaller.micro_batch_size)
         if (largest.tokens_per_second / smaller.tokens_per_second) ** (1 / doublings) < WORTH_RECOMPUTING:
             return None
-    return max(size for size in sizes if size <= RECOMPUTED_TIMES * largest.micro_batch_size)
+    size = max(size for size in sizes if size <= RECOMPUTED_TIMES * largest.micro_batch_size)
+    return size if size > largest.micro_batch_size else None

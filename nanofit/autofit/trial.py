@@ -16,6 +16,8 @@ TRIAL_SECONDS = 600  # a trial that takes longer hangs
 COMPILED_TRIAL_SECONDS = 1800  # on few cores, compiling alone may take many minutes
 FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# With torch's own two, it would look for ranks that it imagines.
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCH_DISTRIBUTED_DEBUG", "TORCH_DIST_INIT_BARRIER")
 # -P: no module of the current folder can get in its way
 COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.probe"]
 
@@ -68,7 +70,7 @@ class _Child:
 
     def __init__(self):
         # It is no rank of this run's. It imports the project from where this process has it.
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        environment = {k: v for k, v in os.environ.items() if k not in OF_RANKS}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
