@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 
+import common
 import numpy as np
-from common import ROOT, finish
 
 from configurator import configure
 from nanofit import runtime, settings
@@ -36,7 +36,7 @@ device = runtime.best_device()
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "rounds")
-checkouts = {"here": ROOT, **({"other": os.path.abspath(other)} if other else {})}
+checkouts = {"here": common.ROOT, **({"other": os.path.abspath(other)} if other else {})}
 for path in checkouts.values():
     if not os.path.isfile(os.path.join(path, "train.py")):
         raise UsageError(f"other: {path} is no checkout, it has no train.py")
@@ -94,4 +94,4 @@ if other:
     figures["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     print(f"ratio    {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {rounds} turns)")
 del config["other"]
-finish("start", config, runtime.find_device(device), figures, save)
+common.finish("start", config, runtime.find_device(device), figures, save)

@@ -1,9 +1,11 @@
 """Which micro-batch size to try next, and which wins. Pure: whoever calls it measures."""
 
+import bisect
 import math
 
 MAX_TRIALS = 5
 NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
+LIKELY = 0.95  # of the fastest: what promises less is not tried
 LEVEL = 0.9  # of the fastest: too close to tell which size is the best
 JOINED_TIMES = 8  # a size beyond the configured one may be so many times the largest that was tried
 # Recomputing costs about a third more arithmetic. Where doubling the size gains so much speed, two doublings, for which
@@ -23,16 +25,17 @@ def line_through(trials):
 
 
 def expected_speed(fitting, size):
-    """Tokens per second at a larger size, were a micro-step's time a fixed part and one for each sequence.
+    """Tokens per second at a size, were a micro-step's time a fixed part and one for each sequence.
 
-    By the two largest of these trials; inf where they can't tell.
+    By the trials around it, or the two that come nearest from below; inf where there aren't two that tell.
     """
-    *_, smaller, largest = [None, None, *sorted(fitting, key=lambda t: t.micro_batch_size)]
-    if not smaller or not smaller.tokens_per_second or not largest.tokens_per_second:
+    known = sorted((t.micro_batch_size, t.tokens_per_second) for t in fitting if t.tokens_per_second)
+    if len(known) < 2:
         return math.inf
-    x, y = 1 / smaller.micro_batch_size, 1 / largest.micro_batch_size
-    time_of_smaller, time_of_largest = 1 / smaller.tokens_per_second, 1 / largest.tokens_per_second  # of a token
-    time = time_of_largest - (time_of_smaller - time_of_largest) / (x - y) * (y - 1 / size)
+    at = min(max(1, bisect.bisect(known, (size,))), len(known) - 1)
+    (b0, v0), (b1, v1) = known[at - 1 : at + 1]
+    fixed = (1 / v0 - 1 / v1) / (1 / b0 - 1 / b1)  # of a micro-step, as times of a sequence's tokens
+    time = 1 / v1 + fixed * (1 / size - 1 / b1)  # of a token
     return 1 / time if time > 0 else math.inf
 
 
@@ -41,7 +44,7 @@ def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
 
     First the two smallest, for the line that memory follows; then the largest up to batch_size that the line allows,
     and on from there in steps as long as that promises speed; then what lies between what fits and what doesn't; then
-    the neighbours of the fastest; last, where speed is level there, the middle of the sizes below.
+    the neighbours of the fastest, where they may be as fast; last, where speed is level, the middle of the sizes below.
     """
     tried = {t.micro_batch_size for t in trials}
     fitting = [t for t in trials if t.fits]
@@ -69,8 +72,10 @@ def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
     if not fastest.tokens_per_second:
         return None
     at = sizes.index(fastest.micro_batch_size)
+    likely = LIKELY * fastest.tokens_per_second
     for neighbour in sizes[max(0, at - 1) : at] + sizes[at + 1 : at + 2]:
-        if neighbour not in tried and neighbour < high and a + k * neighbour <= limit_bytes:
+        fits = neighbour < high and a + k * neighbour <= limit_bytes
+        if neighbour not in tried and fits and expected_speed(fitting, neighbour) >= likely:
             return neighbour
     level = [t for t in fitting if t.tokens_per_second >= LEVEL * fastest.tokens_per_second]
     below = [s for s in sizes if s < fastest.micro_batch_size and s not in tried]
