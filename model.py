@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
 LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
-ADDED_ROWS = 8192  # of a product that is added to a matrix of another dtype: what exists of it at a time
+ADDED_ROWS = 4096  # of a product that is added to a matrix of another dtype: what exists of it at a time
 SOFTMAX_BYTES = 32 * 2**20  # of probabilities in float32: what eager training holds of them at a time
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
 

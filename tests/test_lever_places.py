@@ -26,7 +26,7 @@ MOVED = {
     "loss_chunk_mb": 256,
     "shard": True,
 }  # another value of each lever
-PLAIN = MemoryLevers().within(0)  # as a trial and a run settle them
+PLAIN = MemoryLevers().within(0, "cpu")  # as a trial and a run settle them
 
 LEVERS = [field.name for field in fields(MemoryLevers)]
 lever = pytest.mark.parametrize("name", LEVERS)

@@ -187,14 +187,29 @@ def test_one_process_tries_several_sizes():
     assert large.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.1), "what went before doesn't show"
 
 
+MADE = """
+import sys
+from nanofit.autofit import probe
+from nanofit.autofit.plan import Job, from_json
+
+job = from_json(sys.stdin.readline(), Job)
+model, optimizer = probe.make(job, job.levers, probe.torch.device("cpu"))
+held = [p.to_local().numel() for p in model.parameters()]
+state = [moments["exp_avg"].to_local().numel() for moments in optimizer.state.values()]
+probe.REPORT.write(f"{sum(held)} {sum(state)} {sum(p.numel() for p in model.parameters())}")
+"""
+
+
 def test_one_process_tries_the_share_of_a_rank():
     """Which imagines the others: FSDP2 needs their number, not them."""
-    shape = {**JOB.model_args, "n_embd": 1024, "vocab_size": 16384}  # 42M parameters
-    job = replace(JOB, model_args=shape, levers=MemoryLevers(shard=True), micro_batch_size=1)
-    halves, crumbs = [run_trial(replace(job, ranks=ranks)) for ranks in (2, 64)]
-    assert halves.fits
-    assert crumbs.fits
-    assert crumbs.peak_bytes < halves.peak_bytes - 4 * 42e6, "almost half of 12 bytes a parameter"
+    job = replace(JOB, levers=MemoryLevers(shard=True), ranks=8, brief=True)
+    command = [sys.executable, "-c", MADE]
+    made = subprocess.run(command, input=to_json(job) + "\n", capture_output=True, text=True, env=environment())
+    held, state, whole = map(int, made.stdout.split())
+    assert held == state == pytest.approx(whole / 8, rel=0.1)
+    tried = run_trial(job)
+    assert tried.failure == ""
+    assert tried.fits
 
 
 @pytest.mark.slow

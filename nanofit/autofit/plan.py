@@ -42,8 +42,8 @@ class MemoryLevers:
             return self
         # On a GPU, large chunks are faster. In 16 bits this is 2% of its memory; below 128 MiB a chunk saves nothing
         # that counts.
-        share = 0 if device_type == "cpu" else limit_bytes // 25
-        return replace(self, loss_chunk_mb=max(128, share // 2**20 // 128 * 128))
+        settled = 64 if device_type == "cpu" else max(128, limit_bytes // 25 // 2**20 // 128 * 128)
+        return replace(self, loss_chunk_mb=settled)
 
     def __str__(self):
         """The levers that are moved, for messages: ', recompute'; nothing where none is."""
