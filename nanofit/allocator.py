@@ -25,7 +25,7 @@ def prefer_expandable_segments():
     os.environ[NAMES[release >= (2, 10)]] = "expandable_segments:True"
 
 
-HOST_NAMES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+MALLOC_NAMES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
@@ -40,7 +40,7 @@ def keep_host_memory():
     glibc would give back blocks of some MiB at once, and in each step of training on a CPU the system would have to
     find and clear gigabytes anew. What the user has set stands.
     """
-    if not set(HOST_NAMES) & set(os.environ):
+    if not set(MALLOC_NAMES) & set(os.environ):
         _of_glibc("mallopt")(MMAP_MAX, 0)
         _of_glibc("mallopt")(TRIM_THRESHOLD, -1)
 

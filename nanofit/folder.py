@@ -155,10 +155,9 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-        # Of a run that was killed while it wrote.
-        names = (f"{name}.*.part" for name in ("ckpt*.pt", "auto_fit.json", SMALLER, "sample.txt", "report.html"))
-        for ours in names:
-            for part in glob.glob(os.path.join(glob.escape(self.out_dir), ours)):
+        for name in ("ckpt*.pt", "auto_fit.json", SMALLER, "sample.txt", "report.html"):
+            # Of a run that was killed while it wrote.
+            for part in glob.glob(os.path.join(glob.escape(self.out_dir), f"{name}.*.part")):
                 with contextlib.suppress(OSError):
                     os.remove(part)
 
