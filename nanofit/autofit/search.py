@@ -34,7 +34,7 @@ def expected_speed(fitting, size):
         return math.inf
     at = min(max(1, bisect.bisect(known, (size,))), len(known) - 1)
     (b0, v0), (b1, v1) = known[at - 1 : at + 1]
-    # A token takes its own time and, with all others of the micro-step, a share of the fixed part: a line over 1 / size.
+    # A token takes its own time, and its share of what a micro-step takes at any size: a line over 1 / size.
     slope = (1 / v0 - 1 / v1) / (1 / b0 - 1 / b1)
     time = 1 / v1 + slope * (1 / size - 1 / b1)
     return 1 / time if time > 0 else math.inf
