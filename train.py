@@ -80,6 +80,7 @@ compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotu
 recompute = False  # blocks compute their activations again in the backward pass: less memory, slower
 optimizer_state = "float32"  # '8bit' (torchao; changes the numbers a little), 'offload' (to the machine's memory)
 shard = False  # several ranks hold one model together (FSDP2), for one that no GPU holds
+gather_once = False  # with shard: its weights are gathered once an iteration: faster, more memory
 loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there is
 # fitting the GPU
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
@@ -142,7 +143,7 @@ levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(devic
 # ---- model, optimizer, and the place in the data where a run goes on ---------------------------------------
 torch.manual_seed(1337 + world.rank)
 if init_from in ("scratch", "resume"):
-    model = models.build(GPT, GPTConfig, {**model_args, "block_size": trained_with})
+    model = models.build(GPT, GPTConfig, {**model_args, "block_size": trained_with}, empty=levers.shard and world.rank)
 else:
     model = models.pretrained(GPT, init_from, dropout)
     model_args |= {name: getattr(model.config, name) for name in model_args if name != "block_size"}
@@ -155,12 +156,12 @@ if block_size < trained_with:
     folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 models.apply_levers(model, levers)
-sharding.place(model, world, device, dtype, levers.shard)  # with the weights of rank 0: each rank has drawn its own
+sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
 optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = runtime.grad_scaler(device, dtype)
 autocast = runtime.autocast(device, dtype)
 batches.start(model_args["vocab_size"], plan.micro_batch_size, world.all_gather(torch.get_rng_state())[0])
-own_gradients = gradients.of(model, world)
+own_gradients = gradients.of(model, world, levers)
 raw_model = model  # what is saved: without torch.compile's wrapper
 peak_flops, note = runtime.peak_flops(device, dtype)
 if note:
@@ -221,9 +222,8 @@ recovery.run(partial(allocate_state, optimizer))
 if plan.compile:
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     dry = partial(dry_step, batch=batches.like_current, autocast=autocast)
-    options = dict(mode=compile_mode, dynamic=False)  # sizes are few, and each gets kernels of its own
-    with waiting("compiling"):
-        [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, **options))
+    with waiting("compiling"):  # not dynamic: sizes are few, and each gets kernels of its own
+        [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, mode=compile_mode, dynamic=False))
     if failure:
         print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 BUCKET_BYTES = 25 * 2**20  # that travel together, at least: small messages cost more time than bytes
 
 
-def of(model, world):
+def of(model, world, levers):
     """What a model's gradients need on this rank. All ranks must call it, once the model is on its device."""
     if world.sharded:
-        return ShardedGradients(model)
+        return ShardedGradients(model, levers.gather_once)
     return Gradients(model) if world.size == 1 else AveragedGradients(model, world.size)
 
 
@@ -41,10 +41,20 @@ class Gradients:
 
 
 class ShardedGradients(Gradients):
-    """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares."""
+    """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares.
 
-    def begin(self, micro_steps):
-        """Whole gradients would take the memory that sharding saves."""
+    gather_once: the weights that the first pass has gathered stay until the last.
+    """
+
+    def __init__(self, model, gather_once):
+        super().__init__(model)
+        self.gather_once = gather_once
+
+    def begin(self, micro_steps):  # no whole gradients: they would take the memory that sharding saves
+        self.model.set_reshard_after_backward(not self.gather_once)
+
+    def last(self):
+        self.model.set_reshard_after_backward(True)
 
 
 class AveragedGradients(Gradients):

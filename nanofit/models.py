@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 import typing
+import warnings
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -83,10 +84,16 @@ def config_of(config_class, model_args):
         return config_class(**known)
 
 
-def build(model_class, config_class, model_args):
-    """A model of these sizes."""
+def build(model_class, config_class, model_args, empty=False):
+    """A model of these sizes. empty: its weights have no values and take no memory, if it can be built so."""
     config = config_of(config_class, model_args)
     with refusals("model.py: "):
+        if empty:
+            # Not one that looks at values while it is built, or keeps tensors that are neither weights nor buffers.
+            with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+                model = model_class(config)
+                if not any(isinstance(held, torch.Tensor) for part in model.modules() for held in vars(part).values()):
+                    return model
         return model_class(config)
 
 
@@ -111,7 +118,9 @@ def pretrained(model_class, name, dropout):
 def load_weights(model, weights, where):
     """Give a model a checkpoint's weights; where: what holds them, for the message where they are of another model."""
     try:
-        model.load_state_dict(weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of each weight without memory: it stays so
+            model.load_state_dict(weights)
     except RuntimeError as e:  # torch lists everything that differs, one line each: the first tells enough
         first = str(e).splitlines()[:2][-1].strip()[:200]
         raise UsageError(f"{where}: its weights don't fit its model_args: {first}") from e

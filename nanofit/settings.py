@@ -80,6 +80,8 @@ def check(config, world):
         )
     if config["shard"]:
         check_shard(config, ranks)
+    elif config["gather_once"] and not (config["auto_fit"] or config["dry_run"]):
+        raise UsageError("gather_once is for a model that ranks share out: it needs shard=True, or leave it out")
     if is_elsewhere(config):
         if world.size > 1:
             raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")

@@ -1,8 +1,8 @@
 """A model that no device holds: each rank keeps a share of every weight, its gradient and AdamW's state.
 
-By torch's FSDP2 (fully_shard): a block's weights are gathered while it computes, and its gradients are reduced to the
-shares right after its backward pass, in every micro-step. All ranks must call what is here, and run the model equally
-often.
+By torch's FSDP2 (fully_shard): a block's weights are gathered while it computes, or once for all of an iteration, and
+its gradients are reduced to the shares right after its backward pass, in every micro-step. All ranks must call what is
+here, and run the model equally often.
 """
 
 import torch
@@ -11,28 +11,46 @@ from nanofit.models import blocks_of
 from nanofit.runtime import DTYPES
 
 
-def place(model, world, device, dtype, shard=False):
-    """Bring a model onto this rank's device, its weights those of rank 0: whole, or with shard this rank's share.
+def place(model, world, device, dtype, levers):
+    """Bring a model onto this rank's device, with rank 0's weights: whole, or with levers.shard this rank's share.
 
+    Other ranks' models may then come empty (models.build): one machine holds one model, however many ranks it has.
     dtype: what products run in, and so, on a GPU, what a block's weights travel in; all else stays float32.
     """
-    if not shard or world.size == 1:
+    if not levers.shard or world.size == 1:
         model.to(device)
         world.broadcast(model.parameters())
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    world.broadcast(model.parameters())  # on the host: whole, it may not fit the device
     world.sharded = True
+    whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host: it may not fit the device
     mesh = init_device_mesh(device.type, (world.size,))
     # On a CPU, norms don't take weights of another precision than their input's.
     reduced = DTYPES[dtype] if device.type == "cuda" and dtype != "float32" else None
     of_block = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=of_block)
+        # What stays gathered after a forward pass, gradients.ShardedGradients gives up after the last backward pass.
+        fully_shard(block, mesh=mesh, mp_policy=of_block, reshard_after_forward=not levers.gather_once)
     # Embeddings and the head in float32, in which the residual stream begins and the loss is computed.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    _deal(model, whole, world, device)
+
+
+@torch.no_grad()
+def _deal(model, whole, world, device):
+    """Give the ranks their shares of rank 0's weights, {name: tensor on the host}, and its buffers."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        sent = whole[name].to(device) if world.is_main else torch.empty_like(whole[name], device=device)
+        share = distribute_tensor(sent, p.device_mesh, p.placements)
+        if not world.is_main:  # which has its own
+            p.copy_(share)
+    world.broadcast(model.buffers())
 
 
 def whole_model(model, world):

@@ -74,9 +74,9 @@ def update(optimizer, scaler, norm):
     optimizer.zero_grad(set_to_none=True)
 
 
-def train_step(model, optimizer, scaler, batches, autocast, grad_clip):
+def train_step(model, optimizer, scaler, batches, autocast, grad_clip, gradients=None):
     """What an iteration of training computes. Returns the mean loss as accumulate."""
-    loss = accumulate(model, scaler, batches, autocast)
+    loss = accumulate(model, scaler, batches, autocast, gradients)
     update(optimizer, scaler, clip(model, optimizer, scaler, grad_clip))
     return loss
 

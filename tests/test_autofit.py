@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -22,8 +22,7 @@ CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at
     "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False,
     "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20, "dry_run": False,
-    "eval_only": False, "init_from": "scratch", "out_dir": "out", "recompute": False, "optimizer_state": "float32",
-    "loss_chunk_mb": 0, "shard": False, "ranks": 1,
+    "eval_only": False, "init_from": "scratch", "out_dir": "out", "ranks": 1, **asdict(MemoryLevers()),
 }  # fmt: skip
 SIZES = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=65, dropout=0.0)
 

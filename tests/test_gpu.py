@@ -329,6 +329,7 @@ import sys
 import nanofit, torch
 from model import GPT, GPTConfig
 from nanofit import gradients, models, optimizers, runtime, sharding
+from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import RandomBatch
 from nanofit.distributed import World
 from nanofit.step import accumulate, clip
@@ -337,12 +338,13 @@ device = runtime.find_device("cuda")
 runtime.set_device(device)
 world = World.imagined(2)
 model = models.build(GPT, GPTConfig, dict(block_size=64, n_layer=6, n_head=8, n_embd=512, bias=False))
-sharding.place(model, world, device, "bfloat16", sys.argv[1] == "sharded")
+levers = MemoryLevers(shard=sys.argv[1] == "sharded")
+sharding.place(model, world, device, "bfloat16", levers)
 optimizer = optimizers.make_optimizer(model, "float32", 0.1, 6e-4, (0.9, 0.95), device)
 optimizers.allocate_state(optimizer)
 scaler, autocast = runtime.grad_scaler(device, "bfloat16"), runtime.autocast(device, "bfloat16")
 batches = RandomBatch(1, 64, 50304, device, micro_steps=2)
-accumulate(model, scaler, batches, autocast, gradients.of(model, world))
+accumulate(model, scaler, batches, autocast, gradients.of(model, world, levers))
 clip(model, optimizer, scaler, 1.0)
 print(torch.cuda.memory_allocated())
 """

@@ -25,13 +25,14 @@ MOVED = {
     "optimizer_state": "offload",
     "loss_chunk_mb": 256,
     "shard": True,
+    "gather_once": True,
 }  # another value of each lever
 PLAIN = MemoryLevers().within(0, "cpu")  # as a trial and a run settle them
 
 LEVERS = [field.name for field in fields(MemoryLevers)]
 lever = pytest.mark.parametrize("name", LEVERS)
 # What several ranks share out is shown on several: tests/test_sharding.py, test_ranks.py.
-lever_of_one = pytest.mark.parametrize("name", [name for name in LEVERS if name != "shard"])
+lever_of_one = pytest.mark.parametrize("name", [name for name in LEVERS if name not in ("shard", "gather_once")])
 
 
 def moved(name):
@@ -106,8 +107,9 @@ def test_it_changes_how_training_computes_and_not_what(name):
 
 @lever
 def test_it_changes_what_is_simulated(name):
-    plain = step_memory(WithChunks, GPTConfig, JOB, PLAIN)
-    assert step_memory(WithChunks, GPTConfig, JOB, moved(name)) != plain
+    plain = replace(PLAIN, shard=name == "gather_once")  # which says something of shares alone
+    changed = replace(plain, **{name: MOVED[name]})
+    assert step_memory(WithChunks, GPTConfig, JOB, changed) != step_memory(WithChunks, GPTConfig, JOB, plain)
 
 
 @lever_of_one

@@ -15,8 +15,9 @@ import sys
 
 import pytest
 import torch
-from conftest import REFERENCE, ROOT, TOY, Run, environment, flags, run_script
+from conftest import REFERENCE, ROOT, TOY, Run, environment, flags, run_script, train_on_ranks
 
+from model import GPT, GPTConfig
 from nanofit import models
 from nanofit.autofit.plan import Job, MemoryLevers
 from nanofit.autofit.simulate import step_memory
@@ -413,6 +414,56 @@ def test_a_fork_is_fitted(tmp_path):
     checkout = Checkout(tmp_path / "checkout", "modern.py")
     without_alphabet(checkout)
     assert_fitted(checkout.run({"fitted": training(**FITTED, n_kv_head=1)})["fitted"])
+
+
+PLACED = """
+import os, runpy, sys
+from nanofit import sharding
+
+place = sharding.place
+def placed(model, *args):
+    there = {not tensor.is_meta for tensor in (*model.parameters(), *model.buffers())}
+    open("there" + os.environ["RANK"], "w").write(str(there))
+    place(model, *args)
+sharding.place = placed
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.proof
+def test_a_fork_is_shared_out(tmp_path, monkeypatch):
+    """Its weights, and buffers that no checkpoint holds, come from rank 0: another rank builds it without memory."""
+    checkout = Checkout(tmp_path / "checkout", "modern.py")
+    keys = dict(gradient_accumulation_steps=2, max_iters=6)
+    alone = ended_well(checkout.run({"alone": training(**keys, out_dir="alone")})["alone"])
+    monkeypatch.chdir(checkout.folder)
+    (checkout.folder / "placed.py").write_text(PLACED)
+    run, _, _ = train_on_ranks(2, script="placed.py", **keys, shard=True)
+    assert [(checkout.folder / f"there{rank}").read_text() for rank in (0, 1)] == ["{True}", "{False}"]
+    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=TOLERANCE)
+    rest, _, _ = train_on_ranks(2, script="placed.py", **{**keys, "max_iters": 9}, shard=True, init_from="resume")
+    assert min(rest.iter_loss) == 7
+
+
+class LooksAtValues(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, config.n_layer)]
+
+
+class KeepsATensor(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.ones(3)
+
+
+@pytest.mark.parametrize(("model", "empty"), [(GPT, True), (LooksAtValues, False), (KeepsATensor, False)])
+def test_a_model_is_built_empty_where_it_can_be(model, empty):
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=65)
+    built = models.build(model, GPTConfig, sizes, empty=True)
+    assert {p.is_meta for p in built.parameters()} == {empty}
+    assert not any(p.is_meta for p in models.build(model, GPTConfig, sizes).parameters())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

@@ -92,13 +92,16 @@ def whole(one_process):
     return one_process
 
 
+WHOLE, SHARED, GATHERED_ONCE = dict(), dict(shard=True), dict(shard=True, gather_once=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "shard"),
-    [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.proof) for shard in (False, True))],
+    ("ranks", "levers"),
+    [(2, WHOLE), (2, SHARED), *(pytest.param(4, way, marks=pytest.mark.proof) for way in (WHOLE, GATHERED_ONCE))],
 )
-def test_ranks_learn_what_one_process_learns(whole, ranks, shard):
-    train_on_ranks(ranks, **SAME, shard=shard)
+def test_ranks_learn_what_one_process_learns(whole, ranks, levers):
+    train_on_ranks(ranks, **SAME, **levers)
     ours, alone = figures("out"), figures(whole)
     assert len(ours) == 2 * 31 + 2 * 4
     assert ours == pytest.approx(alone, abs=1e-5)

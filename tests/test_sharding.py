@@ -1,11 +1,13 @@
 """A model that no rank holds whole: what each holds, what it may be combined with, what ends it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, train, train_on_ranks
+from conftest import RANK, environment, train, train_on_ranks
 
 from nanofit.errors import UsageError
 
@@ -41,6 +43,59 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_state(workplace):
     for sharded, replicated in zip(held[True], held[False], strict=True):
         for what in ("weights", "gradients", "state"):
             assert sharded[what] <= 0.55 * replicated[what], what
+
+
+GATHERS = """
+import json
+import torch
+from model import GPT, GPTConfig
+from nanofit import gradients, models, runtime, sharding
+from nanofit.autofit.plan import MemoryLevers
+from nanofit.batches import RandomBatch
+from nanofit.distributed import World
+from nanofit.step import accumulate, evaluate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Gathers(TorchDispatchMode):
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in func.name()
+        return func(*args, **(kwargs or {}))
+
+def held(model):
+    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in map(torch.Tensor.detach, tensors_of(model))}
+    return sum(storage.nbytes() for storage in tensors.values())
+
+def tensors_of(model):
+    return [t.to_local() if hasattr(t, "to_local") else t for t in model.parameters()]
+
+device, world, told = torch.device("cpu"), World.imagined(2), []
+for once in (False, True):
+    levers = MemoryLevers(shard=True, gather_once=once)
+    model = models.build(GPT, GPTConfig, dict(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=32, bias=False))
+    whole = held(model)
+    sharding.place(model, world, device, "float32", levers)
+    batches, own = RandomBatch(2, 16, 64, device, micro_steps=4), gradients.of(model, world, levers)
+    scaler, autocast = runtime.grad_scaler(device, "float32"), runtime.autocast(device, "float32")
+    for _ in range(2):  # iterations: the second begins as the first
+        with Gathers() as gathers:
+            accumulate(model, scaler, batches, autocast, own)
+        told.append((gathers.count, 2 * held(model) <= 1.05 * whole))
+    with Gathers() as gathers:
+        evaluate(model, batches, 2, autocast)
+    told.append(gathers.count)
+print(json.dumps(told))
+"""
+
+
+def test_weights_are_gathered_for_each_use_or_once_an_iteration():
+    """Three blocks and what is outside of them, in four micro-steps; of two ranks, of which one is imagined."""
+    done = subprocess.run([sys.executable, "-c", GATHERS], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    *each, evaluation_of_each, one, again, evaluation = json.loads(done.stdout.splitlines()[-1])
+    assert each == 2 * [[28, True]], "a block twice in a micro-step, what is outside once; then it holds its share"
+    assert [one, again] == 2 * [[4, True]]
+    assert [evaluation_of_each, evaluation] == [13, 4], "of four batches"
 
 
 SCRIPT = """

@@ -58,6 +58,9 @@ def test_parts_are_what_their_names_say():
     outside, block = (50304 + 1024 + 1) * 768 / GIB, (12 * 768**2 + 2 * 768) / GIB
     assert shared["weights"] == pytest.approx(parts["weights"] / 4 + 4 * outside + 2 * 2 * block, rel=0.01)
     assert shared["gradients"] == pytest.approx(parts["gradients"] / 4 + 4 * outside + (2 + 4) * block, rel=0.01)
+    once = take(n_layer=3, ranks=4, levers={"shard": True, "gather_once": True})
+    each = take(n_layer=3, ranks=4, levers={"shard": True})
+    assert once["weights"] - each["weights"] == pytest.approx(2 * block, rel=0.01), "of all blocks, not of two"
     together = take(n_layer=2, micro_steps=1, ranks=2)
     assert together["gradients"] == parts["gradients"], "several ranks' have memory of their own"
     assert take(n_layer=2, levers={"optimizer_state": "offload"})["optimizer state"] == 0

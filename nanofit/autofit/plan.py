@@ -35,6 +35,7 @@ class MemoryLevers:
     optimizer_state: str = "float32"  # or '8bit', 'offload': see optimizers.py
     loss_chunk_mb: int = 0  # MiB of logits that exist at a time; 0: by the memory there is
     shard: bool = False  # several ranks hold one model together: see sharding.py
+    gather_once: bool = False  # with shard: weights are gathered once an iteration, not for each use
 
     def within(self, limit_bytes, device_type="cuda"):
         """These levers with what is left open settled for a device of so much memory (0: unknown)."""
@@ -52,7 +53,7 @@ class MemoryLevers:
         return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
 
 
-FITTED = ("recompute", "loss_chunk_mb", "shard")  # the levers that auto-fit may move, where the user doesn't
+FITTED = ("recompute", "loss_chunk_mb", "shard", "gather_once")  # levers that auto-fit may move, where the user doesn't
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ os.dup2(2, 1)  # whatever prints goes to standard error
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanofit import models, runtime, sharding
+from nanofit import gradients, models, runtime, sharding
 from nanofit.autofit.plan import (
     CONTEXT_BYTES,
     FAILS,
@@ -58,7 +58,7 @@ def report(value):
 def measure(job, made):
     """Full optimizer steps and an evaluation, on the code path that will train.
 
-    made: an empty list before the first Job, in which its model and optimizer stay for those that follow.
+    made: an empty list before the first Job, in which what make() gave stays for those that follow.
     """
     device = runtime.find_device(job.device)
     runtime.set_device(device)
@@ -91,19 +91,22 @@ def measure(job, made):
 
 
 def make(job, levers, device):
-    """(model, optimizer), the weights made where they stay. A GPU draws them in no time; its clock may mind zeros."""
+    """(model, optimizer, gradients), the weights made where they stay.
+
+    A GPU draws them in no time; its clock may mind zeros.
+    """
     world = World.imagined(job.ranks) if levers.shard else ALONE
     made_on = torch.device("cpu") if levers.shard else device  # whole, it may not fit the device
     with made_on, WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
         model = models.build(*models.from_file(job.model_file), job.model_args)
     models.apply_levers(model, levers)
-    sharding.place(model, world, device, job.dtype, levers.shard)
+    sharding.place(model, world, device, job.dtype, levers)
     optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
     allocate_state(optimizer)  # as train.py; gradients that aren't finite would leave a first step out
-    return model, optimizer
+    return model, optimizer, gradients.of(model, world, levers)
 
 
-def run(job, model, optimizer, device):
+def run(job, model, optimizer, own_gradients, device):
     """The figures of a Trial."""
     scaler = runtime.grad_scaler(device, job.dtype)
     autocast = runtime.autocast(device, job.dtype)
@@ -121,7 +124,7 @@ def run(job, model, optimizer, device):
         batches.micro_steps = micro_steps
         runtime.synchronize(device)
         start = time.perf_counter()
-        train_step(model, optimizer, scaler, batches, autocast, job.grad_clip)
+        train_step(model, optimizer, scaler, batches, autocast, job.grad_clip, own_gradients)
         runtime.synchronize(device)
         return time.perf_counter() - start
 

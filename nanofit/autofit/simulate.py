@@ -98,15 +98,16 @@ def _snapshot(tracker, when):
     return {str(getattr(kind, "value", kind)): n for kind, n in tracker.get_tracker_snapshot(when)[CPU].items()}
 
 
-def _gathered(model, product_bytes):
-    """Bytes of (weights, gradients) that sharding.py makes whole at a time.
+def _gathered(model, product_bytes, once):
+    """Bytes of (weights, gradients) that sharding.py makes whole at a time; once: levers.gather_once.
 
-    That are those outside of the blocks, in float32; and of two blocks the weights, as one is fetched while the other
-    computes, and of one the gradients, as they come and in float32, as they are reduced.
+    That are those outside of the blocks, in float32; and of all blocks the weights, or of two, as one is fetched while
+    the other computes, and of one the gradients, as they come and in float32, as they are reduced.
     """
     blocks = [sum(p.numel() for p in block.parameters()) for block in models.blocks_of(model)]
     largest, outside = max(blocks, default=0), sum(p.numel() for p in model.parameters()) - sum(blocks)
-    return 4 * outside + 2 * product_bytes * largest, 4 * outside + (product_bytes + 4) * largest
+    weights = sum(blocks) if once else 2 * largest
+    return 4 * outside + product_bytes * weights, 4 * outside + (product_bytes + 4) * largest
 
 
 def step_memory(model_class, config_class, job, levers):
@@ -140,7 +141,7 @@ def step_memory(model_class, config_class, job, levers):
     held = [peak[kind] for kind in ("Parameter", "Gradient", "Optstate")]
     rest = peak["Total"] - sum(held) + _workspaces(job.device)
     if levers.shard:
-        gathered = _gathered(model, 4 if job.dtype == "float32" else 2)
+        gathered = _gathered(model, 4 if job.dtype == "float32" else 2, levers.gather_once)
         held = [size // job.ranks + more for size, more in zip(held, (*gathered, 0), strict=True)]
     if before_loss:
         activations = before_loss["Total"] - sum(before_loss[kind] for kind in ("Parameter", "Gradient", "Optstate"))
