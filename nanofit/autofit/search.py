@@ -43,43 +43,64 @@ def expected_speed(fitting, size):
 def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
     """The micro-batch size to try next, or None where the trials so far suffice.
 
-    First the two smallest, for the line that memory follows; then the largest up to batch_size that the line allows,
-    and on from there in steps as long as that promises speed; then what lies between what fits and what doesn't; then
-    the neighbours of the fastest, where they may be as fast; last, where speed is level, the middle of the sizes below.
+    First the two smallest, for the line that memory follows; then upwards, as far as memory and speed promise; last,
+    where speed is measured, what may be as fast with less memory.
     """
-    tried = {t.micro_batch_size for t in trials}
     fitting = [t for t in trials if t.fits]
-    for size in sizes[:2]:
-        if size not in tried:
-            return size
-        if sizes[0] in tried and not fitting:
-            return None
-    low = max(t.micro_batch_size for t in fitting)
-    too_large = [t.micro_batch_size for t in trials if not t.fits and t.micro_batch_size > low]
-    high = min(too_large, default=sizes[-1] + 1)
-    fastest = max(fitting, key=lambda t: t.tokens_per_second)
-    if fastest.tokens_per_second:  # to join batches takes time to try, and buys speed alone
-        following = next((size for size in sizes if size > low), low)
-        further = max(following, JOINED_TIMES * low)
-        promised = expected_speed(fitting, further) if len(fitting) > 2 else math.inf  # two small ones can't tell
-        gains = low >= batch_size and NEAR_ENOUGH * promised > fastest.tokens_per_second
-        high = min(high, max(batch_size, further if gains else low) + 1)
-    between = [s for s in sizes if low < s < high and s not in tried]
+    if trials and not fitting:
+        return None
+    tried = {t.micro_batch_size for t in trials}
+    untried = [s for s in sizes if s not in tried]
+    if not tried.issuperset(sizes[:2]):
+        return untried[0]
     a, k = line_through(trials)
-    allowed = [s for s in between if a + k * s <= limit_bytes]
-    if allowed:
-        # A line that has been wrong twice is no guide any more.
-        return between[len(between) // 2] if len(too_large) > 1 else allowed[-1]
+    allowed = [s for s in untried if a + k * s <= limit_bytes]
+    if size := _upwards(untried, allowed, trials, _furthest(sizes, fitting, batch_size)):
+        return size
+    fastest = max(fitting, key=lambda t: t.tokens_per_second)
     if not fastest.tokens_per_second:
         return None
-    at = sizes.index(fastest.micro_batch_size)
+    return _beside(fastest, sizes, allowed, fitting) or _amid_level_speed(fastest, untried, fitting)
+
+
+def _furthest(sizes, fitting, batch_size):
+    """The largest size worth a trial: batch_size, and from there on a long step, where that promises speed.
+
+    To join batches takes time to try, and buys speed alone. Where speed isn't measured, nothing is too far.
+    """
+    low, fastest = max(t.micro_batch_size for t in fitting), max(t.tokens_per_second for t in fitting)
+    if not fastest:
+        return math.inf
+    if low < batch_size:
+        return batch_size
+    step = max(JOINED_TIMES * low, min((s for s in sizes if s > low), default=low))
+    promised = expected_speed(fitting, step) if len(fitting) > 2 else math.inf  # two small ones can't tell
+    return step if NEAR_ENOUGH * promised > fastest else low
+
+
+def _upwards(untried, allowed, trials, furthest):
+    """Between what fits and what doesn't: the largest that is allowed, or the middle."""
+    low = max(t.micro_batch_size for t in trials if t.fits)
+    too_large = [t.micro_batch_size for t in trials if t.micro_batch_size > low]
+    between = [s for s in untried if low < s <= furthest and s < min(too_large, default=math.inf)]
+    likely = [s for s in between if s in allowed]
+    if len(too_large) > 1 and likely:  # a line that has been wrong twice is no guide any more
+        return between[len(between) // 2]
+    return likely[-1] if likely else None
+
+
+def _beside(fastest, sizes, allowed, fitting):
+    """A neighbour of the fastest that promises to be about as fast. Above all that fit, none is looked for any more."""
+    low, at = max(t.micro_batch_size for t in fitting), sizes.index(fastest.micro_batch_size)
     likely = LIKELY * fastest.tokens_per_second
-    for neighbour in sizes[max(0, at - 1) : at] + sizes[at + 1 : at + 2]:
-        fits = neighbour < high and a + k * neighbour <= limit_bytes
-        if neighbour not in tried and fits and expected_speed(fitting, neighbour) >= likely:
-            return neighbour
+    near = (s for s in sizes[max(0, at - 1) : at + 2] if s in allowed and s < low)
+    return next((s for s in near if expected_speed(fitting, s) >= likely), None)
+
+
+def _amid_level_speed(fastest, untried, fitting):
+    """The middle of the sizes below the fastest, where another comes so close to it that the best may be any."""
     level = [t for t in fitting if t.tokens_per_second >= LEVEL * fastest.tokens_per_second]
-    below = [s for s in sizes if s < fastest.micro_batch_size and s not in tried]
+    below = [s for s in untried if s < fastest.micro_batch_size]
     return below[len(below) // 2] if below and len(level) > 1 else None
 
 
