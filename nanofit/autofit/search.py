@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from operator import attrgetter
 
 MAX_TRIALS = 5
 NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
@@ -12,11 +13,12 @@ JOINED_TIMES = 8  # a size beyond the configured one may be so many times the la
 # recomputing makes room, make up for it: 1.15 ** 2 = 1.32.
 WORTH_RECOMPUTING = 1.15
 RECOMPUTED_TIMES = 4  # as many sequences, at least, fit with recompute
+size_of, speed_of = attrgetter("micro_batch_size"), attrgetter("tokens_per_second")
 
 
 def line_through(trials):
     """(a, k) of memory = a + k x size bytes, through the smallest and the largest trial with a known peak."""
-    known = sorted((t.micro_batch_size, t.peak_bytes) for t in trials if t.peak_bytes)
+    known = sorted((size_of(t), t.peak_bytes) for t in trials if t.peak_bytes)
     if not known:
         return 0.0, 0.0
     (b0, m0), (b1, m1) = known[0], known[-1]
@@ -29,7 +31,7 @@ def expected_speed(fitting, size):
 
     By the trials around it, or the two that come nearest from below; inf where there aren't two that tell.
     """
-    known = sorted((t.micro_batch_size, t.tokens_per_second) for t in fitting if t.tokens_per_second)
+    known = sorted((size_of(t), speed_of(t)) for t in fitting if speed_of(t))
     if len(known) < 2:
         return math.inf
     at = min(max(1, bisect.bisect(known, (size,))), len(known) - 1)
@@ -49,7 +51,7 @@ def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
     fitting = [t for t in trials if t.fits]
     if trials and not fitting:
         return None
-    tried = {t.micro_batch_size for t in trials}
+    tried = set(map(size_of, trials))
     untried = [s for s in sizes if s not in tried]
     if not tried.issuperset(sizes[:2]):
         return untried[0]
@@ -57,20 +59,17 @@ def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
     allowed = [s for s in untried if a + k * s <= limit_bytes]
     if size := _upwards(untried, allowed, trials, _furthest(sizes, fitting, batch_size)):
         return size
-    fastest = max(fitting, key=lambda t: t.tokens_per_second)
-    if not fastest.tokens_per_second:
+    fastest = max(fitting, key=speed_of)
+    if not speed_of(fastest):
         return None
     return _beside(fastest, sizes, allowed, fitting) or _amid_level_speed(fastest, untried, fitting)
 
 
 def _furthest(sizes, fitting, batch_size):
-    """The largest size worth a trial: batch_size, and from there on a long step, where that promises speed.
-
-    To join batches takes time to try, and buys speed alone. Where speed isn't measured, nothing is too far.
-    """
-    low, fastest = max(t.micro_batch_size for t in fitting), max(t.tokens_per_second for t in fitting)
+    """The largest size worth a trial: to join batches takes time to try, and buys speed alone."""
+    low, fastest = max(map(size_of, fitting)), max(map(speed_of, fitting))
     if not fastest:
-        return math.inf
+        return math.inf  # it isn't measured: all that fits is joined
     if low < batch_size:
         return batch_size
     step = max(JOINED_TIMES * low, min((s for s in sizes if s > low), default=low))
@@ -80,8 +79,8 @@ def _furthest(sizes, fitting, batch_size):
 
 def _upwards(untried, allowed, trials, furthest):
     """Between what fits and what doesn't: the largest that is allowed, or the middle."""
-    low = max(t.micro_batch_size for t in trials if t.fits)
-    too_large = [t.micro_batch_size for t in trials if t.micro_batch_size > low]
+    low = max(size_of(t) for t in trials if t.fits)
+    too_large = [size_of(t) for t in trials if size_of(t) > low]
     between = [s for s in untried if low < s <= furthest and s < min(too_large, default=math.inf)]
     likely = [s for s in between if s in allowed]
     if len(too_large) > 1 and likely:  # a line that has been wrong twice is no guide any more
@@ -91,16 +90,15 @@ def _upwards(untried, allowed, trials, furthest):
 
 def _beside(fastest, sizes, allowed, fitting):
     """A neighbour of the fastest that promises to be about as fast. Above all that fit, none is looked for any more."""
-    low, at = max(t.micro_batch_size for t in fitting), sizes.index(fastest.micro_batch_size)
-    likely = LIKELY * fastest.tokens_per_second
+    low, at = max(map(size_of, fitting)), sizes.index(size_of(fastest))
     near = (s for s in sizes[max(0, at - 1) : at + 2] if s in allowed and s < low)
-    return next((s for s in near if expected_speed(fitting, s) >= likely), None)
+    return next((s for s in near if expected_speed(fitting, s) >= LIKELY * speed_of(fastest)), None)
 
 
 def _amid_level_speed(fastest, untried, fitting):
     """The middle of the sizes below the fastest, where another comes so close to it that the best may be any."""
-    level = [t for t in fitting if t.tokens_per_second >= LEVEL * fastest.tokens_per_second]
-    below = [s for s in untried if s < fastest.micro_batch_size]
+    level = [t for t in fitting if speed_of(t) >= LEVEL * speed_of(fastest)]
+    below = [s for s in untried if s < size_of(fastest)]
     return below[len(below) // 2] if below and len(level) > 1 else None
 
 
@@ -109,13 +107,11 @@ def choose(trials):
 
     None where nothing fits.
     """
-    fitting = sorted((t for t in trials if t.fits), key=lambda t: t.micro_batch_size)
-    if not fitting:
-        return None
-    fastest = max(t.tokens_per_second for t in fitting)
+    fitting = [t for t in trials if t.fits]
+    fastest = max(map(speed_of, fitting), default=0)
     if not fastest:
-        return fitting[-1]
-    return next(t for t in fitting if t.tokens_per_second >= NEAR_ENOUGH * fastest)
+        return max(fitting, key=size_of, default=None)
+    return min((t for t in fitting if speed_of(t) >= NEAR_ENOUGH * fastest), key=size_of)
 
 
 def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size=math.inf):
@@ -126,7 +122,7 @@ def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size
     """
     trials = []
     while len(trials) < MAX_TRIALS:
-        tried = {t.micro_batch_size for t in trials}
+        tried = set(map(size_of, trials))
         size = next_size([s for s in sizes if s in tried or affordable(s)], trials, limit_bytes(), batch_size)
         if size is None:
             break
@@ -139,14 +135,12 @@ def size_to_try_recomputed(sizes, trials):
 
     That can only be where memory, not batch_size, ends the search, and where speed was still growing with the size.
     """
-    fitting = sorted((t for t in trials if t.fits and t.tokens_per_second), key=lambda t: t.micro_batch_size)
-    if not fitting or fitting[-1].micro_batch_size == sizes[-1]:
+    known = sorted((size_of(t), speed_of(t)) for t in trials if t.fits and speed_of(t))
+    if not known:
         return None
-    largest = fitting[-1]
-    if len(fitting) > 1:
-        smaller = fitting[-2]
-        doublings = math.log2(largest.micro_batch_size / smaller.micro_batch_size)
-        if (largest.tokens_per_second / smaller.tokens_per_second) ** (1 / doublings) < WORTH_RECOMPUTING:
+    largest, speed = known[-1]
+    if len(known) > 1:
+        smaller, its_speed = known[-2]
+        if (speed / its_speed) ** (1 / math.log2(largest / smaller)) < WORTH_RECOMPUTING:
             return None
-    size = max(size for size in sizes if size <= RECOMPUTED_TIMES * largest.micro_batch_size)
-    return size if size > largest.micro_batch_size else None
+    return max((s for s in sizes if largest < s <= RECOMPUTED_TIMES * largest), default=None)
