@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nanofit.autofit.plan import FRAGMENTED, GIB
+from nanofit.autofit.plan import FRAGMENTED, GIB, gib
 from nanofit.models import GPT2_SIZES
 from nanofit.optimizers import OPTIMIZER_STATES
 
@@ -12,7 +12,27 @@ SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 def where_it_goes(parts):
     """One line: what each part of a simulated peak takes."""
     shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    return f"of {sum(parts.values()) / GIB:.2f} GiB (simulated): {shares}"
+    return f"of {gib(sum(parts.values()))} (simulated): {shares}"
+
+
+def nothing_fits(trial, facts):
+    """(sentence, whether other settings may help) about a Trial of the smallest size, on a device of these Facts."""
+    if not facts:
+        return f"auto-fit could not look at the device: {trial.failure}; python doctor.py says more", False
+    limit, process = f"the limit is {gib(facts.limit_bytes)}", facts.process_bytes
+    if not trial.out_of_memory:
+        failed = f"auto-fit: the trial of batch_size 1 failed: {trial.failure}"
+        smaller = f"if that is for want of memory ({limit}), set a smaller block_size or model"
+        return f"{failed}; {smaller}; else start without auto_fit to see the whole error", False
+    need = gib(trial.peak_bytes) if trial.peak_bytes else "more than there is"
+    how = trial.failure or ("simulated" if trial.parts else "measured")
+    there = f"{limit} of {gib(facts.free_bytes)} free"
+    if process:
+        there += f"; the process alone, Python and torch, takes {gib(process)}"
+    may_help = process < facts.limit_bytes
+    if not may_help:
+        there += ": no setting helps, memory_limit_gb must be more than that"
+    return f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {there}", may_help
 
 
 def what_would_fit(job, facts, run_trial, may_shrink):
@@ -42,14 +62,12 @@ def what_would_fit(job, facts, run_trial, may_shrink):
     while block_size >= SMALLEST_BLOCK and not fits_shape(block_size=block_size):
         block_size //= 2
     tried += [f"a block_size down to {SMALLEST_BLOCK}"] if job.model_args["block_size"] > SMALLEST_BLOCK else []
-    if block_size >= SMALLEST_BLOCK:
-        options.append(f"--block_size={block_size}")
-    smaller = [m for m in GPT2_SIZES.values() if m["n_layer"] < job.model_args["n_layer"]] if may_shrink else []
-    tried += [f"n_layer={sizes['n_layer']}" for sizes in reversed(smaller)]
-    for sizes in reversed(smaller):
-        if fits_shape(**sizes):
-            options.append(" ".join(f"--{key}={value}" for key, value in sizes.items()))
-            break
+    options += [f"--block_size={block_size}"] if block_size >= SMALLEST_BLOCK else []
+    larger_first = reversed(GPT2_SIZES.values()) if may_shrink else ()
+    smaller = [sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]]
+    tried += [f"n_layer={sizes['n_layer']}" for sizes in smaller]
+    if fitting := next((sizes for sizes in smaller if fits_shape(**sizes)), None):
+        options.append(" ".join(f"--{key}={value}" for key, value in fitting.items()))
     if not options:
         what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
         return [*lines, f"{what}: a smaller model, or more memory, is needed"]

@@ -41,14 +41,23 @@ def too_short(eager, tokens_left):
     return f"the run takes {duration(seconds)} without" if seconds < SHORT_RUN_SECONDS else ""
 
 
+def judge(verdict, why, eager, compiled, tokens_left):
+    """(whether to compile, why): may_compile's 'yes' or 'prove' in the light of an eager and a compiled Trial."""
+    if not compiled.fits:
+        return False, f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
+    if verdict == "prove":
+        worth, sums = pays_off(eager, compiled, tokens_left)
+        return worth, f"{why}, and {sums}"
+    if compiled.micro_batch_size < eager.micro_batch_size and compiled.tokens_per_second <= eager.tokens_per_second:
+        return False, f"compiled, batch_size {eager.micro_batch_size} does not run, and a smaller one is slower"
+    return True, why
+
+
 def pays_off(eager, compiled, tokens_left):
     """(whether compiling saves more time over tokens_left than it costs, why): two Trials of one size."""
-    saved = tokens_left / eager.tokens_per_second - tokens_left / compiled.tokens_per_second
-    why = (
-        f"compiling takes {duration(compiled.compile_seconds)} and saves {duration(saved)} of "
-        f"{duration(tokens_left / eager.tokens_per_second)}"
-    )
-    return saved > compiled.compile_seconds, why
+    without, cost = tokens_left / eager.tokens_per_second, compiled.compile_seconds
+    saved = without - tokens_left / compiled.tokens_per_second
+    return saved > cost, f"compiling takes {duration(cost)} and saves {duration(saved)} of {duration(without)}"
 
 
 def duration(seconds):

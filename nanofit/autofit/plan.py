@@ -13,7 +13,13 @@ GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
+LIKES_SMALL_CHUNKS = ("cpu",)  # of logits, as its caches hold them; elsewhere, large ones are faster
 FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
+
+
+def gib(size):
+    """Bytes for people: '2.61 GiB'."""
+    return f"{size / GIB:.2f} GiB"
 
 
 def divisors(n):
@@ -41,10 +47,9 @@ class MemoryLevers:
         """These levers with what is left open settled for a device of so much memory (0: unknown)."""
         if self.loss_chunk_mb:
             return self
-        # On a GPU, large chunks are faster. In 16 bits this is 2% of its memory; below 128 MiB a chunk saves nothing
-        # that counts.
-        settled = 64 if device_type == "cpu" else max(128, limit_bytes // 25 // 2**20 // 128 * 128)
-        return replace(self, loss_chunk_mb=settled)
+        # In 16 bits this is 2% of a GPU's memory; below 128 MiB a chunk saves nothing that counts.
+        large = max(128, limit_bytes // 25 // 2**20 // 128 * 128)
+        return replace(self, loss_chunk_mb=64 if device_type in LIKES_SMALL_CHUNKS else large)
 
     def __str__(self):
         """The levers that are moved, for messages: ', recompute'; nothing where none is."""
@@ -93,6 +98,10 @@ class Facts:
     process_bytes: int = 0  # of it, what a process takes before it has a model
     neighbours: tuple = ()  # (pid, name, MiB) of other processes that hold memory of this GPU
 
+    def __str__(self):
+        sms = f"{self.sm_count} SMs, " if self.sm_count else ""
+        return f"{self.name}, {sms}{gib(self.total_bytes)}, {gib(self.free_bytes)} free, limit {gib(self.limit_bytes)}"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -119,6 +128,12 @@ class Trial:
     def out_of_memory(self):
         """Whether it failed for want of memory and nothing else."""
         return self.failure in ("", OUT_OF_MEMORY) and not self.fits
+
+    def __str__(self):
+        peak = f"peak {gib(self.peak_bytes)}" if self.peak_bytes else self.failure
+        speed = f"   {self.tokens_per_second:,.0f} tok/s" if self.tokens_per_second else ""
+        why = f" (the allocator ran short {self.retries} times)" if self.retries else ""
+        return f"{peak}{speed}   {'fits' if self.fits else f'does not fit{why}'}"
 
 
 @dataclass(frozen=True)
