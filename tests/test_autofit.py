@@ -67,7 +67,8 @@ def test_the_plan_is_kept_and_a_second_run_confirms_it(trials, capsys):
         (dict(grad_clip=0.0), "grad_clip"),
         (dict(optimizer_state="offload"), "optimizer_state"),
         (dict(loss_chunk_mb=3), "loss_chunk_mb"),
-        (dict(given=["recompute"]), "recompute_is_free"),
+        (dict(given=["recompute"]), "levers_that_are_set"),
+        (dict(given=["shard"]), "levers_that_are_set"),
     ],
 )
 def test_an_answer_for_other_keys_is_looked_for_again(trials, capsys, change, name):
@@ -144,6 +145,13 @@ def test_the_plan_of_all_ranks_fits_each_of_them(compiles):
     assert plan == replace(
         own, micro_batch_size=4, levers=MemoryLevers(recompute=True, loss_chunk_mb=256), compile=compiles
     )
+
+
+def test_ranks_gather_once_where_each_of_them_can():
+    once, each = (Plan(64, 2, 4, MemoryLevers(shard=True, gather_once=able)) for able in (True, False))
+    assert autofit.smallest([once, once], once).levers.gather_once
+    for own in (once, each):
+        assert not autofit.smallest([once, each], own).levers.gather_once, "or some would wait for the others"
 
 
 def test_a_rank_tries_what_another_needs(trials, capsys):

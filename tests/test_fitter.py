@@ -333,6 +333,34 @@ def test_ranks_share_a_model_out_where_it_does_not_fit_one():
         made.plan()
 
 
+@pytest.mark.parametrize(("peak", "fits"), [(10, True), (11, False)])
+def test_shares_are_gathered_once_an_iteration_where_that_fits(peak, fits):
+    def answer(job):
+        return dict(peak_bytes=peak * GIB) if job.levers.gather_once else answer_of_ranks(job)
+
+    keys = dict(world_size=4, gradient_accumulation_steps=4, may_shard=True)
+    made, said, jobs = fitter(answer, **keys, may_gather_once=True)
+    plan = made.plan()
+    assert plan.levers == MemoryLevers(recompute=True, shard=True, gather_once=fits)
+    assert said[-1] == f"auto-fit: gather_once {'on: it fits' if fits else 'off: it does not fit'}"
+    assert said[-1] == f"auto-fit: {plan.reasons[-2]}"
+    assert [job.levers.gather_once for job in jobs] == [False] * (len(jobs) - 1) + [True]
+    assert jobs[-1].micro_batch_size == plan.micro_batch_size
+    made, _, jobs = fitter(answer, **keys)
+    assert not made.plan().levers.gather_once, "what the user says stands"
+    assert not any(job.levers.gather_once for job in jobs)
+
+
+def test_whether_anything_fits_is_found_out_whatever_time_it_takes():
+    def answer(job):
+        return dict(peak_bytes=(9 if job.levers.recompute else 99) * GIB, tokens_per_second=30.0)
+
+    now = iter(range(0, 10_000, 70))
+    made, _, _ = fitter(answer, clock=lambda: next(now))
+    plan = made.plan()
+    assert (plan.micro_batch_size, plan.levers.recompute) == (1, True)
+
+
 def test_the_speed_of_a_share_alone_counts_for_the_budget_and_is_not_told():
     def answer(job):
         return dict(peak_bytes=GIB, tokens_per_second=100.0)

@@ -53,7 +53,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
     from nanofit import models, runtime
     from nanofit.autofit import advice, cache
     from nanofit.autofit.fitter import Fitter
-    from nanofit.autofit.plan import Job
+    from nanofit.autofit.plan import FITTED, Job
 
     elsewhere, dry_run = isinstance(device, str), config["dry_run"]
     ranks = config["ranks"] if elsewhere else world.size
@@ -78,6 +78,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
         iterations_left=iterations_left,
         may_recompute="recompute" not in given,
         may_shard="shard" not in given and config["optimizer_state"] == "float32",
+        may_gather_once="gather_once" not in given,
         may_shrink=config["init_from"] == "scratch",
         advises=world.is_main,
         run_trial=run_trial,
@@ -86,7 +87,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
         **({} if elsewhere else runtime.device_info(device)),
         "model": model_args,
         "ranks": ranks,
-        "recompute_is_free": fitter.may_recompute,
+        "levers_that_are_set": [name for name in FITTED if name in given],
         **{name: config[name] for name in ASKED},
     }
     # Rank 0 keeps the answer and tells it, so that ranks on other machines look at the same one.
@@ -125,11 +126,15 @@ ASKED = (  # keys of the run that an answer depends on
 
 def smallest(plans, own):
     """The Plan of all ranks: its size fits each of them; limits and figures are this rank's own."""
+    levers = [plan.levers for plan in plans]
     return replace(
         own,
         micro_batch_size=min(plan.micro_batch_size for plan in plans),
         compile=all(plan.compile for plan in plans),
         levers=replace(
-            own.levers, **{name: any(getattr(p.levers, name) for p in plans) for name in ("recompute", "shard")}
+            own.levers,
+            recompute=any(of_rank.recompute for of_rank in levers),
+            shard=any(of_rank.shard for of_rank in levers),
+            gather_once=all(of_rank.gather_once for of_rank in levers),
         ),
     )

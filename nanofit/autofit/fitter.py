@@ -34,6 +34,7 @@ class Fitter:
     iterations_left: int = 1
     may_recompute: bool = True  # recompute is ours to choose
     may_shard: bool = False  # shard is
+    may_gather_once: bool = False  # gather_once is
     may_shrink: bool = True  # the model's size is free to be proposed smaller
     advises: bool = True  # where nothing fits, look for what would
     say: Callable = print
@@ -54,12 +55,13 @@ class Fitter:
         choice, trials, why = self._search_ranks()
         if choice is None:
             raise UsageError(self._advice(trials[-1]))  # with recompute, where that was tried
+        choice, *gather_why = self._gathered_once(choice)
         choice = self._in_one_chunk(choice)
         choice, use_compile, compile_why = self._compile(choice)
         if choice.micro_batch_size < self.batch_size:
             for pid, name, mib in self.facts.neighbours:
                 self.say(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
-        return self._plan(choice, use_compile, (*why, compile_why), trials)
+        return self._plan(choice, use_compile, (*why, *gather_why, compile_why), trials)
 
     def check(self, plan, size, levers):
         """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
@@ -164,6 +166,16 @@ class Fitter:
                 f"{duration(self.budget_seconds)} (2% of the run, at least a minute)"
             )
         return found
+
+    def _gathered_once(self, choice):
+        """(choice, and why): a sharded one with its weights gathered once an iteration, where that fits."""
+        size, levers = choice.micro_batch_size, choice.levers
+        if not levers.shard or levers.gather_once or not self.may_gather_once or not self._affordable(size):
+            return (choice,)
+        tried = self.measure(size, levers=replace(levers, gather_once=True))
+        why = f"gather_once {'on: it fits' if tried.fits else 'off: it does not fit'}"
+        self.say(f"auto-fit: {why}")
+        return tried if tried.fits else choice, why
 
     def _in_one_chunk(self, choice):
         """The choice with its logits in one chunk, where that is ours to say, fits, and isn't slower."""

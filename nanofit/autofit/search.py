@@ -123,7 +123,9 @@ def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size
     trials = []
     while len(trials) < MAX_TRIALS:
         tried = set(map(size_of, trials))
-        size = next_size([s for s in sizes if s in tried or affordable(s)], trials, limit_bytes(), batch_size)
+        # Whether anything fits must be known, whatever time it takes.
+        within_time = [s for s in sizes if s in tried or s == sizes[0] or affordable(s)]
+        size = next_size(within_time, trials, limit_bytes(), batch_size)
         if size is None:
             break
         trials.append(measure(size))
