@@ -4,8 +4,9 @@
 
 Two processes of one thread each on a CPU, or --ranks of a machine's GPUs with --device=cuda. Ours is train.py's
 iteration with all that it survives; 'after' is the same with gradients that leave after the last backward pass, not
-during it. All sides tell the loss of every iteration. The ranks of each side are processes of their own, and wait while
-others take their turns. Prints a table, and one line of JSON last.
+during it; 'sharded' and 'gathered once' are the same with shard, without and with gather_once. All sides tell the loss
+of every iteration. The ranks of each side are processes of their own, and wait while others take their turns. Prints a
+table, and one line of JSON last.
 """
 
 import os
@@ -24,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime, settings
+from nanofit import gradients, runtime, settings, sharding
+from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches
 from nanofit.distributed import World
-from nanofit.gradients import AveragedGradients
 from nanofit.recovery import Recovery, StopSignals
 from nanofit.step import accumulate, clip, update
 
@@ -56,10 +57,11 @@ dtype = config["dtype"] = settings.dtype(config, given)
 class Ours:
     """An iteration as train.py makes it."""
 
-    overlap = True
+    levers = MemoryLevers()
 
     def __init__(self, model, micro_steps):
         self.model, self.micro_steps = model, micro_steps
+        sharding.place(model, world, device, dtype, self.levers)
         self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
@@ -68,13 +70,16 @@ class Ours:
         self.prepare()
 
     def prepare(self):
-        gradients = AveragedGradients(self.model, world.size, self.overlap)
+        own_gradients = self.gradients()
         self.signals = StopSignals()
         self.recovery = Recovery(world, device, self.batches, self.model, self.scaler, give_up=lambda: "")
         self.parts = (
-            partial(accumulate, self.model, self.scaler, self.batches, self.autocast, gradients),
+            partial(accumulate, self.model, self.scaler, self.batches, self.autocast, own_gradients),
             partial(clip, self.model, self.optimizer, self.scaler, 1.0),
         )
+
+    def gradients(self):
+        return gradients.of(self.model, world, self.levers)
 
     def step(self):
         here = {"data": self.batches.state_dict(), "generators": runtime.rng_state(device)}
@@ -86,7 +91,16 @@ class Ours:
 
 
 class After(Ours):
-    overlap = False
+    def gradients(self):
+        return gradients.AveragedGradients(self.model, world.size, overlap=False)
+
+
+class Sharded(Ours):
+    levers = MemoryLevers(shard=True)
+
+
+class GatheredOnce(Ours):
+    levers = MemoryLevers(shard=True, gather_once=True)
 
 
 class OursUnderDDP(Ours):
@@ -110,7 +124,7 @@ class NanoGPT:
     """An iteration as nanoGPT makes it."""
 
     def __init__(self, model, micro_steps):
-        self.model, self.micro_steps, self.path = model, micro_steps, os.path.join(folder, "train.bin")
+        self.model, self.micro_steps, self.path = model.to(device), micro_steps, os.path.join(folder, "train.bin")
         only = [device.index] if device.type == "cuda" else None
         self.ddp = DistributedDataParallel(TheirForward(model), device_ids=only)
         their_dtype = dtype if device.type == "cuda" else "float32"
@@ -134,13 +148,20 @@ class NanoGPT:
         return loss.item() * self.micro_steps
 
 
-SIDES = {"ours": Ours, "after": After, "ours under DDP": OursUnderDDP, "nanoGPT under DDP": NanoGPT}
+SIDES = {
+    "ours": Ours,
+    "after": After,
+    "ours under DDP": OursUnderDDP,
+    "nanoGPT under DDP": NanoGPT,
+    "sharded": Sharded,
+    "gathered once": GatheredOnce,
+}
 
 
 def build(side):
     torch.manual_seed(1337)
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)
-    return SIDES[side](GPT(shape).to(device), int(micro_steps))
+    return SIDES[side](GPT(shape), int(micro_steps))
 
 
 def turn(run):
