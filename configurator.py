@@ -98,7 +98,7 @@ def _run_config_file(path, namespace):
         with open(path, encoding="utf-8") as f:
             text = f.read()
         symbols = symtable.symtable(text, path, "exec").get_symbols()
-        exec(compile(text, path, "exec"), after)
+        exec(builtins.compile(text, path, "exec"), after)  # run by exec, compile is the script's key
     except SystemExit as e:
         raise UsageError(f"{path} ends the program (sys.exit): a config file is Python that assigns keys") from e
     except SyntaxError as e:

@@ -112,6 +112,7 @@ def test_an_unknown_key_in_a_file_is_warned_about_and_another_scripts_is_not(tmp
 THEIRS = """
 a = 1
 b = 'x'
+compile = True  # a key of nanoGPT's scripts, and a function of Python's
 keys = [k for k in ('a', 'b')]
 exec(open('configurator.py').read())
 print(a, b, {k: globals()[k] for k in keys})
