@@ -133,7 +133,7 @@ plan = autofit.as_configured(config)
 if auto_fit:
     plan = fit()
 elif saved:
-    plan = checkpoint.split_as_saved(saved, plan, given)
+    plan = checkpoint.split_as_saved(saved, plan, given, world.size)
     if plan.micro_batch_size != batch_size:
         print(f"batch_size {batch_size} is cut into {plan.micro_batch_size}, as when the checkpoint was saved")
 plan = folder.no_larger(plan)

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import torch
 
 from nanofit import runtime
-from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict
+from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict, micro_batch_sizes
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usage_errors
 from nanofit.files import replacing
 from nanofit.metrics import is_state
@@ -384,16 +384,19 @@ def split_of(batches, world, levers):
     }
 
 
-def split_as_saved(saved, plan, given):
+def split_as_saved(saved, plan, given, ranks=1):
     """plan, cut as when the checkpoint was saved: memory may have run out since the start of that run.
 
-    given: the keys that the user named, which stand.
+    given: the keys that the user named, which stand. ranks: that share the run now, and can't join as many batches as
+    other numbers of them: then micro-batches are the largest below.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
         return plan
     chosen = {name: value for name, value in split.get("levers", {}).items() if name in FITTED and name not in given}
-    return replace(plan, micro_batch_size=split["into"][0], levers=replace(plan.levers, **chosen))
+    sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // ranks)
+    size = max(size for size in sizes if size <= split["into"][0])
+    return replace(plan, micro_batch_size=size, levers=replace(plan.levers, **chosen))
 
 
 def load_optimizer(optimizer, state):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import RANK, TOY, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
+from nanofit.autofit.plan import Plan
+from nanofit.checkpoint import split_as_saved
 from nanofit.distributed import World
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
@@ -106,6 +108,13 @@ def test_ranks_learn_what_one_process_learns(whole, ranks, levers):
     assert len(ours) == 2 * 31 + 2 * 4
     assert ours == pytest.approx(alone, abs=1e-5)
     assert_same_weights("out", whole)
+
+
+def test_batches_that_another_number_of_ranks_joined_are_joined_as_far_as_these_ranks_can():
+    saved = {"split": {"of": [8, 12], "into": [32, 3]}}  # three ranks had four batches each
+    plan = Plan(batch_size=8, gradient_accumulation_steps=12, micro_batch_size=8)
+    sizes = [split_as_saved(saved, plan, (), ranks).micro_batch_size for ranks in (1, 2, 3, 4, 12)]
+    assert sizes == [32, 24, 32, 24, 8]
 
 
 @pytest.mark.slow
