@@ -110,7 +110,7 @@ block_size = model_args["block_size"]
 settings.check_sizes(config, GPTConfig, {**model_args, "block_size": trained_with}, settings.is_elsewhere(config))
 iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
 if not settings.is_elsewhere(config):
-    device = world.init(backend, device, wait_minutes)
+    device = world.init(backend, device, wait_minutes, settings.shared(config))
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together

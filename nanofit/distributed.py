@@ -77,10 +77,11 @@ class World:
     def is_main(self):
         return self.rank == 0
 
-    def init(self, backend, device_name, wait_minutes=WAIT_MINUTES):
+    def init(self, backend, device_name, wait_minutes=WAIT_MINUTES, shared=None):
         """Meet the other ranks; returns this rank's torch.device: of several GPUs, that of its local rank.
 
         backend: 'nccl' (GPUs) or 'gloo' (anything). wait_minutes: after them, a rank that doesn't answer is lost.
+        shared: {key: value} that all ranks must have been given; UsageError on all of them where one has others.
         """
         device = runtime.find_device(device_name)
         if self.size == 1 and "RANK" not in os.environ:
@@ -112,7 +113,19 @@ class World:
         # gloo's threads give back their last tensors a moment after the call that waited for them, and need
         # Python's lock to do so: where Python is shutting down already, the process aborts.
         atexit.register(time.sleep, 0.1)
+        self.require_alike(shared or {})
         return device
+
+    def require_alike(self, keys):
+        """Raise a UsageError on all ranks where one has other values for these keys than rank 0."""
+        first, *others = self.all_gather(keys)
+        for rank, theirs in enumerate(others, start=1):
+            for key, value in first.items():
+                if (other := theirs.get(key)) != value:
+                    raise UsageError(
+                        f"{key} is {shown(value)} for rank 0 and {shown(other)} for rank {rank}: start all ranks with "
+                        "the same keys and config files"
+                    )
 
     def _meet(self, store, patience):
         """A name that all ranks of this attempt of a run share, and none of an earlier one that torchrun restarted.

@@ -11,6 +11,10 @@ BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its s
 BEYOND_REASON = 2**50  # bytes that no device has, in this machine or another
 BATCH_BYTES = 18  # that a token of a batch takes there: as it is stored, and twice as int64
 OF_THE_CHECKPOINT = ("weight_decay", "beta1", "beta2")  # what a resumed run takes from there, beside the model's shape
+OF_A_RANK = (  # keys that those of a run may have been given differently; folder.py looks at where they begin
+    "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
+    "wait_minutes", "device", "memory_limit_gb", "compile_min_sms",
+)  # fmt: skip
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -40,6 +44,11 @@ def dtype(config, given):
 def is_elsewhere(config):
     """Whether a plan is asked for, for a device that isn't in this machine."""
     return config.get("dry_run", False) and config["memory_limit_gb"] > 0 and not runtime.is_here(config["device"])
+
+
+def shared(config):
+    """The keys that all ranks of a run must have been given alike, with their values."""
+    return {key: value for key, value in config.items() if key not in OF_A_RANK}
 
 
 def check(config, world):

@@ -57,6 +57,17 @@ def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
     assert not Path("out").exists()
 
 
+def test_ranks_that_are_given_different_keys_are_told(workplace):
+    """Otherwise their weights would differ from the first update on, without a word."""
+    (workplace / "odd.py").write_text("import os\nlearning_rate = 0.1 + int(os.environ['RANK'])\n")
+    keys = flags(**{**TOY, "backend": "gloo", "gradient_accumulation_steps": 2})
+    arguments = ["--standalone", "--nproc_per_node=2", str(RANK), *keys, "odd.py"]
+    _, said, code = torchrun(*arguments, check=False)
+    assert code == 1
+    assert "error: learning_rate is 0.1 for rank 0 and 1.1 for rank 1: start all ranks with the same keys" in said
+    assert not Path("out").exists()
+
+
 # ---- several ranks are one run -----------------------------------------------------------------------------
 
 SAME = dict(gradient_accumulation_steps=4, max_iters=30, eval_interval=10, eval_iters=5)
