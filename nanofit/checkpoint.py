@@ -394,6 +394,8 @@ def split_as_saved(saved, plan, given, ranks=1):
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
         return plan
     chosen = {name: value for name, value in split.get("levers", {}).items() if name in FITTED and name not in given}
+    if plan.levers.optimizer_state != "float32":
+        chosen.pop("shard", None)  # settings.py's check_shard says why
     sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // ranks)
     size = max(size for size in sizes if size <= split["into"][0])
     return replace(plan, micro_batch_size=size, levers=replace(plan.levers, **chosen))

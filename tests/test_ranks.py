@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RANK, TOY, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
-from nanofit.autofit.plan import Plan
+from nanofit.autofit.plan import MemoryLevers, Plan
 from nanofit.checkpoint import split_as_saved
 from nanofit.distributed import World
 from nanofit.errors import UsageError
@@ -126,6 +127,13 @@ def test_batches_that_another_number_of_ranks_joined_are_joined_as_far_as_these_
     plan = Plan(batch_size=8, gradient_accumulation_steps=12, micro_batch_size=8)
     sizes = [split_as_saved(saved, plan, (), ranks).micro_batch_size for ranks in (1, 2, 3, 4, 12)]
     assert sizes == [32, 24, 32, 24, 8]
+
+
+@pytest.mark.parametrize(("state", "shard"), [("float32", True), ("offload", False), ("8bit", False)])
+def test_a_sharded_run_goes_on_whole_where_the_optimizer_state_asked_for_needs_that(state, shard):
+    saved = {"split": {"of": [8, 2], "into": [8, 2], "levers": asdict(MemoryLevers(shard=True))}}
+    plan = Plan(8, 2, micro_batch_size=8, levers=MemoryLevers(optimizer_state=state))
+    assert split_as_saved(saved, plan, ("optimizer_state",), 2).levers == MemoryLevers(False, state, 0, shard)
 
 
 @pytest.mark.slow
