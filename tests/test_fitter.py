@@ -416,14 +416,15 @@ def test_a_model_that_is_given_is_not_proposed_smaller():
         assert ("none of these would fit either: " in str(error.value)) == (not may_shrink)
 
 
-def advice(gib, process_gib=0.0, device_type="cuda", **levers):
+def advice(gib, process_gib=0.0, device_type="cuda", measured_gib=0.0, limit_gib=0.0, **levers):
     """What is proposed to a recomputing job of 1.8 GiB, plus 0.9 with float32 states, for a device of so many GiB."""
     run_trial = fitter(needs(SHARES))[0].run_trial
-    job = replace(JOB, levers=MemoryLevers(recompute=True, **levers))
-    facts = Facts("x", device_type, limit_bytes=int(gib * GIB), process_bytes=int(process_gib * GIB))
-    first, *lines = what_would_fit(job, facts, run_trial, may_shrink=False)
+    job = replace(JOB, levers=MemoryLevers(recompute=True, **levers), memory_limit_gb=limit_gib)
+    sizes = dict(limit_bytes=int(gib * GIB), process_bytes=int(process_gib * GIB), free_bytes=8 * GIB)
+    measured = int(measured_gib * GIB)
+    first, *lines = what_would_fit(job, Facts("x", device_type, **sizes), run_trial, False, measured)
     assert first.startswith("of ")
-    return [line.removeprefix("  ") for line in lines if line != "each of these would fit, with batch_size 1:"]
+    return [line.removeprefix("  ") for line in lines if not line.endswith(" would fit, with batch_size 1:")]
 
 
 def test_advice_leaves_room_for_fragments_and_for_the_process():
@@ -432,10 +433,20 @@ def test_advice_leaves_room_for_fragments_and_for_the_process():
     assert advice(1.02 * 1.8) == [f"{refused}: a smaller model, or more memory, is needed"]
     assert advice(1.04 * 1.8 + 0.5, process_gib=0.5)[:2] == advice(1.04 * 1.8)
     assert advice(1.04 * 1.8 + 0.5, process_gib=0.6)[0].startswith(refused)
+    measured = dict(process_gib=0.5, measured_gib=2.7 + 0.6)  # the process took 0.1 more to run it
+    assert advice(1.04 * 1.8 + 0.5, **measured)[0].startswith(refused)
+    assert advice(1.04 * 1.8 + 0.6, **measured)[:2] == advice(1.04 * 1.8)
+
+
+def test_a_limit_that_was_asked_for_is_proposed_larger():
+    assert advice(3.0, measured_gib=3.301, limit_gib=3.0)[-1] == "--memory_limit_gb=3.31"
+    assert advice(3.0, measured_gib=9.0, limit_gib=3.0) == advice(3.0, measured_gib=3.3), "beyond what is free, or none"
+    assert advice(1.0, measured_gib=3.301, limit_gib=1.0) == ["--memory_limit_gb=3.31"]
 
 
 def test_advice_leaves_out_what_is_set_already_and_what_frees_nothing():
     assert advice(1.04 * 1.8, optimizer_state="8bit") == ["--optimizer_state=offload", "--block_size=512"]
+    assert advice(1.04 * 1.8, shard=True)[0].startswith("none of these"), "the state of shares is not to be chosen"
     assert advice(1.04 * 1.8, device_type="cpu") == ["--optimizer_state=8bit"], "offloading stays in its memory"
 
 

@@ -1,5 +1,6 @@
 """What to tell where nothing fits: where memory goes, and which settings would fit, each of them simulated."""
 
+import math
 from dataclasses import replace
 
 from nanofit.autofit.plan import FRAGMENTED, GIB, gib
@@ -11,8 +12,10 @@ SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 
 def where_it_goes(parts):
     """One line: what each part of a simulated peak takes."""
-    shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    return f"of {gib(sum(parts.values()))} (simulated): {shares}"
+    total = sum(parts.values())
+    unit, name = (GIB, "GiB") if total > GIB / 10 else (2**20, "MiB")
+    shares = ", ".join(f"{part} {size / unit:.2f}" for part, size in parts.items())
+    return f"of {total / unit:.2f} {name} (simulated): {shares}"
 
 
 def nothing_fits(trial, facts):
@@ -35,10 +38,10 @@ def nothing_fits(trial, facts):
     return f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {there}", may_help
 
 
-def what_would_fit(job, facts, run_trial, may_shrink):
+def what_would_fit(job, facts, run_trial, may_shrink, measured_bytes=0):
     """Lines that say where a Job's memory goes and name settings that would fit the device of these Facts.
 
-    may_shrink: whether another size of model may be proposed.
+    may_shrink: whether another size of model may be proposed. measured_bytes: what the job took, where that is known.
     """
 
     def simulated(**changes):
@@ -46,16 +49,18 @@ def what_would_fit(job, facts, run_trial, may_shrink):
 
     def fits(**changes):
         parts = simulated(**changes)
-        return bool(parts) and FRAGMENTED * sum(parts.values()) + facts.process_bytes <= facts.limit_bytes
+        return bool(parts) and FRAGMENTED * sum(parts.values()) + beside <= facts.limit_bytes
 
     def fits_shape(**changes):
         return fits(model_args={**job.model_args, **changes})
 
     parts = simulated()
+    # Where the process counts, so does what it took to run the job, beyond its tensors.
+    beside = facts.process_bytes and max(facts.process_bytes, measured_bytes - sum(parts.values()))
     lines = [where_it_goes(parts)] if parts else []
     # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
     no_help = ("float32", job.levers.optimizer_state, *(["offload"] if facts.device_type == "cpu" else []))
-    states = [kind for kind in OPTIMIZER_STATES if kind not in no_help]
+    states = [] if job.levers.shard else [kind for kind in OPTIMIZER_STATES if kind not in no_help]
     tried = [f"optimizer_state={kind}" for kind in states]
     options = [f"--optimizer_state={kind}" for kind in states if fits(levers=replace(job.levers, optimizer_state=kind))]
     block_size = job.model_args["block_size"] // 2
@@ -68,7 +73,10 @@ def what_would_fit(job, facts, run_trial, may_shrink):
     tried += [f"n_layer={sizes['n_layer']}" for sizes in smaller]
     if fitting := next((sizes for sizes in smaller if fits_shape(**sizes)), None):
         options.append(" ".join(f"--{key}={value}" for key, value in fitting.items()))
+    if job.memory_limit_gb and not job.simulate and facts.limit_bytes < measured_bytes < facts.free_bytes:
+        options.append(f"--memory_limit_gb={math.ceil(100 * measured_bytes / GIB) / 100}")
     if not options:
         what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
         return [*lines, f"{what}: a smaller model, or more memory, is needed"]
-    return [*lines, "each of these would fit, with batch_size 1:", *(f"  {option}" for option in options)]
+    which = "each of these would fit" if len(options) > 1 else "this would fit"
+    return [*lines, f"{which}, with batch_size 1:", *(f"  {option}" for option in options)]

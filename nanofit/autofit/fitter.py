@@ -257,4 +257,5 @@ class Fitter:
         self.say("auto-fit: nothing fits: looking for settings that would, by simulation")
         levers = replace(smallest.levers, recompute=smallest.levers.recompute or self.may_recompute)
         job = replace(self.job_of(1), levers=levers)
-        return "\n".join([sentence, *what_would_fit(job, self.facts, self.run_trial, self.may_shrink)])
+        proposals = what_would_fit(job, self.facts, self.run_trial, self.may_shrink, smallest.peak_bytes)
+        return "\n".join([sentence, *proposals])
