@@ -42,17 +42,18 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1  # ranks on this machine
     on_host: object = None  # a group whose messages don't wait for the devices
     sharded: bool = False  # no rank holds the whole model: see sharding.py
 
     @classmethod
     def of_torchrun(cls):
         """The World that torchrun's environment variables tell of."""
-        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         told = {name: os.environ.get(name, str(alone)) for name, alone in variables.items()}
         sound = all(value.isdecimal() and len(value) < 10 for value in told.values())
         world = cls(*map(int, told.values())) if sound else cls()
-        if not sound or not 0 <= world.local_rank <= world.rank < world.size:
+        if not sound or not 0 <= world.local_rank <= world.rank < world.size or not world.local_size:
             named = ", ".join(f"{name}={shown(value)}" for name, value in told.items())
             raise UsageError(
                 f"{named} in the environment are not what torchrun sets: start with torchrun, or unset them"

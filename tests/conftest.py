@@ -119,7 +119,7 @@ def workplace(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own that has the toy data set, outside any torchrun."""
     shutil.copytree(REFERENCE / "markov", tmp_path / "data" / "markov")
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 

@@ -147,6 +147,14 @@ def test_the_plan_of_all_ranks_fits_each_of_them(compiles):
     )
 
 
+def test_ranks_of_one_machine_share_the_memory_of_its_cpu(trials):
+    for local_size in (1, 2):
+        world = Ranks([None, (Plan(8, 2, 4), ""), (None, "")])
+        world.local_size = local_size
+        fit(world, gradient_accumulation_steps=2)
+        assert trials[-1].sharers == local_size
+
+
 def test_ranks_gather_once_where_each_of_them_can():
     once, each = (Plan(64, 2, 4, MemoryLevers(shard=True, gather_once=able)) for able in (True, False))
     assert autofit.smallest([once, once], once).levers.gather_once

@@ -47,7 +47,10 @@ def pretend(monkeypatch, **variables):
 
 def test_torchruns_variables_tell_which_rank_this_is(monkeypatch):
     pretend(monkeypatch, RANK=5, LOCAL_RANK=1, WORLD_SIZE=8)
+    assert World.of_torchrun().local_size == 1, "where a launcher doesn't tell"
+    pretend(monkeypatch, LOCAL_WORLD_SIZE=4)
     world = World.of_torchrun()
+    assert world.local_size == 4
     assert (world.rank, world.local_rank, world.size, world.is_main) == (5, 1, 8, False)
 
 

@@ -183,6 +183,10 @@ def test_one_process_tries_several_sizes():
         assert large.fits
         assert run._child._job.micro_batch_size == 256
     assert large.peak_bytes > small.peak_bytes
+    facts = []
+    run_trial(replace(JOB, sharers=4, brief=True), facts.append)
+    assert facts[0].name == "CPU of 4 ranks"
+    assert facts[0].limit_bytes < facts[0].total_bytes / 4
     alone = run_trial(replace(JOB, micro_batch_size=256, micro_steps=2))
     assert large.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.1), "what went before doesn't show"
 
@@ -193,7 +197,7 @@ from nanofit.autofit import probe
 from nanofit.autofit.plan import Job, from_json
 
 job = from_json(sys.stdin.readline(), Job)
-model, optimizer = probe.make(job, job.levers, probe.torch.device("cpu"))
+model, optimizer, _ = probe.make(job, job.levers, probe.torch.device("cpu"))
 held = [p.to_local().numel() for p in model.parameters()]
 state = [moments["exp_avg"].to_local().numel() for moments in optimizer.state.values()]
 probe.REPORT.write(f"{sum(held)} {sum(state)} {sum(p.numel() for p in model.parameters())}")

@@ -66,6 +66,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
         levers=levers_of(config),
         compile_mode=config["compile_mode"],
         memory_limit_gb=config["memory_limit_gb"],
+        sharers=1 if elsewhere or device.type != "cpu" else world.local_size,
         simulate=elsewhere,
     )
     fitter = Fitter(

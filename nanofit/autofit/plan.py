@@ -74,6 +74,7 @@ class Job:
     micro_batch_size: int = 1  # sequences
     micro_steps: int = 1  # of an iteration, on this device
     ranks: int = 1  # that hold a model together, or one each
+    sharers: int = 1  # of these, how many take of this device's memory
     compile: bool = False
     compile_mode: str = "default"
     memory_limit_gb: float = 0.0  # GiB; 0: what is free

@@ -62,11 +62,11 @@ def measure(job, made):
     """
     device = runtime.find_device(job.device)
     runtime.set_device(device)
-    free = runtime.free_memory_bytes(device)
+    free = runtime.free_memory_bytes(device) // job.sharers
     limit = job.limit_bytes or memory_limit(free, job.memory_limit_gb)
     report(
         Facts(
-            name=runtime.device_name(device),
+            name=runtime.device_name(device) + (f" of {job.sharers} ranks" if job.sharers > 1 else ""),
             device_type=device.type,
             sm_count=runtime.sm_count(device),
             capability=runtime.capability(device),
