@@ -137,6 +137,9 @@ COMMANDS = {
     ),
     "python bench.py --real_data=False": How((*flags(**TINY), "--device=cpu"), r"^time per iteration: \d.*ms, MFU"),
     "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py": How(SHORT, TRAINED),
+    "torchrun --standalone --nproc_per_node=2 train.py config/train_gpt2.py --auto_fit=True": How(
+        SHORT, rf"^auto-fit: batch_size .*, effective batch \d+, (.*\n)*{TRAINED[1:]}", proof=True
+    ),
     "torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py --n_layer=48 --n_head=25 --n_embd=1600 "
     "--shard=True": How(SHORT, TRAINED, proof=True),
     "torchrun --standalone --nproc_per_node=4 --max-restarts=3 train.py config/train_gpt2.py --init_from=auto": How(
