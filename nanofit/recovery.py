@@ -25,7 +25,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 become a request that the training loop looks at."""
+    """SIGNALS become a request that the training loop looks at."""
 
     def __init__(self):
         self.received = 0  # the signal's number
