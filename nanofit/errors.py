@@ -165,11 +165,15 @@ def _tell(sentence):
 
 
 def _tell_torchrun(sentence):
-    """Leave a sentence where torchrun, if it started this process, looks for what to say of its end."""
+    """Leave a sentence where torchrun, if it started this process, looks for what to say of its end.
+
+    In the form of torch.distributed.elastic's ErrorHandler: of any other, torchrun says that it is new.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):  # what is printed still tells
             with open(f"{path}.part", "w") as file:
-                json.dump({"message": sentence, "timestamp": int(time.time())}, file)
+                json.dump(told, file)
             os.replace(f"{path}.part", path)
 
 

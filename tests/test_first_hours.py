@@ -147,3 +147,5 @@ def test_of_torchruns_ranks_one_speaks_and_torchrun_repeats_it():
     assert ours.count(sentence) == 1
     root_cause = torchruns[torchruns.index("Root Cause") :]
     assert f"traceback : {sentence}" in root_cause, "the last that is on the screen"
+    assert "message format" not in said, "torchrun knows the form in which it is told"
+    assert "override" not in said
