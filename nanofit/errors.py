@@ -88,7 +88,7 @@ def _rounded(amount):
 
 
 OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
-ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if the first has failed as well: then that one has told already
+ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if another has failed as well: then that one has told already
 LONGEST = 1000  # characters of a sentence; a name in it may be longer
 
 
@@ -106,35 +106,42 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
 
     def show(kind, error, trace):
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
+        rank, follows = os.environ.get("RANK", "?"), False  # follows: another rank has failed before
         if issubclass(kind, KeyboardInterrupt):
             if speaks:
                 _tell("interrupted")
             _flush()
             os._exit(128 + signal.SIGINT)
         if issubclass(kind, UsageError):
-            _tell_torchrun(f"error: {error}")
+            sentence = f"error: {error}"
             if not speaks and not error.of_rank:
                 time.sleep(ONE_VOICE_SECONDS)
-                error = f"rank {os.environ.get('RANK', '?')}: {error}"
-            _tell(f"error: {error}")
+                sentence = f"error: rank {rank}: {error}"
         elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy"):
-            _tell(f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more")
+            sentence = (
+                f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more"
+            )
         elif is_out_of_memory(error):
-            _tell(f"error: {memory_sentence(error)}\n{when_memory_ends()}")
+            sentence = f"error: {memory_sentence(error)}\n{when_memory_ends()}"
         elif is_lost_rank(error):
-            _tell(
-                f"error: rank {os.environ.get('RANK', '?')} has lost another ({first_line(error)[:200]}); a checkpoint "
-                "that was written is whole, and --init_from=resume goes on from it"
+            follows = True
+            sentence = (
+                f"error: rank {rank} has lost another ({first_line(error)[:200]}); a checkpoint that was written is "
+                "whole, and --init_from=resume goes on from it"
             )
         elif issubclass(kind, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what reads us is gone, and isn't told again at the end
-            _tell("error: standard output was closed before all of it was written")
+            sentence = "error: standard output was closed before all of it was written"
         elif issubclass(kind, OSError) and error.errno:
             where = f" ({error.filename})" if error.filename else ""
-            _tell(f"error: {os.strerror(error.errno)}{where}")
+            sentence = f"error: {os.strerror(error.errno)}{where}"
         else:
             sys.__excepthook__(kind, error, trace)
-            _tell(OUR_MISTAKE)
+            sentence = OUR_MISTAKE
+        _tell(sentence)
+        if follows:
+            time.sleep(ONE_VOICE_SECONDS)
+        _tell_torchrun(sentence)  # last: of those that told it, torchrun takes the first for the cause
 
     sys.excepthook = show
 

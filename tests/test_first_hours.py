@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, run_script, train, train_on_ranks
+from conftest import ROOT, TOY, environment, flags, run_script, torchrun, train, train_on_ranks
 
 from nanofit.errors import UsageError
 
@@ -149,3 +149,36 @@ def test_of_torchruns_ranks_one_speaks_and_torchrun_repeats_it():
     assert f"traceback : {sentence}" in root_cause, "the last that is on the screen"
     assert "message format" not in said, "torchrun knows the form in which it is told"
     assert "override" not in said
+
+
+FAILS = """
+import os, time
+from nanofit.errors import UsageError, show_errors_as_sentences
+show_errors_as_sentences()
+rank = os.environ["RANK"]
+{fails}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "cause"),
+    [
+        # Rank 1 is first, but leaves it to rank 0 to tell, and waits until torchrun ends it.
+        ("time.sleep(1.2 * (rank == '0')); raise UsageError('no')", "error: no"),
+        # Rank 0 learns of it by a closed connection while rank 1 is still about to end.
+        (
+            "if rank == '0': raise RuntimeError('Connection closed by peer')\n"
+            "time.sleep(0.5); raise UsageError('rank 1: no', of_rank=True)",
+            "error: rank 1: no",
+        ),
+        ("if rank == '1': raise MemoryError\ntime.sleep(60)", "error: memory ran out"),
+    ],
+)
+def test_torchrun_names_the_rank_that_failed_as_the_cause(workplace, fails, cause):
+    (workplace / "fails.py").write_text(FAILS.format(fails=fails))
+    _, said, code = torchrun("--standalone", "--nproc_per_node=2", "fails.py", check=False)
+    root_cause = said[said.index("Root Cause") :]
+    assert code == 1
+    assert f"traceback : {cause}\n" in root_cause, said
+    assert "exitcode  : 1 " in root_cause
+    assert "SIGTERM" not in root_cause

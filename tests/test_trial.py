@@ -141,12 +141,14 @@ def test_a_child_gets_the_job_the_project_and_no_rank(child, workplace, monkeypa
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
     child("import os, json, sys; open('got', 'w').write(json.dumps(dict(os.environ)) + '\\n' + sys.stdin.readline())")
     run_trial(JOB)
     environ, job = (workplace / "got").read_text().splitlines()
     assert '"RANK"' not in environ
     assert '"LOCAL_RANK"' not in environ
     assert '"WORLD_SIZE"' not in environ
+    assert "error.json" not in environ, "its end is not the rank's"
     assert f'"PYTHONPATH": "{ROOT}{os.pathsep}mine"' in environ
     assert job == to_json(JOB)
 

@@ -16,9 +16,10 @@ TRIAL_SECONDS = 600  # a trial that takes longer hangs
 COMPILED_TRIAL_SECONDS = 1800  # on few cores, compiling alone may take many minutes
 FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# With torch's own two, it would look for ranks that it imagines.
+# With torch's own two, it would look for ranks that it imagines; what it says of its end would be taken for the rank's.
 OF_RANKS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_DISTRIBUTED_DEBUG", "TORCH_DIST_INIT_BARRIER",
+    "TORCHELASTIC_ERROR_FILE",
 )  # fmt: skip
 # -P: no module of the current folder can get in its way
 COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.probe"]
