@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 
 # What torch and the libraries below it say, in a plain RuntimeError, where memory ran out.
@@ -87,6 +88,16 @@ def _rounded(amount):
     return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else amount
 
 
+def lost_sentence(rank, error):
+    """What a rank tells that has lost another; torch's own words come last, without the places in its source."""
+    words = re.sub(r"\[?[\w./-]*/[\w.-]+\.(cc|cpp|h):\d+\]?[,:]?\s*", "", first_line(error))
+    words = textwrap.shorten(re.split(r"\.\s", words)[0].rstrip("."), 200, placeholder="...")
+    return (
+        f"error: rank {rank} has lost another, which has ended or can't be reached: look at what that one printed. The "
+        f"next start with --init_from=auto, or resume, goes on from the last checkpoint ({words})"
+    )
+
+
 OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
 ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if another has failed as well: then that one has told already
 LONGEST = 1000  # characters of a sentence; a name in it may be longer
@@ -125,10 +136,7 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
             sentence = f"error: {memory_sentence(error)}\n{when_memory_ends()}"
         elif is_lost_rank(error):
             follows = True
-            sentence = (
-                f"error: rank {rank} has lost another ({first_line(error)[:200]}); a checkpoint that was written is "
-                "whole, and --init_from=resume goes on from it"
-            )
+            sentence = lost_sentence(rank, error)
         elif issubclass(kind, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what reads us is gone, and isn't told again at the end
             sentence = "error: standard output was closed before all of it was written"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
+from nanofit.errors import UsageError, is_lost_rank, is_out_of_memory, lost_sentence, memory_sentence
 
 
 def raised(attempt):
@@ -70,3 +70,27 @@ def test_a_want_of_memory_is_known_and_told_in_one_short_line(error, sentence):
 )
 def test_other_errors_are_not_a_want_of_memory(error):
     assert not is_out_of_memory(error)
+
+
+GLOO = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] "
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, remote process exited or "
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(GLOO + "Read error [127.0.0.1]:6284: Connection reset by peer. This is typically caused by bugs"),
+         "Read error [127.0.0.1]:6284: Connection reset by peer"),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:903"),
+         "Connection closed by peer [::1]:903"),
+        (torch.distributed.DistBackendError(NCCL + "there was a network error, NCCL version 2.27.5\nncclRemoteError"),
+         "NCCL error in: remote process exited or there was a network error, NCCL version 2.27.5"),
+        (RuntimeError("Connection closed by peer" + " word" * 100), "Connection closed by peer" + " word" * 34 + "..."),
+    ],
+    ids=["gloo", "gloo-closed", "nccl", "long"],
+)  # fmt: skip
+def test_a_lost_rank_is_told_in_words_that_help(error, words):
+    assert is_lost_rank(error)
+    sentence = lost_sentence("0", error)
+    assert sentence.startswith("error: rank 0 has lost another, which has ended or can't be reached")
+    assert sentence.endswith(f"--init_from=auto, or resume, goes on from the last checkpoint ({words})")
