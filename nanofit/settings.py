@@ -75,10 +75,7 @@ def check(config, world):
             f"holds a Hugging Face GPT-2, not {init_from!r}"
         )
     if config["ranks"] > 1 and not is_elsewhere(config):
-        raise UsageError(
-            "ranks is for the plan of a device that isn't here (--dry_run=True --memory_limit_gb=12): to train on "
-            f"several, start with torchrun --nproc_per_node={config['ranks']}"
-        )
+        check_ranks(config, world)
     ranks, steps = max(world.size, config["ranks"]), config["gradient_accumulation_steps"]
     if steps % ranks:
         below = steps // ranks * ranks
@@ -100,6 +97,22 @@ def check(config, world):
         )
     else:
         check_compile_mode(config)
+
+
+def check_ranks(config, world):
+    """Raise a UsageError where ranks, which is for the plan of a device that isn't here, can't be that.
+
+    A plan that lacks its device's memory passes: check tells that of one rank as well.
+    """
+    ranks, device = config["ranks"], config["device"]
+    start = f"to train on several, start with torchrun --nproc_per_node={ranks}"
+    if world.size > 1:
+        raise UsageError(f"ranks={ranks} is for a plan in one process, and torchrun started {world.size}: leave it out")
+    if runtime.is_here(device):
+        raise UsageError(f"ranks={ranks} is for the plan of a device that isn't here, and {device} is: {start}")
+    if not config["dry_run"]:
+        memory = "" if config["memory_limit_gb"] else " and the memory of each: --memory_limit_gb=12"
+        raise UsageError(f"ranks={ranks} is for a plan, which takes --dry_run=True{memory}; {start}")
 
 
 def check_shard(config, ranks):

@@ -269,6 +269,10 @@ def environment(**values):
     return put
 
 
+def no_gpu(patch):
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def meta(**more):
     """meta.pkl with these entries changed."""
 
@@ -624,7 +628,16 @@ row("a config file that takes a builtin's name", file("c.py", "print = len = max
     changes=("out", *SAVED))
 row("a value too deep", argv=["--batch_size=" + "[" * 9000], says="batch_size must be a whole number")
 row("no time to wait for a rank", wait_minutes=0, says="wait_minutes must be above 0")
-row("ranks without a plan", ranks=2, says="start with torchrun --nproc_per_node=2")
+row("ranks without a plan", no_gpu, ranks=2, device="cuda", says=("ranks=2 is for a plan, which takes --dry_run=True "
+    "and the memory of each: --memory_limit_gb=12; to train on several, start with torchrun --nproc_per_node=2"))
+row("ranks and a memory without a plan", no_gpu, ranks=2, device="cuda", memory_limit_gb=12.0,
+    says="ranks=2 is for a plan, which takes --dry_run=True; to train on several")
+row("ranks of a plan without a memory", no_gpu, ranks=2, device="cuda", dry_run=True, gradient_accumulation_steps=2,
+    says="there is no cuda here: to plan for one, say how much memory it has: --memory_limit_gb=12", never="torchrun")
+row("ranks of a device that is here", ranks=2, dry_run=True, memory_limit_gb=12.0,
+    says="a device that isn't here, and cpu is: to train on several, start with torchrun --nproc_per_node=2")
+row("ranks under torchrun", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4"), ranks=2,
+    says="ranks=2 is for a plan in one process, and torchrun started 4: leave it out")
 row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
 row("weights to gather, of a whole model", gather_once=True, says="gather_once is for a model that ranks share out")
 row("an unknown init_from", init_from="gpt5", says="init_from must be")
@@ -632,8 +645,7 @@ row("init_from with a zero byte", argv=["--init_from='a\\0'"], says="zero byte")
 row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")
 row("a device of tomorrow", device="tpu", says="device must be")
 row("a device of nothing", device="", says="device must be")
-row("a GPU that isn't here", lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), device="cuda:7",
-    says="torch sees no CUDA GPU")
+row("a GPU that isn't here", no_gpu, device="cuda:7", says="torch sees no CUDA GPU")
 
 # ---- data --------------------------------------------------------------------------------------------------
 row("no such data set", dataset="marcov", says="did you mean --dataset=markov")
