@@ -5,6 +5,7 @@ import os
 
 from nanofit import models, optimizers, runtime
 from nanofit.autofit import compiling
+from nanofit.autofit.plan import CONTEXT_BYTES, GIB, gib
 from nanofit.errors import UsageError, shown
 
 BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
@@ -91,6 +92,11 @@ def check(config, world):
     if is_elsewhere(config):
         if world.size > 1:
             raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
+        if config["device"].startswith("cuda") and config["memory_limit_gb"] * GIB <= CONTEXT_BYTES:
+            raise UsageError(
+                f"memory_limit_gb={config['memory_limit_gb']} is the whole memory of a planned {config['device']}, of "
+                f"which CUDA itself takes {gib(CONTEXT_BYTES)}: give more"
+            )
     elif config["dry_run"] and not runtime.is_here(config["device"]):
         raise UsageError(
             f"there is no {config['device']} here: to plan for one, say how much memory it has: --memory_limit_gb=12"

@@ -636,6 +636,9 @@ row("ranks of a plan without a memory", no_gpu, ranks=2, device="cuda", dry_run=
     says="there is no cuda here: to plan for one, say how much memory it has: --memory_limit_gb=12", never="torchrun")
 row("ranks of a device that is here", ranks=2, dry_run=True, memory_limit_gb=12.0,
     says="a device that isn't here, and cpu is: to train on several, start with torchrun --nproc_per_node=2")
+row("a plan for a card that CUDA fills", no_gpu, device="cuda", dry_run=True, memory_limit_gb=0.3,
+    says="memory_limit_gb=0.3 is the whole memory of a planned cuda, of which CUDA itself takes 0.50 GiB: give more",
+    never="auto-fit")
 row("ranks under torchrun", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4"), ranks=2,
     says="ranks=2 is for a plan in one process, and torchrun started 4: leave it out")
 row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
