@@ -13,7 +13,6 @@ PACKAGE = ROOT / "nanofit"
 FLOORS = (
     (
         "allocator",
-        "early",
         "errors",
         "progress",
         "metrics_file",
@@ -34,6 +33,7 @@ FLOORS = (
         "autofit.search",
         "autofit.trial",
         "doctor.facts",
+        "early",
     ),
     (
         "distributed",

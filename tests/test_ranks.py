@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, TOY, flags, torchrun, train, train_on_ranks, weights_of_ranks
+from conftest import RANK, TOY, environment, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.autofit.plan import MemoryLevers, Plan
 from nanofit.checkpoint import split_as_saved
@@ -43,9 +45,21 @@ def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
     keys = flags(**{**TOY, **keys, "backend": "gloo", "init_from": "auto"})
     run, said, _ = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "killed.py", *keys)
     assert "Traceback" not in said
+    assert re.findall("^attempt .*", run.text, re.MULTILINE) == [f"attempt {i} of 4" for i in (2, 3, 4)]
     assert re.findall(r"^resuming from out at iteration (\d+)$", run.text, re.MULTILINE) == ["4", "8"]
     assert run.iter_loss == whole.iter_loss
     assert weights_of_ranks() == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "restarts", "said"), [(0, 1, "attempt 2 of 4\n"), (0, 0, ""), (1, 1, ""), (0, "many", "")]
+)
+def test_an_attempt_after_the_first_says_so_before_anything_else(rank, restarts, said):
+    told = dict(RANK=f"{rank}", TORCHELASTIC_RESTART_COUNT=f"{restarts}", TORCHELASTIC_MAX_RESTARTS="3")
+    command = [sys.executable, "-c", "import nanofit.early; print('the rest')"]
+    assert (
+        subprocess.run(command, env=environment(**told), capture_output=True, text=True).stdout == f"{said}the rest\n"
+    )
 
 
 def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
