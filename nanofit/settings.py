@@ -11,7 +11,6 @@ from nanofit.errors import UsageError, shown
 BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
 BEYOND_REASON = 2**50  # bytes that no device has, in this machine or another
 BATCH_BYTES = 18  # that a token of a batch takes there: as it is stored, and twice as int64
-OF_THE_CHECKPOINT = ("weight_decay", "beta1", "beta2")  # what a resumed run takes from there, beside the model's shape
 OF_A_RANK = (  # keys that those of a run may have been given differently; folder.py looks at where they begin
     "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
     "wait_minutes", "device", "memory_limit_gb", "compile_min_sms",
@@ -192,21 +191,34 @@ def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, met
 def differences(saved, config, given):
     """Lines on the keys that differ from the checkpoint's, and what becomes of each. saved: a checkpoint."""
     taken, ignored = [], []
+    kept = {**{k: v for k, v in saved["model_args"].items() if k not in ("dropout", "block_size")}, **_adamw_of(saved)}
     for key, value in config.items():
-        shape = key in saved["model_args"] and key not in ("dropout", "block_size")
-        before = saved["model_args" if shape else "config"].get(key, value)
+        before = kept.get(key, saved["config"].get(key, value))
         if type(before) not in models.KEY_TYPES or before == value or key not in given:
             continue
         if key in ("out_dir", "init_from"):
             continue
         before = shown(before, str)
-        kept = shape or key in OF_THE_CHECKPOINT
-        (ignored if kept else taken).append(f"{key} {before}, not {value}" if kept else f"{key} {before} -> {value}")
+        if key in kept:
+            ignored.append(f"{key} {before}, not {value}")
+        else:
+            taken.append(f"{key} {before} -> {value}")
     lines = []
     if saved["iter_num"] > config["max_iters"] and not config["eval_only"]:
         lines.append(f"nothing is left to train: max_iters={config['max_iters']} was the last iteration")
     lines += [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
     return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
+
+
+def _adamw_of(saved):
+    """{key: value} of what a resumed run takes from a checkpoint's AdamW; its config tells what was asked for last."""
+    found = {}
+    for group in saved["optimizer"]["param_groups"]:
+        if "weight_decay" in group:  # 0 in the group of what isn't decayed
+            found["weight_decay"] = max(float(group["weight_decay"]), found.get("weight_decay", 0.0))
+        if "betas" in group:
+            found["beta1"], found["beta2"] = map(float, group["betas"])
+    return found
 
 
 def crop_to(block_size, trained_with, init_from):

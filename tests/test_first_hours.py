@@ -102,6 +102,13 @@ def test_what_differs_from_a_checkpoint_is_told_with_what_becomes_of_it():
     assert "differs" not in short(init_from="resume", n_layer=2, dropout=0.25, batch_size=4, max_iters=6)
 
 
+def test_what_stays_as_in_the_checkpoint_is_told_as_it_is_in_use_and_not_as_it_was_asked_for_last():
+    short(max_iters=2, weight_decay=0.0, beta2=0.9)
+    short(max_iters=3, init_from="resume")
+    text = short(max_iters=4, init_from="resume", weight_decay=0.3, beta1=0.9, beta2=0.99)
+    assert "differs, but stays as it is in the checkpoint: weight_decay 0.0, not 0.3, beta2 0.9, not 0.99\n" in text
+
+
 def test_on_a_cpu_mfu_is_of_that_cpu():
     text = short()
     assert re.search(r"^mfu: a share of the [\d,]+ GFLOP/s that a matrix product reaches on this CPU$", text, re.M)
