@@ -133,9 +133,7 @@ plan = autofit.as_configured(config)
 if auto_fit:
     plan = fit()
 elif saved:
-    plan = checkpoint.split_as_saved(saved, plan, given, world.size)
-    if plan.micro_batch_size != batch_size:
-        print(f"batch_size {batch_size} is cut into {plan.micro_batch_size}, as when the checkpoint was saved")
+    plan = checkpoint.split_as_saved(saved, plan, given, out_dir, world.size)
 plan = folder.no_larger(plan)
 runtime.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device), device.type)

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import torch
 
 from nanofit import runtime
+from nanofit.autofit import cache
 from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict, micro_batch_sizes
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usage_errors
 from nanofit.files import replacing
@@ -384,11 +385,12 @@ def split_of(batches, world, levers):
     }
 
 
-def split_as_saved(saved, plan, given, ranks=1):
+def split_as_saved(saved, plan, given, out_dir, ranks=1):
     """plan, cut as when the checkpoint was saved: memory may have run out since the start of that run.
 
-    given: the keys that the user named, which stand. ranks: that share the run now, and can't join as many batches as
-    other numbers of them: then micro-batches are the largest below.
+    given: the keys that the user named, which stand. Where the cut isn't what is configured, it is told, with the way
+    to another: auto-fit looks again, but first tries the answer that is kept in out_dir. ranks: that share the run now,
+    and can't join as many batches as other numbers of them: then micro-batches are the largest below.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
@@ -397,7 +399,13 @@ def split_as_saved(saved, plan, given, ranks=1):
     if plan.levers.optimizer_state != "float32":
         chosen.pop("shard", None)  # settings.py's check_shard says why
     sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // ranks)
-    size = max(size for size in sizes if size <= split["into"][0])
+    size, answer = max(size for size in sizes if size <= split["into"][0]), os.path.join(out_dir, cache.NAME)
+    if size != plan.batch_size:
+        first = f"remove {answer} and " if os.path.lexists(answer) else ""
+        print(
+            f"batch_size {plan.batch_size} -> {size}, as when the checkpoint was saved; to have it fitted anew, "
+            f"{first}give --auto_fit=True"
+        )
     return replace(plan, micro_batch_size=size, levers=replace(plan.levers, **chosen))
 
 

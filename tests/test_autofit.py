@@ -1,6 +1,7 @@
 """Auto-fit as train.py sees it: whole runs, and ranks that agree."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import ROOT, TOY, environment, flags, train
 from model import GPT
 from nanofit import autofit
 from nanofit.autofit import trial as trial_room
+from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import GIB, Facts, MemoryLevers, Plan, Trial, from_dict
 from nanofit.distributed import ALONE, World
 from nanofit.errors import UsageError
@@ -241,6 +243,22 @@ def test_a_resumed_run_keeps_the_effective_batch_on_another_split(monkeypatch):
     saved = torch.load("parts/ckpt.pt", weights_only=True)
     assert saved["config"]["batch_size"] == 8, "config keeps what was asked for"
     assert (saved["split"]["of"], saved["split"]["into"]) == ([8, 1], [2, 4])
+
+
+def test_a_run_that_was_fitted_goes_on_in_the_same_split_until_it_is_fitted_anew_as_it_says(monkeypatch):
+    def goes_on(best, **more):
+        monkeypatch.setattr(Fitter, "plan", lambda self, remembered: remembered or Plan(8, 1, best))
+        run = train(max_iters=1, **more)
+        return run.text, run.names["batches"].micro_batch_size
+
+    assert goes_on(1, auto_fit=True)[1] == 1
+    text, size = goes_on(4, init_from="resume")
+    anew = "to have it fitted anew, remove out/auto_fit.json and give --auto_fit=True"
+    assert f"\nbatch_size 8 -> 1, as when the checkpoint was saved; {anew}\n" in text
+    assert size == 1
+    assert goes_on(4, init_from="resume", auto_fit=True)[1] == 1, "the answer kept beside the run"
+    os.remove("out/auto_fit.json")
+    assert goes_on(4, init_from="resume", auto_fit=True)[1] == 4
 
 
 @pytest.mark.slow

@@ -474,7 +474,7 @@ def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, plac
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)  # AdamW's first steps magnify rounding
     resumed = train(**{**RUN, "max_iters": 10}, init_from="resume")
     assert resumed.names["batches"].micro_batch_size == 2
-    assert "batch_size 8 is cut into 2, as when the checkpoint was saved" in resumed.text
+    assert "batch_size 8 -> 2, as when the checkpoint was saved; to have it fitted anew, give" in resumed.text
 
 
 def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(monkeypatch):

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(monkeypatch):
     saved["split"]["into"] = [4, 4]
     torch.save(saved, "out/ckpt.pt")
     rest = train(max_iters=20, init_from="resume", **keys)
-    assert "batch_size 8 is cut into 4, as when the checkpoint was saved" in rest.text
+    assert "batch_size 8 -> 4, as when the checkpoint was saved" in rest.text
     assert rest.names["batches"].micro_batch_size == 4
     assert rest.eval_loss[10] == pytest.approx(whole.eval_loss[10], abs=1.01e-4), "an evaluation has no dropout"
     saved["split"]["into"] = [8, 2]
