@@ -148,7 +148,8 @@ else:
 if saved:
     models.load_weights(model, saved["model"], out_dir)
     weights.set_activation(model, saved.get("activation"))
-    print(f"resuming from {out_dir} at iteration {iter_num}", *settings.differences(saved, config, given), sep="\n")
+    told = settings.differences(saved, config, given, levers, world.size)
+    print(f"resuming from {out_dir} at iteration {iter_num}", *told, sep="\n")
 if block_size < trained_with:
     model.crop_block_size(block_size)
     folder.begin_anew()

@@ -15,6 +15,12 @@ OF_A_RANK = (  # keys that those of a run may have been given differently; folde
     "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
     "wait_minutes", "device", "memory_limit_gb", "compile_min_sms",
 )  # fmt: skip
+# What may differ from a checkpoint without a word, where it wasn't named: where things lie, what is shown and to whom,
+# what is asked for once, and loss_chunk_mb, which is by the memory there is.
+OF_NO_CONSEQUENCE = (
+    "out_dir", "init_from", "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
+    "eval_only", "dry_run", "ranks", "loss_chunk_mb",
+)  # fmt: skip
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -188,21 +194,32 @@ def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, met
     ]
 
 
-def differences(saved, config, given):
-    """Lines on the keys that differ from the checkpoint's, and what becomes of each. saved: a checkpoint."""
+def differences(saved, config, given, levers, ranks):
+    """Lines on the keys that differ from the checkpoint's, and what becomes of each.
+
+    Of those that weren't named, and so fell back to their defaults, the ones that matter to what is learnt or to how
+    the run goes: not those OF_NO_CONSEQUENCE. saved: a checkpoint. levers: the MemoryLevers in use, which resuming
+    takes from the checkpoint, or auto-fit chooses. ranks: how many train.
+    """
+    sizes = saved["model_args"]
+    kept = {**{name: size for name, size in sizes.items() if name not in ("dropout", "block_size")}, **_adamw_of(saved)}
+    in_use = {"recompute": levers.recompute, "shard": levers.shard and ranks > 1}
+    in_use["gather_once"] = levers.gather_once and in_use["shard"]
+    were_in_use = {k: v for k, v in saved.get("split", {}).get("levers", {}).items() if k in in_use}
+    before = {**saved["config"], **were_in_use, **sizes, **kept}
     taken, ignored = [], []
-    kept = {**{k: v for k, v in saved["model_args"].items() if k not in ("dropout", "block_size")}, **_adamw_of(saved)}
-    for key, value in config.items():
-        before = kept.get(key, saved["config"].get(key, value))
-        if type(before) not in models.KEY_TYPES or before == value or key not in given:
+    for key, value in {**config, **in_use}.items():
+        was = before.get(key, value)
+        if type(was) not in models.KEY_TYPES or was == value or key in ("out_dir", "init_from"):
             continue
-        if key in ("out_dir", "init_from"):
-            continue
-        before = shown(before, str)
-        if key in kept:
-            ignored.append(f"{key} {before}, not {value}")
+        was = shown(was, str)
+        if key not in given:
+            if key not in (*kept, "block_size", *OF_NO_CONSEQUENCE):
+                taken.append(f"{key} {was} -> {value} (not given)")
+        elif key in kept:
+            ignored.append(f"{key} {was}, not {value}")
         else:
-            taken.append(f"{key} {before} -> {value}")
+            taken.append(f"{key} {was} -> {value}")
     lines = []
     if saved["iter_num"] > config["max_iters"] and not config["eval_only"]:
         lines.append(f"nothing is left to train: max_iters={config['max_iters']} was the last iteration")
