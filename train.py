@@ -114,7 +114,7 @@ if not settings.is_elsewhere(config):
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
-opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter, meta)
+opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num, meta)
 print(*opening, *models.lacks(GPT), sep="\n")
 fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 if dry_run:
@@ -130,10 +130,10 @@ batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device
 if not eval_only:  # which changes no file
     folder.take()
 plan = autofit.as_configured(config)
-if auto_fit:
+if auto_fit and settings.anything_left(config, iter_num):
     plan = fit()
 elif saved:
-    plan = checkpoint.split_as_saved(saved, plan, given, out_dir, world.size)
+    plan = checkpoint.split_as_saved(saved, plan, config, given, world.size)
 plan = folder.no_larger(plan)
 runtime.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device), device.type)
@@ -218,7 +218,7 @@ signals = StopSignals()
 recovery = Recovery(world, device, batches, raw_model, scaler, save_where_it_stops, folder.note_smaller)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 recovery.run(partial(allocate_state, optimizer))
-if plan.compile:
+if plan.compile and settings.anything_left(config, iter_num):
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     dry = partial(dry_step, batch=batches.like_current, autocast=autocast)
     with waiting("compiling"):  # not dynamic: sizes are few, and each gets kernels of its own

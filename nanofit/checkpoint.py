@@ -385,12 +385,13 @@ def split_of(batches, world, levers):
     }
 
 
-def split_as_saved(saved, plan, given, out_dir, ranks=1):
+def split_as_saved(saved, plan, config, given, ranks=1):
     """plan, cut as when the checkpoint was saved: memory may have run out since the start of that run.
 
-    given: the keys that the user named, which stand. Where the cut isn't what is configured, it is told, with the way
-    to another: auto-fit looks again, but first tries the answer that is kept in out_dir. ranks: that share the run now,
-    and can't join as many batches as other numbers of them: then micro-batches are the largest below.
+    config: the run's keys; given: those that were named, which stand. Where the cut isn't what is configured, it is
+    told, with the way to another: auto-fit looks again, but first tries the answer that is kept in out_dir.
+    ranks: that share the run now, and can't join as many batches as other numbers of them: then micro-batches are the
+    largest below.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
@@ -399,8 +400,9 @@ def split_as_saved(saved, plan, given, out_dir, ranks=1):
     if plan.levers.optimizer_state != "float32":
         chosen.pop("shard", None)  # settings.py's check_shard says why
     sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // ranks)
-    size, answer = max(size for size in sizes if size <= split["into"][0]), os.path.join(out_dir, cache.NAME)
-    if size != plan.batch_size:
+    size = max(size for size in sizes if size <= split["into"][0])
+    answer = os.path.join(config["out_dir"], cache.NAME)
+    if size != plan.batch_size and not config["auto_fit"]:
         first = f"remove {answer} and " if os.path.lexists(answer) else ""
         print(
             f"batch_size {plan.batch_size} -> {size}, as when the checkpoint was saved; to have it fitted anew, "

@@ -178,10 +178,14 @@ def check_sizes(config, config_class, model_args, elsewhere):
     models.config_of(config_class, model_args)
 
 
-def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, meta=None):
-    """What a run tells first: where it computes, and on what. meta: that of the data set, where it has one."""
+def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num=0, meta=None):
+    """What a run tells first: where it computes, on what, and whether there is anything to do.
+
+    iter_num: where it goes on. meta: that of the data set, where it has one.
+    """
     where = f"device {device}{'' if 'device' in given else ' (the best one here)'}"
     how = f"dtype {dtype}{'' if 'dtype' in given else ' (the best for it)'}"
+    nothing_left = f"nothing is left to train: max_iters={config['max_iters']} was the last iteration"
     limit = config["memory_limit_gb"] and not config["auto_fit"] and str(device) in ("cpu", "mps")
     if config["init_from"] != "scratch":
         whose = "the checkpoint's" if config["init_from"] == "resume" else "the model's"
@@ -191,7 +195,13 @@ def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, met
         f"{where}, {how}, vocab_size {model_args['vocab_size']} ({whose})",
         *([f"memory_limit_gb: without auto_fit nothing holds a run to it on {device}"] if limit else []),
         f"tokens per iteration will be: {tokens_per_iter:,}",
+        *([] if anything_left(config, iter_num) else [nothing_left]),
     ]
+
+
+def anything_left(config, iter_num):
+    """Whether a run that begins or goes on at iteration iter_num has anything to do."""
+    return config["eval_only"] or iter_num <= config["max_iters"]
 
 
 def differences(saved, config, given, levers, ranks):
@@ -220,10 +230,7 @@ def differences(saved, config, given, levers, ranks):
             ignored.append(f"{key} {was}, not {value}")
         else:
             taken.append(f"{key} {was} -> {value}")
-    lines = []
-    if saved["iter_num"] > config["max_iters"] and not config["eval_only"]:
-        lines.append(f"nothing is left to train: max_iters={config['max_iters']} was the last iteration")
-    lines += [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
+    lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
     return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
 
 

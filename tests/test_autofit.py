@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_the_effective_batch_on_another_split(monkeypatch):
 def test_a_run_that_was_fitted_goes_on_in_the_same_split_until_it_is_fitted_anew_as_it_says(monkeypatch):
     def goes_on(best, **more):
         monkeypatch.setattr(Fitter, "plan", lambda self, remembered: remembered or Plan(8, 1, best))
-        run = train(max_iters=1, **more)
+        run = train(max_iters=2, eval_interval=2, **more)
         return run.text, run.names["batches"].micro_batch_size
 
     assert goes_on(1, auto_fit=True)[1] == 1

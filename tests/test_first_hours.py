@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, torchrun, train, train_on_ranks
 
+from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import MemoryLevers
 from nanofit.errors import UsageError
 from nanofit.settings import differences
@@ -78,6 +79,19 @@ def test_a_run_that_keeps_its_best_and_has_none_yet_is_one_that_nanogpt_reads():
     assert "nothing is left to train: max_iters=4 was the last iteration\n" in short(**keys)
     assert "nothing is left" not in short(**keys, max_iters=7)
     assert torch.load("out/ckpt.last.pt", weights_only=True)["iter_num"] == 8, "what is there may be the best"
+
+
+def test_where_nothing_is_left_that_is_told_and_nothing_is_fitted_or_compiled(monkeypatch):
+    short()
+
+    def never(*_, **__):
+        raise AssertionError("there is nothing to do it for")
+
+    monkeypatch.setattr(Fitter, "plan", never)
+    monkeypatch.setattr(torch, "compile", never)
+    text = short(init_from="resume", auto_fit=True, compile=True, max_iters=3)
+    assert text.count("\nnothing is left to train: max_iters=3 was the last iteration\n") == 1
+    assert "resuming from out at iteration 5\n" in text
 
 
 def test_memory_limit_gb_says_what_it_limits():

@@ -449,7 +449,7 @@ def load_and_use(data, seen):
     for rank in checkpoint.get("rng", ()):
         torch.Generator().set_state(rank["data"]["before"])
         torch.Generator().set_state(rank["data"].get("after", rank["data"]["before"]))
-    plan = checkpoints.split_as_saved(checkpoint, Plan(8, 2, 8), given=(), out_dir="out")
+    plan = checkpoints.split_as_saved(checkpoint, Plan(8, 2, 8), dict(out_dir="out", auto_fit=False), given=())
     assert 8 % plan.micro_batch_size == 0
     assert {name: type(value) for name, value in asdict(plan.levers).items()} == LEVER_TYPES
     optimizer = optimizer_of([torch.ones(4, 2), torch.ones(2)])
