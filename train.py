@@ -209,7 +209,8 @@ def save_where_it_stops():
     if iter_num == 0:
         return "nothing is trained yet, and nothing saved"
     failure = save(folder.place_to_stop(always_save_checkpoint))
-    return failure or f"checkpoint saved to {out_dir}, --init_from=resume goes on"
+    how = "--init_from=resume with a larger --max_iters" if iter_num > max_iters else "--init_from=resume"
+    return failure or f"checkpoint saved to {out_dir}, {how} goes on"
 
 
 here = checkpoint.rng_of(batches, device)  # as this iteration began

@@ -67,7 +67,10 @@ def test_a_crop_is_told_before_it_is_saved_and_what_was_goes_on():
 
 def test_a_run_that_ends_before_its_first_save_is_saved():
     text = short(eval_interval=1000)
-    assert "\niteration 4 was the last: checkpoint saved to out, --init_from=resume goes on\n" in text
+    assert (
+        "\niteration 4 was the last: checkpoint saved to out, --init_from=resume with a larger --max_iters goes on\n"
+        in text
+    )
     sampled = run_script("sample.py", *flags(num_samples=1, max_new_tokens=5, device="cpu", start="!")).text
     assert "\nout/ckpt.pt, of iteration 5" in sampled
 
