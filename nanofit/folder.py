@@ -26,6 +26,7 @@ from nanofit.files import replacing
 
 LOCK = "run.lock"
 SMALLER = "smaller.json"  # [batch_size, the micro-batch that the next attempt of a sharded run begins with]
+HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what the system says of a lock that another process has
 _held = {}  # folder: this process's hold on it. A run that ended in an error, as in a notebook, may have left it
 
 
@@ -37,6 +38,14 @@ def run_id_of(saved):
     config = sorted(map(shown, saved.get("config", {}).items()))
     told = [shown(saved.get("iter_num")), shown(saved.get("best_val_loss")), *config]
     return hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:8]
+
+
+def _named_in(lock):
+    """Whom a lock file, open for reading, names as its holder."""
+    holder = ""
+    with contextlib.suppress(OSError):  # a pipe tells nothing
+        holder = os.read(lock, 200).decode(errors="replace").strip()
+    return holder or "another process"
 
 
 class RunFolder:
@@ -116,6 +125,8 @@ class RunFolder:
         """
         found = self.world.all_gather(self._loaded)
         if len(set(found)) > 1:
+            if holder := self.world.all_gather(self.holder() if self.world.is_main else "")[0]:
+                raise self._in_use(holder)  # by a run that saved while the ranks were loading
             told = ", ".join(f"rank {rank} {'none' if i is None else f'iteration {i}'}" for rank, i in enumerate(found))
             raise UsageError(
                 f"out_dir={self.out_dir!r} does not hold the same checkpoint for all ranks ({told}): it must be a "
@@ -138,15 +149,10 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            holder = ""
-            with contextlib.suppress(OSError):  # a pipe tells nothing
-                holder = os.read(lock, 200).decode(errors="replace").strip()
+            holder = _named_in(lock)
             os.close(lock)
-            if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UsageError(
-                    f"out_dir={self.out_dir!r} is in use by {holder or 'another process'}: let it end, or give "
-                    "another --out_dir"
-                ) from e
+            if e.errno in HELD:
+                raise self._in_use(holder) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
         self.release()
@@ -160,6 +166,26 @@ class RunFolder:
             for part in glob.glob(os.path.join(glob.escape(self.out_dir), f"{name}.*.part")):
                 with contextlib.suppress(OSError):
                     os.remove(part)
+
+    def holder(self):
+        """Who else holds the folder, in words; '' where nobody does or that can't be known. Nothing is written."""
+        try:
+            import fcntl
+
+            lock = os.open(self.path(LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (ImportError, OSError):
+            return ""
+        try:
+            if not self._is_held(os.fstat(lock)):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as e:
+            return _named_in(lock) if e.errno in HELD else ""
+        finally:
+            os.close(lock)  # and with it the lock, if it was free
+        return ""
+
+    def _in_use(self, holder):
+        return UsageError(f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir")
 
     def _is_held(self, status):
         """Whether the lock file of this status is the one that this process holds."""
