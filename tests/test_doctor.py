@@ -1,5 +1,6 @@
 """doctor.py: each check on faked facts, what it finds out on this machine, and what it keeps to itself."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -106,6 +107,8 @@ TABLE = [  # (check, what is different, level or None where it has nothing to sa
     ("vocabulary", {"vocab_size": 65}, STOP, "token 50256, but the model's vocabulary has 65", "prepare.py"),
     ("vocabulary", {"data_vocab_size": 65, "largest_token": 64}, WARNING, "meta.pkl", "prepare.py"),
     ("vocabulary", {"data_failure": "x"}, None, "", ""),
+    ("folder", {}, None, "", ""),
+    ("folder", {"holder": "process 7, since 9:00"}, STOP, "out_dir='out' is in use by process 7", "--out_dir="),
     ("checkpoint", {}, OK, "ckpt.pt of iteration 2,000", ""),
     ("checkpoint", {"checkpoints": ()}, None, "", ""),
     ("checkpoint", {"checkpoints": (Checkpoint("ckpt.pt", 1, None),)}, WARNING, "ckpt.pt: damaged", "--out_dir"),
@@ -157,7 +160,7 @@ def test_every_check_has_a_row_with_its_trouble_and_one_without():
 def test_a_sound_machine_is_told_so():
     found = verdicts_on(SOUND)
     assert {verdict.level for verdict in found.values()} == {OK}
-    assert set(CHECKS) - set(found) == {"wsl", "keys"}
+    assert set(CHECKS) - set(found) == {"wsl", "keys", "folder"}
 
 
 def test_next_to_nothing_known_is_no_reason_to_fail():
@@ -208,6 +211,21 @@ def test_auto_is_resume_where_there_is_a_checkpoint_and_else_scratch(monkeypatch
     Path("out").mkdir()
     Path("out/ckpt.pt").write_text("no checkpoint")
     assert doctor(*SMALL, "--init_from=auto", code=1)["stopped_by"] == ["checkpoint"]
+
+
+def test_a_folder_in_which_another_run_is_alive(monkeypatch):
+    monkeypatch.setattr(gather, "_fit", lambda *_: None)
+    Path("out").mkdir()
+    with open("out/run.lock", "w") as lock:
+        print("process 7 on engine.of.ada, since 2026-11-22 02:39:48", file=lock, flush=True)
+        doctor(*SMALL)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = doctor(*SMALL, code=1)
+        assert told["stopped_by"] == ["folder"]
+        says = "out_dir='out' is in use by process 7, since 2026-11-22 02:39:48"
+        assert told["checks"]["folder"]["says"] == says
+        doctor(*SMALL, "--eval_only=True")
+        doctor(*SMALL, "--out_dir=another")
 
 
 def test_sizes_are_told_in_a_unit_that_shows_them():

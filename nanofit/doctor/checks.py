@@ -237,6 +237,13 @@ def _prepare(facts):
     return f"python data/{facts.config['dataset']}/prepare.py, or --out_dir=... of a model of this data set"
 
 
+def folder_free(facts):
+    if not facts.holder:
+        return None
+    says = f"out_dir={facts.config['out_dir']!r} is in use by {facts.holder}"
+    return Verdict(STOP, says, "--out_dir=... of its own, or let that run end")
+
+
 def checkpoint_whole(facts):
     if facts.resume_failure:
         out_dir, whole = facts.config["out_dir"], {s.name for s in facts.checkpoints if s.iteration is not None}
@@ -287,6 +294,7 @@ CHECKS = {  # in the order in which they are told
     "keys": keys_possible,
     "data": data_there,
     "vocabulary": vocabulary_of_the_data,
+    "folder": folder_free,
     "checkpoint": checkpoint_whole,
     "disk": disk_for_a_checkpoint,
     "fit": batch_fits,

@@ -83,6 +83,7 @@ class Facts:
     vocab_size: int | None = None  # of the model that would train
     data_vocab_size: int | None = None  # of the data set's meta.pkl
     largest_token: int | None = None  # that was seen at the ends of the data
+    holder: str = ""  # what other process holds out_dir, in words
     checkpoints: tuple = ()
     resume_failure: str = ""
     disk_free_bytes: int | None = None  # where out_dir is

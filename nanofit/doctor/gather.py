@@ -147,6 +147,8 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
     given = facts.given
     cpu, elsewhere = runtime.find_device("cpu"), settings.is_elsewhere(config)
     known = {"checkpoints": _checkpoints(config["out_dir"])}
+    if not (config["eval_only"] or config["dry_run"]):  # which write nothing there
+        known["holder"] = re.sub(" on [^,]*", "", folder.holder())  # whose host may be another one than this
 
     def attempt(entry, ask, *arguments):
         """ask(*arguments); where it refuses, None, and its sentence becomes this fact, unless there is one already."""
