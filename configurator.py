@@ -14,6 +14,7 @@ is a bool, int, float or str. Two ways in:
 
 import ast
 import builtins
+import contextlib
 import difflib
 import os
 import re
@@ -34,6 +35,7 @@ except ModuleNotFoundError as e:
     )
 
 SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so one may name another's keys
+NO_CONFIGS = (*SCRIPTS, "configurator.py", "doctor.py", "export.py", "model.py", "report.py")
 
 
 def keys_of(namespace):
@@ -83,20 +85,38 @@ def _scripts_that_know(key):
     return known if known == ["model.py"] else [script for script in known if script in SCRIPTS]
 
 
+def _nearest_config(path):
+    """The config file whose name is most like that of path, in its folder or in config/; None where none is."""
+    found = {}
+    for folder in (os.path.dirname(path), "config"):
+        with contextlib.suppress(OSError, ValueError):
+            for name in sorted(os.listdir(folder or ".")):
+                stem, extension = os.path.splitext(name)
+                if extension == ".py" and name not in NO_CONFIGS:
+                    found.setdefault(stem, os.path.join(folder, name))
+    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), found, n=1)
+    return found[near[0]] if near else None
+
+
 def _run_config_file(path, namespace):
     """The names that a config file assigns, as a dict; it sees the script's names, as in nanoGPT."""
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        readable = os.path.isdir(folder) and os.access(folder, os.R_OK)
-        there = [f for f in os.listdir(folder) if f.endswith(".py")] if readable else []
-        near = difflib.get_close_matches(os.path.basename(path), there, n=1)
-        hint = f"; did you mean '{os.path.join(folder, near[0])}'?" if near else ""
+        near = _nearest_config(path)
+        hint = f"; did you mean '{near}'?" if near else ""
         what = "is not a file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"config file '{path}' {what}{hint} (a key is set by --key=value)")
     after = dict(namespace)
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # some editors begin UTF-8 with a mark
             text = f.read()
+    except UnicodeDecodeError as e:
+        raise UsageError(
+            f"{path} is no UTF-8 text (byte {e.start} is {e.object[e.start]:#04x}): a config file is Python "
+            "text: save it as UTF-8"
+        ) from e
+    except OSError as e:
+        raise UsageError(f"{path} can't be read: {e.strerror}") from e
+    try:
         symbols = symtable.symtable(text, path, "exec").get_symbols()
         exec(builtins.compile(text, path, "exec"), after)  # run by exec, compile is the script's key
     except SystemExit as e:

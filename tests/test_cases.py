@@ -613,13 +613,24 @@ row("an unknown key", argv=["--batchsize=3"], says="train.py has no key 'batchsi
 row("a key without a value", argv=["--batch_size"], says="has no value")
 row("a key of NULs", argv=["--\\0=3"], says="has no key")
 row("a config file that isn't there", argv=["nowhere.py"], says="config file 'nowhere.py' does not exist")
+row("a config file that isn't there, and scripts that are", file("doctor.py"), file("train.py"), argv=["dokter.py"],
+    says="config file 'dokter.py' does not exist (a key is set by", never="did you mean")
+row("a config file that isn't there, and one of config/", file("config/train_tiny.py"), argv=["trian_tiny.py"],
+    says="config file 'trian_tiny.py' does not exist; did you mean 'config/train_tiny.py'?")
+row("a config file without its ending", file("mine.py"), argv=["mine"], says="did you mean 'mine.py'?")
 row("a config file that is a folder", folder("c.py"), argv=["c.py"], says="config file 'c.py' is not a file")
 row("a config file that is a pipe", pipe("c.py"), argv=["c.py"], says="config file 'c.py' is not a file")
 row("a config file that is a device", argv=["/dev/zero"], says="is not a file")
 row("a config file that ends the program", file("c.py", "import sys\nsys.exit(0)"), argv=["c.py"],
     says="c.py ends the program")
 row("a config file that is no Python", file("c.py", "batch size = 3"), argv=["c.py"], says="c.py, line 1")
-row("a config file that is no text", file("c.py", b"\xff\xfe\x00"), argv=["c.py"], says="c.py")
+row("a config file that is no text", file("c.py", b"\xff\xfe\x00"), argv=["c.py"], never="codec",
+    says="c.py is no UTF-8 text (byte 0 is 0xff): a config file is Python text: save it as UTF-8")
+row("a config file in Latin-1", file("c.py", b"# caf\xe9\nmax_iters = 1"), argv=["c.py"], says="byte 5 is 0xe9")
+row("a config file that Windows wrote", file("c.py", b"\xef\xbb\xbfmax_iters = 2\r\n"), argv=["c.py"], code=0,
+    says="max_iters = 2", changes=("out", *SAVED))
+row("a config file that reads what is no text", file("b", b"\xff"), file("c.py", "open('b', encoding='utf-8').read()"),
+    argv=["c.py"], says="c.py, line 1: UnicodeDecodeError")
 row("a config file with a zero byte", file("c.py", b"x = 1\0"), argv=["c.py"], says="c.py")
 row("a config file that calls itself", file("c.py", "def f(): f()\nf()"), argv=["c.py"], says="RecursionError")
 row("a config file too deep", file("c.py", "batch_size = " + "(" * 5000 + "1" + ")" * 5000), argv=["c.py"], says="c.py")

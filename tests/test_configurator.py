@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, environment
 
+import configurator
 from configurator import configure
 from nanofit.errors import UsageError
 from nanofit.settings import at_least, one_of
@@ -82,6 +83,10 @@ def test_mistakes_are_value_errors_with_a_sentence(argument, sentence):
 def test_a_missing_file_gets_its_nearest_neighbour():
     with pytest.raises(UsageError, match="did you mean '.*train_gpt2.py'"):
         configured(str(ROOT / "config" / "trian_gpt2.py"))
+
+
+def test_no_script_of_the_project_is_offered_as_a_config_file():
+    assert set(configurator.NO_CONFIGS) == {path.name for path in ROOT.glob("*.py")}
 
 
 @pytest.mark.parametrize(
