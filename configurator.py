@@ -250,8 +250,11 @@ def configure(namespace, argv=None, more=None):
         elif sign:
             raise UsageError(f"'{arg}' is neither a config file nor an override: write --{arg.lstrip('-')}")
         elif arg.startswith("-"):
+            key = arg.lstrip("-")
             meant = following if following and not following.startswith("-") else "value"
-            raise UsageError(f"'{arg}' has no value: write {arg}={meant}, with the sign between them")
+            if keys.kinds.get(key) is bool and meant.lower() not in ("true", "false", "1", "0"):
+                meant = "True"
+            raise UsageError(f"'{arg}' has no value: write --{key}={meant}, with the sign between them")
         else:
             keys.read_file(arg)
     if {"-h", "--help"} & set(argv):

@@ -70,7 +70,9 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
         ("--batch_size=many", "batch_size must be a whole number .*not 'many'"),
         ("--learning_rate=fast", "learning_rate must be a number"),
         ("--compile=2", "compile must be True or False"),
-        ("--compile", "'--compile' has no value: write --compile=value"),
+        ("--compile", "'--compile' has no value: write --compile=True, with the sign between them"),
+        ("-compile", "'-compile' has no value: write --compile=True"),
+        ("--batch_size", "'--batch_size' has no value: write --batch_size=value"),
         ("batch_size=3", "'batch_size=3' is neither a config file nor an override: write --batch_size=3"),
         ("nowhere.py", "config file 'nowhere.py' does not exist"),
     ],
@@ -78,6 +80,12 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
 def test_mistakes_are_value_errors_with_a_sentence(argument, sentence):
     with pytest.raises(ValueError, match=sentence):
         configured(argument)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("a.py", "True"), ("False", "False"), ("--batch_size=3", "True")])
+def test_what_follows_a_key_without_a_sign_is_its_value_where_it_can_be(word, meant):
+    with pytest.raises(UsageError, match=f"'--compile' has no value: write --compile={meant},"):
+        configured("--compile", word)
 
 
 def test_a_missing_file_gets_its_nearest_neighbour():
