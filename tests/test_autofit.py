@@ -63,23 +63,23 @@ def test_the_plan_is_kept_and_a_second_run_confirms_it(trials, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "told"),
     [
-        (dict(batch_size=16), "batch_size"),
-        (dict(grad_clip=0.0), "grad_clip"),
-        (dict(optimizer_state="offload"), "optimizer_state"),
-        (dict(loss_chunk_mb=3), "loss_chunk_mb"),
-        (dict(given=["recompute"]), "levers_that_are_set"),
-        (dict(given=["shard"]), "levers_that_are_set"),
+        (dict(batch_size=16), "batch_size 8 (now 16)"),
+        (dict(grad_clip=0.0), "grad_clip 1.0 (now 0.0)"),
+        (dict(optimizer_state="offload"), "optimizer_state float32 (now offload)"),
+        (dict(loss_chunk_mb=3), "loss_chunk_mb 0 (now 3)"),
+        (dict(given=["recompute"]), "levers set by hand none (now recompute)"),
+        (dict(given=["shard"]), "levers set by hand none (now shard)"),
     ],
 )
-def test_an_answer_for_other_keys_is_looked_for_again(trials, capsys, change, name):
+def test_an_answer_for_other_keys_is_looked_for_again(trials, capsys, change, told):
     fit()
     tried = len(trials)
     capsys.readouterr()
     fit(**change)
     assert len(trials) > tried + 1
-    assert capsys.readouterr().out.startswith(f"auto-fit: out/auto_fit.json is for another {name} and is ignored\n")
+    assert capsys.readouterr().out.startswith(f"auto-fit: out/auto_fit.json was found with {told}: looking again\n")
 
 
 def test_a_job_says_all_that_the_run_asked_for(trials):

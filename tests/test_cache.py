@@ -12,7 +12,8 @@ from nanofit.autofit import cache
 from nanofit.autofit.plan import GIB, MemoryLevers, Plan, Trial
 
 KEY = {
-    "device": "GPU", "torch": "2", "model": {"n_layer": 1}, "batch_size": 64, "gradient_accumulation_steps": 1,
+    "device": "GPU", "memory": 24 * GIB, "driver": "550.54", "torch": "2", "model": {"n_layer": 1, "n_embd": 8},
+    "levers_that_are_set": [], "batch_size": 64, "gradient_accumulation_steps": 1,
     "memory_limit_gb": 0.0, "recompute": False,
 }  # fmt: skip
 LEVERS = MemoryLevers(recompute=True, loss_chunk_mb=128)
@@ -35,17 +36,24 @@ def test_where_there_is_none_there_is_nothing_to_say():
     assert cache.recall("out", KEY) == (None, "")
 
 
-@pytest.mark.parametrize("name", list(KEY))
-def test_an_answer_for_another_run_is_ignored_with_a_sentence(name):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"device": "GTX"}, "device GPU (now GTX)"),
+        ({"memory": 12 * GIB}, "memory 24.00 GiB (now 12.00 GiB)"),
+        ({"driver": ""}, "driver 550.54 (now none)"),
+        ({"model": {"n_layer": 2, "n_embd": 8, "n_kv_head": 1}}, "n_layer 1 (now 2), n_kv_head none (now 1)"),
+        ({"model": {"n_layer": 1}}, "n_embd 8 (now none)"),
+        ({"levers_that_are_set": ["recompute", "shard"]}, "levers set by hand none (now recompute and shard)"),
+        ({"batch_size": 16, "recompute": True}, "batch_size 64 (now 16), recompute False (now True)"),
+        ({"memory_limit_gb": 8.5}, "memory_limit_gb 0.0 (now 8.5)"),
+        ({"new_key": 1}, "new_key none (now 1)"),
+        (dict.fromkeys("abcdef", 1), "a none (now 1), b none (now 1), c none (now 1), d none (now 1), and 2 more"),
+    ],
+)
+def test_an_answer_for_another_run_is_not_taken_and_what_differs_is_told(change, told):
     cache.remember("out", KEY, KEPT)
-    sentence = f"out/auto_fit.json is for another {name} and is ignored"
-    assert cache.recall("out", {**KEY, name: "other"}) == (None, sentence)
-
-
-def test_an_answer_from_before_a_key_was_asked_for_is_ignored():
-    cache.remember("out", KEY, KEPT)
-    sentence = "out/auto_fit.json is for another new_key and is ignored"
-    assert cache.recall("out", {**KEY, "new_key": 1}) == (None, sentence)
+    assert cache.recall("out", {**KEY, **change}) == (None, f"out/auto_fit.json was found with {told}: looking again")
 
 
 def ignored(workplace, text):
@@ -60,7 +68,7 @@ def test_a_half_written_answer_is_ignored(workplace, text):
     (workplace / "out" / "auto_fit.json").write_text(text)
     choice, why = cache.recall("out", KEY)
     assert choice is None
-    assert "ignored" in why
+    assert why.endswith((" can't be read and is ignored", ": looking again"))
 
 
 def test_an_answer_that_was_cut_anywhere_is_ignored(workplace):

@@ -4,11 +4,13 @@ import json
 import os
 from dataclasses import asdict
 
-from nanofit.autofit.plan import Plan, from_dict
+from nanofit.autofit.plan import Plan, from_dict, gib
+from nanofit.errors import shown
 from nanofit.files import replacing
 
 NAME = "auto_fit.json"
 LARGEST = 2**24  # bytes that an answer may have
+MOST_TOLD = 4  # differences between two runs
 
 
 def recall(out_dir, key):
@@ -21,8 +23,9 @@ def recall(out_dir, key):
             raise ValueError("a folder or a pipe, or somebody else's")
         with open(path, encoding="utf-8") as f:
             kept = json.load(f)
-        if differs := [name for name in key if kept["key"].get(name) != json.loads(json.dumps(key[name]))]:
-            return None, f"{path} is for another {differs[0]} and is ignored"
+        if differs := _differences(kept["key"], json.loads(json.dumps(key))):
+            more = f", and {len(differs) - MOST_TOLD} more" if len(differs) > MOST_TOLD else ""
+            return None, f"{path} was found with {', '.join(differs[:MOST_TOLD])}{more}: looking again"
         plan = from_dict(Plan, kept["plan"])
         of = key["batch_size"], key["gradient_accumulation_steps"]
         if plan is None or (plan.batch_size, plan.gradient_accumulation_steps) != of:
@@ -30,6 +33,28 @@ def recall(out_dir, key):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None, f"{path} can't be read and is ignored"
     return plan, ""
+
+
+def _differences(before, now):
+    """What differs between the keys of two answers, in words: 'ranks 2 (now 1)'; of a model, each of its sizes."""
+    told = []
+    for name, value in now.items():
+        was = before.get(name)
+        if isinstance(was, dict) and isinstance(value, dict):
+            told += _differences({**dict.fromkeys(value), **was}, {**dict.fromkeys(was), **value})
+        elif was != value:
+            words = {"levers_that_are_set": "levers set by hand"}.get(name, name)
+            told.append(f"{words} {_short(name, was)} (now {_short(name, value)})")
+    return told
+
+
+def _short(name, value):
+    """A value of an answer's key for a sentence."""
+    if name == "memory" and isinstance(value, (int, float)):
+        return gib(value)
+    if isinstance(value, list):
+        value = " and ".join(map(str, value))
+    return "none" if value in (None, "") else shown(value, str)
 
 
 def remember(out_dir, key, plan):
