@@ -172,6 +172,12 @@ def test_a_rank_tries_what_another_needs(trials, capsys):
     assert "auto-fit: the ranks chose batch_size 4, 1: all take 1\n" in capsys.readouterr().out
 
 
+def test_ranks_that_agree_say_nothing_of_it(trials, capsys):
+    alike = Plan(8, 2, 4)
+    assert fit(Ranks([None, (alike, ""), (None, "")]), gradient_accumulation_steps=2).micro_batch_size == 4
+    assert "the ranks chose" not in capsys.readouterr().out
+
+
 def test_the_first_ranks_kept_answer_is_everybodys(trials, workplace):
     kept = Plan(8, 2, 2, MemoryLevers(loss_chunk_mb=128), limit_bytes=5 * GIB)
     plan = fit(Ranks([kept, (kept, ""), (None, "")], rank=1), gradient_accumulation_steps=2)

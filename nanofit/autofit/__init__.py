@@ -103,8 +103,9 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
     own = plans[world.rank]
     plan = smallest(plans, own)
     if world.size > 1:
-        sizes = ", ".join(str(p.micro_batch_size) for p in plans)
-        print(f"auto-fit: the ranks chose batch_size {sizes}: all take {plan.micro_batch_size}")
+        sizes = [str(p.micro_batch_size) for p in plans]
+        if len(set(sizes)) > 1:
+            print(f"auto-fit: the ranks chose batch_size {', '.join(sizes)}: all take {plan.micro_batch_size}")
         world.agree(lambda: fitter.check(own, plan.micro_batch_size, plan.levers))
     if world.is_main and dry_run:
         ways = {"": plan.levers.shard}
