@@ -390,8 +390,7 @@ def split_as_saved(saved, plan, config, given, ranks=1):
 
     config: the run's keys; given: those that were named, which stand. Where the cut isn't what is configured, it is
     told, with the way to another: auto-fit looks again, but first tries the answer that is kept in out_dir.
-    ranks: that share the run now, and can't join as many batches as other numbers of them: then micro-batches are the
-    largest below.
+    ranks: how many train now. Where they are too many to join as many batches as before, it is the next smaller size.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:

@@ -53,7 +53,8 @@ class World:
         told = {name: os.environ.get(name, str(alone)) for name, alone in variables.items()}
         sound = all(value.isdecimal() and len(value) < 10 for value in told.values())
         world = cls(*map(int, told.values())) if sound else cls()
-        if not sound or not 0 <= world.local_rank <= world.rank < world.size or not world.local_size:
+        fits = 0 <= world.local_rank <= world.rank < world.size and 1 <= world.local_size <= world.size
+        if not sound or not fits:
             named = ", ".join(f"{name}={shown(value)}" for name, value in told.items())
             raise UsageError(
                 f"{named} in the environment are not what torchrun sets: start with torchrun, or unset them"
@@ -124,8 +125,8 @@ class World:
             for key, value in first.items():
                 if (other := theirs.get(key)) != value:
                     raise UsageError(
-                        f"{key} is {shown(value)} for rank 0 and {shown(other)} for rank {rank}: start all ranks with "
-                        "the same keys and config files"
+                        f"{key} is {shown(value)} for rank 0 and {shown(other)} for rank {rank}: give all ranks the "
+                        f"same --{key}, by the same command and config files"
                     )
 
     def _meet(self, store, patience):

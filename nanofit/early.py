@@ -22,7 +22,7 @@ def _end(number, frame):
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not (sys.flags.interactive or hasattr(sys, "ps1")):
     signal.signal(signal.SIGINT, _end)
 
-# Where torchrun has started the ranks again, one of them says so; a count that torchrun didn't set is nobody's attempt.
+# Where torchrun has started the ranks again, one of them says so. Other counts than torchrun's are not for us.
 again, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
 if os.environ.get("RANK") == "0" and again.isdecimal() and most.isdecimal() and int(again) > 0:
     print(f"attempt {int(again) + 1} of {int(most) + 1}", file=PatientOutput(sys.stdout))

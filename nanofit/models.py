@@ -90,11 +90,20 @@ def build(model_class, config_class, model_args, empty=False):
     with refusals("model.py: "):
         if empty:
             # Not one that looks at values while it is built, or keeps tensors that are neither weights nor buffers.
-            with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+            with contextlib.suppress(Exception), torch.device("meta"):  # a mistake of its own shows again below
                 model = model_class(config)
-                if not any(isinstance(held, torch.Tensor) for part in model.modules() for held in vars(part).values()):
+                if not any(_holds_a_tensor(held) for part in model.modules() for held in vars(part).items()):
                     return model
         return model_class(config)
+
+
+def _holds_a_tensor(attribute):
+    """Whether a module's attribute, (name, value), is a tensor or a collection of some."""
+    name, value = attribute
+    if name in ("_parameters", "_buffers", "_modules"):
+        return False
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(one, torch.Tensor) for one in held)
 
 
 def pretrained(model_class, name, dropout):

@@ -138,7 +138,7 @@ class Recovery:
                 self.note_smaller(self.batches.batch_size, smaller)
                 sentence += f"; the next start takes {smaller}"
             else:
-                sentence += ": one sequence is too much, use more ranks or --recompute=True"
+                sentence += ": one sequence is too much, use more ranks, --recompute=True or --gather_once=False"
         raise UsageError(f"{sentence}; --init_from=auto goes on from the last checkpoint", of_rank=True)
 
     def _smaller(self):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import asdict
 
 from nanofit import models, optimizers, runtime
 from nanofit.autofit import compiling
@@ -11,14 +12,15 @@ from nanofit.errors import UsageError, shown
 BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
 BEYOND_REASON = 2**50  # bytes that no device has, in this machine or another
 BATCH_BYTES = 18  # that a token of a batch takes there: as it is stored, and twice as int64
-OF_A_RANK = (  # keys that those of a run may have been given differently; folder.py looks at where they begin
+# Keys that the ranks of a run may be given differently; folder.take sees to it that all go on from the same iteration.
+OF_A_RANK = (
     "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
     "wait_minutes", "device", "memory_limit_gb", "compile_min_sms",
 )  # fmt: skip
 # What may differ from a checkpoint without a word, where it wasn't named: where things lie, what is shown and to whom,
 # what is asked for once, and loss_chunk_mb, which is by the memory there is.
 OF_NO_CONSEQUENCE = (
-    "out_dir", "init_from", "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
+    "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
     "eval_only", "dry_run", "ranks", "loss_chunk_mb",
 )  # fmt: skip
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -92,7 +94,7 @@ def check(config, world):
         )
     if config["shard"]:
         check_shard(config, ranks)
-    elif config["gather_once"] and not (config["auto_fit"] or config["dry_run"]):
+    elif config["gather_once"] and not (config["auto_fit"] or config["dry_run"] or init_from in ("resume", "auto")):
         raise UsageError("gather_once is for a model that ranks share out: it needs shard=True, or leave it out")
     if is_elsewhere(config):
         if world.size > 1:
@@ -211,16 +213,13 @@ def differences(saved, config, given, levers, ranks):
     the run goes: not those OF_NO_CONSEQUENCE. saved: a checkpoint. levers: the MemoryLevers in use, which resuming
     takes from the checkpoint, or auto-fit chooses. ranks: how many train.
     """
-    sizes = saved["model_args"]
+    sizes, saved_levers = saved["model_args"], saved.get("split", {}).get("levers", {})
     kept = {**{name: size for name, size in sizes.items() if name not in ("dropout", "block_size")}, **_adamw_of(saved)}
-    in_use = {"recompute": levers.recompute, "shard": levers.shard and ranks > 1}
-    in_use["gather_once"] = levers.gather_once and in_use["shard"]
-    were_in_use = {k: v for k, v in saved.get("split", {}).get("levers", {}).items() if k in in_use}
-    before = {**saved["config"], **were_in_use, **sizes, **kept}
+    before = {**saved["config"], **_in_use(saved_levers, len(saved.get("rng", ()))), **sizes, **kept}
     taken, ignored = [], []
-    for key, value in {**config, **in_use}.items():
+    for key, value in {**config, **_in_use(asdict(levers), ranks)}.items():
         was = before.get(key, value)
-        if type(was) not in models.KEY_TYPES or was == value or key in ("out_dir", "init_from"):
+        if type(was) not in (*models.KEY_TYPES, type(None)) or was == value or key in ("out_dir", "init_from"):
             continue
         was = shown(was, str)
         if key not in given:
@@ -232,6 +231,15 @@ def differences(saved, config, given, levers, ranks):
             taken.append(f"{key} {was} -> {value}")
     lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
     return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
+
+
+def _in_use(levers, ranks):
+    """{key: value} of those levers, a dict, that a run on so many ranks says of itself by what it does."""
+    in_use = {name: value for name, value in levers.items() if name in ("recompute", "shard", "gather_once")}
+    for name in ("shard", "gather_once"):
+        if name in in_use:
+            in_use[name] = in_use[name] and ranks > 1 and levers.get("shard", False)
+    return in_use
 
 
 def _adamw_of(saved):

@@ -7,6 +7,7 @@ here, and run the model equally often.
 
 import torch
 
+from nanofit.errors import UsageError
 from nanofit.models import blocks_of
 from nanofit.runtime import DTYPES
 
@@ -35,6 +36,8 @@ def place(model, world, device, dtype, levers):
         fully_shard(block, mesh=mesh, mp_policy=of_block, reshard_after_forward=not levers.gather_once)
     # Embeddings and the head in float32, in which the residual stream begins and the loss is computed.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    if dict(model.named_parameters()).keys() != whole.keys():
+        raise UsageError("shard=True: model.py ties weights of different blocks, which would be shared out apart")
     _deal(model, whole, world, device)
 
 
@@ -43,13 +46,19 @@ def _deal(model, whole, world, device):
     """Give the ranks their shares of rank 0's weights, {name: tensor on the host}, and its buffers."""
     from torch.distributed.tensor import distribute_tensor
 
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    empty = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if empty:
         model.to_empty(device=device)
     for name, p in model.named_parameters():
+        if empty and world.is_main:  # of a trial, in which values mean nothing and no other rank is real
+            p.zero_()
+            continue
         sent = whole[name].to(device) if world.is_main else torch.empty_like(whole[name], device=device)
         share = distribute_tensor(sent, p.device_mesh, p.placements)
         if not world.is_main:  # which has its own
             p.copy_(share)
+    for buffer in model.buffers():
+        buffer.data = buffer.contiguous()  # as messages are
     world.broadcast(model.buffers())
 
 

@@ -162,6 +162,8 @@ def test_ranks_gather_once_where_each_of_them_can():
     assert autofit.smallest([once, once], once).levers.gather_once
     for own in (once, each):
         assert not autofit.smallest([once, each], own).levers.gather_once, "or some would wait for the others"
+    whole = Plan(64, 2, 4)  # on a larger card
+    assert autofit.smallest([whole, once], whole).levers == once.levers, "where it is to be tried first"
 
 
 def test_a_rank_tries_what_another_needs(trials, capsys):
@@ -169,7 +171,7 @@ def test_a_rank_tries_what_another_needs(trials, capsys):
     plan = fit(Ranks([None, (needs, ""), (None, "")]), gradient_accumulation_steps=2)
     assert (plan.micro_batch_size, plan.levers.recompute) == (1, True)
     assert (trials[-1].micro_batch_size, trials[-1].levers.recompute) == (1, True)
-    assert "auto-fit: the ranks chose batch_size 4, 1: all take 1\n" in capsys.readouterr().out
+    assert "auto-fit: the ranks chose batch_size 4; 1, recompute: all take 1, recompute\n" in capsys.readouterr().out
 
 
 def test_ranks_that_agree_say_nothing_of_it(trials, capsys):
@@ -321,7 +323,7 @@ def ranks(workplace, limits, **keys):
 def test_two_ranks_agree_on_the_smaller_answer(workplace):
     done = ranks(workplace, limits=[8, 2])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "auto-fit: the ranks chose batch_size 8, 2: all take 2\n" in done.stdout
+    assert "auto-fit: the ranks chose batch_size 8; 2: all take 2\n" in done.stdout
     assert (
         "auto-fit: batch_size 8 -> 2, gradient_accumulation_steps 4 -> 16, effective batch 32, found in " in done.stdout
     )

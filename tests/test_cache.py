@@ -47,8 +47,8 @@ def test_where_there_is_none_there_is_nothing_to_say():
         ({"levers_that_are_set": ["recompute", "shard"]}, "levers set by hand none (now recompute and shard)"),
         ({"batch_size": 16, "recompute": True}, "batch_size 64 (now 16), recompute False (now True)"),
         ({"memory_limit_gb": 8.5}, "memory_limit_gb 0.0 (now 8.5)"),
-        ({"new_key": 1}, "new_key none (now 1)"),
-        (dict.fromkeys("abcdef", 1), "a none (now 1), b none (now 1), c none (now 1), d none (now 1), and 2 more"),
+        ({"new_key": 1}, "no new_key"),
+        (dict.fromkeys("abcdef", 1), "no a, no b, no c, no d, and 2 more"),
     ],
 )
 def test_an_answer_for_another_run_is_not_taken_and_what_differs_is_told(change, told):

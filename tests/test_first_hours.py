@@ -150,11 +150,12 @@ def test_a_key_that_falls_back_to_its_default_is_told():
 def test_shares_that_one_process_does_not_keep_are_told():
     of_two = MemoryLevers(shard=True, gather_once=True)
     saved = {"model_args": {}, "config": {"shard": True}, "optimizer": {"param_groups": []}, "iter_num": 0}
-    saved["split"] = {"levers": asdict(of_two)}
+    saved |= {"split": {"levers": asdict(of_two)}, "rng": [0, 1]}
     config = {"shard": False, "gather_once": False, "max_iters": 9, "eval_only": False}
     told = "differs from the checkpoint, and is taken: shard True -> False (not given), gather_once True -> False"
     assert differences(saved, config, set(), of_two, ranks=1)[0].startswith(told)
     assert differences(saved, config, set(), of_two, ranks=2) == []
+    assert differences({**saved, "rng": [0]}, config, set(), of_two, ranks=1) == [], "told once"
     assert differences(saved, config, {"shard", "gather_once"}, MemoryLevers(), ranks=2)[0].startswith(
         "differs from the checkpoint, and is taken: shard True -> False, gather_once True -> False"
     )

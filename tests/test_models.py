@@ -458,7 +458,22 @@ class KeepsATensor(GPT):
         self.scale = torch.ones(3)
 
 
-@pytest.mark.parametrize(("model", "empty"), [(GPT, True), (LooksAtValues, False), (KeepsATensor, False)])
+class KeepsSomeInADict(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.angles = {"cos": torch.ones(3)}
+
+
+class AsksNumpy(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = torch.ones(3).numpy()
+
+
+HELD_BACK = (LooksAtValues, KeepsATensor, KeepsSomeInADict, AsksNumpy)
+
+
+@pytest.mark.parametrize(("model", "empty"), [(GPT, True), *((held_back, False) for held_back in HELD_BACK)])
 def test_a_model_is_built_empty_where_it_can_be(model, empty):
     sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=65)
     built = models.build(model, GPTConfig, sizes, empty=True)

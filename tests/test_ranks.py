@@ -127,7 +127,7 @@ WHOLE, SHARED, GATHERED_ONCE = dict(), dict(shard=True), dict(shard=True, gather
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "levers"),
-    [(2, WHOLE), (2, SHARED), *(pytest.param(4, way, marks=pytest.mark.proof) for way in (WHOLE, GATHERED_ONCE))],
+    [(2, WHOLE), (2, GATHERED_ONCE), *(pytest.param(4, way, marks=pytest.mark.proof) for way in (WHOLE, SHARED))],
 )
 def test_ranks_learn_what_one_process_learns(whole, ranks, levers):
     train_on_ranks(ranks, **SAME, **levers)

@@ -1,5 +1,6 @@
 """Trials in real child processes: whatever becomes of one is a Trial."""
 
+import json
 import os
 import subprocess
 import sys
@@ -138,17 +139,14 @@ def test_facts_are_told_at_once_and_their_limit_is_the_trials(child):
 
 
 def test_a_child_gets_the_job_the_project_and_no_rank(child, workplace, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "1")
+    for name in trial.OF_RANKS:
+        monkeypatch.setenv(name, "error.json")
     monkeypatch.setenv("PYTHONPATH", "mine")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
     child("import os, json, sys; open('got', 'w').write(json.dumps(dict(os.environ)) + '\\n' + sys.stdin.readline())")
     run_trial(JOB)
     environ, job = (workplace / "got").read_text().splitlines()
-    assert '"RANK"' not in environ
-    assert '"LOCAL_RANK"' not in environ
-    assert '"WORLD_SIZE"' not in environ
-    assert "error.json" not in environ, "its end is not the rank's"
+    assert not set(trial.OF_RANKS) & set(json.loads(environ))
+    assert {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"} <= set(trial.OF_RANKS)
     assert f'"PYTHONPATH": "{ROOT}{os.pathsep}mine"' in environ
     assert job == to_json(JOB)
 

@@ -103,9 +103,10 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
     own = plans[world.rank]
     plan = smallest(plans, own)
     if world.size > 1:
-        sizes = [str(p.micro_batch_size) for p in plans]
-        if len(set(sizes)) > 1:
-            print(f"auto-fit: the ranks chose batch_size {', '.join(sizes)}: all take {plan.micro_batch_size}")
+        chosen = [f"{p.micro_batch_size}{p.levers}" for p in plans]
+        if len(set(chosen)) > 1:
+            taken = f"{plan.micro_batch_size}{plan.levers}"
+            print(f"auto-fit: the ranks chose batch_size {'; '.join(chosen)}: all take {taken}")
         world.agree(lambda: fitter.check(own, plan.micro_batch_size, plan.levers))
     if world.is_main and dry_run:
         ways = {"": plan.levers.shard}
@@ -129,6 +130,7 @@ ASKED = (  # keys of the run that an answer depends on
 def smallest(plans, own):
     """The Plan of all ranks: its size fits each of them; limits and figures are this rank's own."""
     levers = [plan.levers for plan in plans]
+    sharded = any(of_rank.shard for of_rank in levers)
     return replace(
         own,
         micro_batch_size=min(plan.micro_batch_size for plan in plans),
@@ -136,7 +138,7 @@ def smallest(plans, own):
         levers=replace(
             own.levers,
             recompute=any(of_rank.recompute for of_rank in levers),
-            shard=any(of_rank.shard for of_rank in levers),
-            gather_once=all(of_rank.gather_once for of_rank in levers),
+            shard=sharded,
+            gather_once=all(of_rank.gather_once for of_rank in levers if of_rank.shard or not sharded),
         ),
     )

@@ -1,9 +1,9 @@
-"""What to tell where nothing fits: where memory goes, and which settings would fit, each of them simulated."""
+"""What to tell where nothing fits: where memory goes, and which settings would fit, by simulation."""
 
 import math
 from dataclasses import replace
 
-from nanofit.autofit.plan import FRAGMENTED, GIB, gib
+from nanofit.autofit.plan import FRAGMENTED, GIB, gib, memory_limit
 from nanofit.models import GPT2_SIZES
 from nanofit.optimizers import OPTIMIZER_STATES
 
@@ -73,8 +73,13 @@ def what_would_fit(job, facts, run_trial, may_shrink, measured_bytes=0):
     tried += [f"n_layer={sizes['n_layer']}" for sizes in smaller]
     if fitting := next((sizes for sizes in smaller if fits_shape(**sizes)), None):
         options.append(" ".join(f"--{key}={value}" for key, value in fitting.items()))
-    if job.memory_limit_gb and not job.simulate and facts.limit_bytes < measured_bytes < facts.free_bytes:
-        options.append(f"--memory_limit_gb={math.ceil(100 * measured_bytes / GIB) / 100}")
+    asked = math.ceil(100 * FRAGMENTED * measured_bytes / GIB) / 100
+    if (
+        job.memory_limit_gb
+        and not job.simulate
+        and facts.limit_bytes < asked * GIB <= memory_limit(facts.free_bytes, 0)
+    ):
+        options.append(f"--memory_limit_gb={asked}")
     if not options:
         what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
         return [*lines, f"{what}: a smaller model, or more memory, is needed"]

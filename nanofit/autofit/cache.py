@@ -39,11 +39,13 @@ def _differences(before, now):
     """What differs between the keys of two answers, in words: 'ranks 2 (now 1)'; of a model, each of its sizes."""
     told = []
     for name, value in now.items():
+        words = {"levers_that_are_set": "levers set by hand"}.get(name, name)
         was = before.get(name)
-        if isinstance(was, dict) and isinstance(value, dict):
+        if name not in before:
+            told.append(f"no {words}")  # by an earlier version
+        elif isinstance(was, dict) and isinstance(value, dict):
             told += _differences({**dict.fromkeys(value), **was}, {**dict.fromkeys(was), **value})
         elif was != value:
-            words = {"levers_that_are_set": "levers set by hand"}.get(name, name)
             told.append(f"{words} {_short(name, was)} (now {_short(name, value)})")
     return told
 

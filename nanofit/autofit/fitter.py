@@ -55,7 +55,7 @@ class Fitter:
         choice, trials, why = self._search_ranks()
         if choice is None:
             raise UsageError(self._advice(trials[-1]))  # with recompute, where that was tried
-        choice, *gather_why = self._gathered_once(choice)
+        choice, gather_why = self._gathered_once(choice)
         choice = self._in_one_chunk(choice)
         choice, use_compile, compile_why = self._compile(choice)
         if choice.micro_batch_size < self.batch_size:
@@ -168,14 +168,17 @@ class Fitter:
         return found
 
     def _gathered_once(self, choice):
-        """(choice, and why): a sharded one with its weights gathered once an iteration, where that fits."""
+        """(choice, reasons): a sharded one with its weights gathered once an iteration, where that fits."""
         size, levers = choice.micro_batch_size, choice.levers
-        if not levers.shard or levers.gather_once or not self.may_gather_once or not self._affordable(size):
-            return (choice,)
-        tried = self.measure(size, levers=replace(levers, gather_once=True))
-        why = f"gather_once {'on: it fits' if tried.fits else 'off: it does not fit'}"
+        if not levers.shard or levers.gather_once or not self.may_gather_once:
+            return choice, ()
+        why = "gather_once off: there is no time left to try it"
+        if self._affordable(size):
+            tried = self.measure(size, levers=replace(levers, gather_once=True))
+            why = f"gather_once {'on: it fits' if tried.fits else 'off: it does not fit'}"
+            choice = tried if tried.fits else choice
         self.say(f"auto-fit: {why}")
-        return tried if tried.fits else choice, why
+        return choice, (why,)
 
     def _in_one_chunk(self, choice):
         """The choice with its logits in one chunk, where that is ours to say, fits, and isn't slower."""

@@ -55,6 +55,8 @@ class MemoryLevers:
         """The levers that are moved, for messages: ', recompute'; nothing where none is."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         moved.pop("loss_chunk_mb", None)  # it is settled everywhere, and says little
+        if not self.shard:
+            moved.pop("gather_once", None)
         return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
 
 

@@ -96,9 +96,9 @@ def make(job, levers, device):
     A GPU draws them in no time; its clock may mind zeros.
     """
     world = World.imagined(job.ranks) if levers.shard else ALONE
-    made_on = torch.device("cpu") if levers.shard else device  # whole, it may not fit the device
+    made_on = torch.device("cpu") if levers.shard else device  # one that can't be built empty may not fit the device
     with made_on, WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
-        model = models.build(*models.from_file(job.model_file), job.model_args)
+        model = models.build(*models.from_file(job.model_file), job.model_args, empty=levers.shard)
     models.apply_levers(model, levers)
     sharding.place(model, world, device, job.dtype, levers)
     optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)

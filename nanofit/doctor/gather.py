@@ -160,7 +160,8 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
 
     device = None if elsewhere else attempt("device_failure", runtime.find_device, config["device"])
     # What the device lacks has checks of its own.
-    attempt("refusal", settings.check, {**config, "compile": False, "device": "cpu"}, ALONE)
+    checked = {**config, "compile": False, "device": config["device"] if elsewhere else "cpu"}
+    attempt("refusal", settings.check, checked, ALONE)
     attempt("refusal", require_readers, config, ALONE)
     saved = model_args = None
     if config["init_from"] == "resume":
