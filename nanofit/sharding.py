@@ -25,6 +25,9 @@ def place(model, world, device, dtype, levers):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    of_blocks = [set(block.parameters()) for block in blocks_of(model)]
+    if sum(map(len, of_blocks)) > len(set().union(*of_blocks)):
+        raise UsageError("shard=True: model.py ties weights of different blocks, which would be shared out apart")
     world.sharded = True
     whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host: it may not fit the device
     mesh = init_device_mesh(device.type, (world.size,))
@@ -36,8 +39,6 @@ def place(model, world, device, dtype, levers):
         fully_shard(block, mesh=mesh, mp_policy=of_block, reshard_after_forward=not levers.gather_once)
     # Embeddings and the head in float32, in which the residual stream begins and the loss is computed.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    if dict(model.named_parameters()).keys() != whole.keys():
-        raise UsageError("shard=True: model.py ties weights of different blocks, which would be shared out apart")
     _deal(model, whole, world, device)
 
 

@@ -80,7 +80,7 @@ def test_ranks_that_are_given_different_keys_are_told(workplace):
     arguments = ["--standalone", "--nproc_per_node=2", str(RANK), *keys, "odd.py"]
     _, said, code = torchrun(*arguments, check=False)
     assert code == 1
-    assert "error: learning_rate is 0.1 for rank 0 and 1.1 for rank 1: start all ranks with the same keys" in said
+    assert "error: learning_rate is 0.1 for rank 0 and 1.1 for rank 1: give all ranks the same --learning_rate" in said
     assert not Path("out").exists()
 
 

@@ -98,6 +98,29 @@ def test_weights_are_gathered_for_each_use_or_once_an_iteration():
     assert [evaluation_of_each, evaluation] == [13, 4], "of four batches"
 
 
+TIED = """
+import torch
+from model import GPT, GPTConfig
+from nanofit import sharding
+from nanofit.autofit.plan import MemoryLevers
+from nanofit.distributed import World
+
+class Tied(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer.h[1].mlp = self.transformer.h[0].mlp
+
+sizes = dict(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=32)
+levers = MemoryLevers(shard=True)
+sharding.place(Tied(GPTConfig(**sizes)), World.imagined(2), torch.device("cpu"), "float32", levers)
+"""
+
+
+def test_weights_that_blocks_share_can_not_be_shared_out():
+    done = subprocess.run([sys.executable, "-c", TIED], capture_output=True, text=True, env=environment())
+    assert "UsageError: shard=True: model.py ties weights of different blocks" in done.stderr
+
+
 SCRIPT = """
 import os, runpy, sys
 import torch
