@@ -4,6 +4,7 @@ Those that need more than memory that is taken and given back, as it can be simu
 """
 
 import gc
+import os
 import json
 import re
 import subprocess
@@ -310,9 +311,10 @@ def test_auto_fit_from_start_to_checkpoint_and_resume(workplace):
     keys = dict(device="cuda", auto_fit=True, memory_limit_gb=1.5, batch_size=16, eval_interval=5, max_iters=8)
     assert "saving checkpoint to out" in train(**keys).text
     gc.collect()
+    os.replace("out/ckpt.prev.pt", "out/ckpt.pt")  # of the evaluation at 5
     rest = train(**keys, init_from="resume")
     assert "auto-fit: the answer kept beside the run holds" in rest.text
-    assert "resuming from out at iteration 9" in rest.text
+    assert "resuming from out at iteration 5" in rest.text
 
 
 @numbers
