@@ -4,8 +4,8 @@ Those that need more than memory that is taken and given back, as it can be simu
 """
 
 import gc
-import os
 import json
+import os
 import re
 import subprocess
 import sys
