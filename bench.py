@@ -14,10 +14,10 @@ import torch
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import models, runtime, settings
-from nanofit.autofit.plan import MemoryLevers
+from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
 from nanofit.step import dry_step, train_step, try_compile
+from nanofit.units import MemoryLevers
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 batch_size = 12
@@ -25,8 +25,8 @@ block_size = 1024
 bias = False
 real_data = True  # data/openwebtext; False: random tokens, drawn once
 seed = 1337
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
+device = machine.best_device()
+dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
 compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
 profile = False  # write a trace for TensorBoard or Perfetto to bench_log/
@@ -41,8 +41,8 @@ config, given = configure(globals(), more=own_fields)
 settings.at_least(1, config, "batch_size", "block_size")
 settings.one_of(settings.COMPILE_MODES, config, "compile_mode")
 dtype = config["dtype"] = settings.dtype(config, given)
-device = runtime.find_device(device)
-runtime.set_device(device)
+device = machine.find_device(device)
+machine.set_device(device)
 torch.manual_seed(seed)
 model_args = models.sizes_of("scratch", {**config, "dropout": 0.0}, None, None, own_fields)
 settings.check_sizes(config, GPTConfig, model_args, elsewhere=False)
@@ -54,12 +54,12 @@ else:
     batches = RandomBatch(batch_size, block_size, 50257, device)
 
 model = raw_model = models.build(GPT, GPTConfig, model_args).to(device)
-models.apply_levers(model, MemoryLevers().within(runtime.total_memory_bytes(device), device.type))
+models.apply_levers(model, MemoryLevers().within(machine.total_memory_bytes(device), device.type))
 optimizer = model.configure_optimizers(
     weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type
 )
-scaler = runtime.grad_scaler(device, dtype)
-autocast = runtime.autocast(device, dtype)
+scaler = machine.grad_scaler(device, dtype)
+autocast = machine.autocast(device, dtype)
 if compile:
     print("compiling the model... (takes a minute or so)")
     trial = partial(dry_step, batch=batches.current, autocast=autocast)
@@ -70,13 +70,13 @@ if compile:
 
 def run(steps, after_step=lambda: None):
     """Seconds a step, the device's work included."""
-    runtime.synchronize(device)
+    machine.synchronize(device)
     start = time.perf_counter()
     for k in range(steps):
         loss = train_step(model, optimizer, scaler, batches, autocast, grad_clip=0.0)
         after_step()
         print(f"{k}/{steps} loss: {loss.item():.4f}")
-    runtime.synchronize(device)
+    machine.synchronize(device)
     return (time.perf_counter() - start) / steps
 
 
@@ -98,7 +98,7 @@ else:
     run(10)  # warm up
     seconds = run(20)
 
-peak_flops, note = runtime.peak_flops(device, dtype)
+peak_flops, note = machine.peak_flops(device, dtype)
 if note:
     print(note)
 mfu = models.share_of_peak(raw_model, batch_size, seconds, peak_flops)

@@ -19,18 +19,18 @@ import nanofit  # noqa: F401  # before torch: see there
 
 # isort: split
 from configurator import configure
-from nanofit.doctor.checks import STOP, size_of, verdicts_on
-from nanofit.doctor.gather import machine, private, run
 from nanofit.errors import UsageError
+from nanofit.tools.doctor.checks import STOP, size_of, verdicts_on
+from nanofit.tools.doctor.gather import of_machine, private, run
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 TRAIN = os.path.join(ROOT, "train.py")
 
 
-def keys_of_train(runtime):
+def keys_of_train(machine):
     """{key: default} of train.py, as its source assigns them: nothing else of it runs.
 
-    runtime: nanofit's, or what answers in its place for the device and its dtype.
+    machine: nanofit's, or what answers in its place for the device and its dtype.
     """
     keys = {}
     with open(TRAIN, encoding="utf-8") as file:
@@ -38,27 +38,27 @@ def keys_of_train(runtime):
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 if statement.targets[0].id == "defaults":  # what follows isn't a key
                     break
-                exec(compile(ast.Module([statement], []), TRAIN, "exec"), {"runtime": runtime}, keys)
+                exec(compile(ast.Module([statement], []), TRAIN, "exec"), {"machine": machine}, keys)
     return keys
 
 
 def examine(argv):
     """The Facts of this machine and of the run that argv asks for."""
-    facts = machine()
+    facts = of_machine()
     if facts.torch_failure:
         model, own_fields = None, None
-        runtime = types.SimpleNamespace(best_device=lambda: "cpu", best_dtype=lambda device: "float32")
+        machine = types.SimpleNamespace(best_device=lambda: "cpu", best_dtype=lambda device: "float32")
     else:
         from model import GPT, GPTConfig
-        from nanofit import models, runtime, settings
+        from nanofit import machine, models, settings
 
         own_fields = models.own_fields(GPTConfig)
         model = GPT, GPTConfig, own_fields
-    defaults = keys_of_train(runtime)
+    defaults = keys_of_train(machine)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config, given = configure({**defaults, "__file__": TRAIN}, argv, more=own_fields)
-        if model and ("dtype" in given or settings.is_elsewhere(config) or runtime.is_here(config["device"])):
+        if model and ("dtype" in given or settings.is_elsewhere(config) or machine.is_here(config["device"])):
             config["dtype"] = settings.dtype(config, given)
     except UsageError as e:
         return private(run(facts, defaults, (), None, refusal=str(e)), ROOT)

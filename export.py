@@ -12,9 +12,10 @@ import nanofit  # noqa: F401  # before torch, which takes seconds: see there
 # isort: split
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import checkpoint, huggingface, models, settings, weights
+from nanofit import checkpoint, models, settings
 from nanofit.errors import UsageError
 from nanofit.files import refuse_to_replace
+from nanofit.tools import huggingface, weights
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 out_dir = "out"  # the checkpoint

@@ -12,9 +12,9 @@ import os
 import nanofit  # noqa: F401  # errors become sentences
 from nanofit.errors import usage_errors
 from nanofit.files import replacing
-from nanofit.report.log import Log
-from nanofit.report.memory import Question
-from nanofit.report.run import Run, labels_of
+from nanofit.tools.report.log import Log
+from nanofit.tools.report.memory import Question
+from nanofit.tools.report.run import Run, labels_of
 
 NAME = "report.html"
 MODEL_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.py")
@@ -30,18 +30,18 @@ def main():
     asked = parser.parse_args()
     load = loader(asked.folders)
     if asked.png:
-        from nanofit.report.picture import draw
+        from nanofit.tools.report.picture import draw
 
         draw(load(), asked.png)
         print(asked.png)
     if asked.watch is not None:
-        from nanofit.report.server import server_of
+        from nanofit.tools.report.server import server_of
 
         with server_of(load, asked.watch) as server, contextlib.suppress(KeyboardInterrupt):
             print("http://{}:{} shows the run while it goes on; Ctrl-C ends this".format(*server.server_address))
             server.serve_forever()
         return
-    from nanofit.report.page import page_of
+    from nanofit.tools.report.page import page_of
 
     page, path = page_of(load()), os.path.join(asked.folders[0], NAME)
     with usage_errors(OSError, prefix=f"{path} can't be written: "), replacing(path) as file:

@@ -20,12 +20,13 @@ import torch
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import checkpoint, models, runtime, settings, weights
+from nanofit import checkpoint, machine, models, settings
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
-from nanofit.huggingface import codec_of_folder
 from nanofit.step import try_compile
+from nanofit.tools import weights
+from nanofit.tools.huggingface import codec_of_folder
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 init_from = "resume"  # the checkpoint in out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
@@ -36,8 +37,8 @@ max_new_tokens = 500  # of each sample
 temperature = 0.8  # below 1 is less random, above 1 more
 top_k = 200  # only the likeliest tokens are drawn; 0 for all
 seed = 1337
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
+device = machine.best_device()
+dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = False
 config, given = configure(globals())
 
@@ -48,8 +49,8 @@ if not 1e-4 <= temperature < math.inf:  # less would turn logits into infinities
         f"temperature must be from 0.0001 on, not {temperature}; for the likeliest token each time, use --top_k=1"
     )
 dtype = settings.dtype(config, given)
-device = runtime.find_device(device)
-runtime.set_device(device)
+device = machine.find_device(device)
+machine.set_device(device)
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper, cuDNN's attention plans anew for every length
 if start.startswith("FILE:"):
     if os.path.exists(start[5:]) and not os.path.isfile(start[5:]):
@@ -86,10 +87,10 @@ print(f"symbols: {symbols}")
 def rows_that_fit(prompt):
     """How many samples half of the free memory holds, at least one: so many can be drawn in one batch."""
     sizes = model.config
-    width = runtime.DTYPES[dtype].itemsize
+    width = machine.DTYPES[dtype].itemsize
     positions = min(sizes.block_size, prompt.shape[1] + max_new_tokens)
     try:
-        free = runtime.free_memory_bytes(device)
+        free = machine.free_memory_bytes(device)
     except UsageError:  # this system can't be asked
         return 1
     if dtype != "float32":
@@ -155,7 +156,7 @@ def lines_of_standard_input():
 
 
 # Every token is a pass in this one context, for which each weight is converted once.
-with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):
+with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
     if compile:
         trial = torch.zeros(min(num_samples, 2), min(8, model.config.block_size), dtype=torch.long, device=device)
         model, failure = try_compile(model, lambda compiled: compiled(trial), device, dynamic=True)

@@ -20,17 +20,18 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, gradients, models, runtime, settings, sharding, weights
+from nanofit import autofit, checkpoint, gradients, machine, models, settings, sharding
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
-from nanofit.distributed import World
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
 from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.progress import waiting
+from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.step import accumulate, clip, dry_step, evaluate, mean_losses, try_compile, update
+from nanofit.tools import weights
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -72,8 +73,8 @@ min_lr = 6e-5  # about learning_rate / 10, after Chinchilla
 # machine
 backend = "nccl"  # or 'gloo': how the ranks of a multi-GPU run talk
 wait_minutes = 180.0  # after which a rank that doesn't answer is lost
-device = runtime.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
-dtype = runtime.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
+device = machine.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
+dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
 compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
 # speed for memory
@@ -135,8 +136,8 @@ if auto_fit and settings.anything_left(config, iter_num):
 elif saved:
     plan = checkpoint.split_as_saved(saved, plan, config, given, world.size)
 plan = folder.no_larger(plan)
-runtime.set_device(device, plan.limit_bytes)
-levers = plan.levers.within(plan.limit_bytes or runtime.total_memory_bytes(device), device.type)
+machine.set_device(device, plan.limit_bytes)
+levers = plan.levers.within(plan.limit_bytes or machine.total_memory_bytes(device), device.type)
 
 # ---- model, optimizer, and the place in the data where a run goes on ---------------------------------------
 torch.manual_seed(1337 + world.rank)
@@ -157,12 +158,12 @@ if block_size < trained_with:
 models.apply_levers(model, levers)
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
 optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
-scaler = runtime.grad_scaler(device, dtype)
-autocast = runtime.autocast(device, dtype)
+scaler = machine.grad_scaler(device, dtype)
+autocast = machine.autocast(device, dtype)
 batches.start(model_args["vocab_size"], plan.micro_batch_size, world.all_gather(torch.get_rng_state())[0])
 own_gradients = gradients.of(model, world, levers)
 raw_model = model  # what is saved: without torch.compile's wrapper
-peak_flops, note = runtime.peak_flops(device, dtype)
+peak_flops, note = machine.peak_flops(device, dtype)
 if note:
     print(note)
 mfu_of = partial(models.share_of_peak, raw_model, batch_size * per_rank, peak_flops=peak_flops)
@@ -170,7 +171,7 @@ metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, m
 if saved:
     checkpoint.restore(saved, optimizer, scaler, batches, world, device)
     saved = None  # its tensors are a whole second model
-runtime.empty_cache(device)
+machine.empty_cache(device)
 
 # ---- what a run survives -----------------------------------------------------------------------------------
 

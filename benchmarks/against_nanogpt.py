@@ -23,12 +23,12 @@ from nanogpt import TheirForward, their_batch, their_optimizer, their_update
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import models, runtime, settings
+from nanofit import machine, models, settings
 from nanofit.allocator import NAMES
-from nanofit.autofit.plan import MemoryLevers
 from nanofit.batches import Batches
 from nanofit.optimizers import allocate_state
 from nanofit.step import train_step
+from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 4
@@ -38,8 +38,8 @@ n_head = 12
 n_embd = 768
 rounds = 5  # turns that are counted
 steps = 4  # of each side in a turn
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 compile = device == "cuda"  # both sides
 recompute = False  # ours
 same_autocast = False  # on a CPU, let nanoGPT's way compute in dtype too
@@ -50,9 +50,9 @@ config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 dtype = config["dtype"] = settings.dtype(config, given)
 settings.one_of(("", "ours", "nanogpt"), config, "side")
-device = runtime.find_device(device)
+device = machine.find_device(device)
 if side == "ours" or device.type != "cpu":  # of the C library, too, nanoGPT asks nothing
-    runtime.set_device(device)
+    machine.set_device(device)
 VOCAB_SIZE = 50304
 
 
@@ -63,8 +63,8 @@ class Theirs:
         self.model, self.path = model, os.path.join(folder, "train.bin")
         self.forward = torch.compile(TheirForward(model)) if compile else TheirForward(model)
         self.dtype = dtype if same_autocast or device.type == "cuda" else "float32"
-        self.autocast = runtime.autocast(device, self.dtype)
-        self.scaler = runtime.grad_scaler(device, self.dtype)
+        self.autocast = machine.autocast(device, self.dtype)
+        self.scaler = machine.grad_scaler(device, self.dtype)
         self.optimizer = their_optimizer(model, device)
         self.generator = torch.Generator().manual_seed(1)
         self.x, self.y = self.batch()
@@ -85,10 +85,10 @@ class Ours:
     """A training step as train.py takes it."""
 
     def __init__(self, model, folder):
-        levers = MemoryLevers(recompute=recompute).within(runtime.total_memory_bytes(device), device.type)
+        levers = MemoryLevers(recompute=recompute).within(machine.total_memory_bytes(device), device.type)
         models.apply_levers(model, levers)
         self.model = torch.compile(model) if compile else model
-        self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
+        self.autocast, self.scaler = machine.autocast(device, dtype), machine.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         allocate_state(self.optimizer)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
@@ -111,14 +111,14 @@ def build(name, folder):
 def turn(model):
     """[seconds a step, losses, peak bytes so far] of one turn."""
     losses = [model.step()]  # untimed: it takes again the memory that the last turn gave back
-    runtime.synchronize(device)
+    machine.synchronize(device)
     start = time.perf_counter()
     losses += [model.step() for _ in range(steps)]
-    runtime.synchronize(device)
+    machine.synchronize(device)
     seconds = (time.perf_counter() - start) / steps
     losses = [loss.item() for loss in losses]
-    peak = runtime.peak_reserved_bytes(device)
-    runtime.empty_cache(device)  # the other side may need it
+    peak = machine.peak_reserved_bytes(device)
+    machine.empty_cache(device)  # the other side may need it
     return [seconds, losses, peak]
 
 

@@ -12,7 +12,7 @@ sys.path.append(ROOT)
 
 import torch
 
-from nanofit import runtime
+from nanofit import machine
 from nanofit.errors import UsageError
 from nanofit.files import replacing
 
@@ -33,7 +33,7 @@ def keep(benchmark, config, device, figures, save):
     """
     result = {
         "benchmark": benchmark,
-        "device": runtime.device_name(device),
+        "device": machine.device_name(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),

@@ -14,12 +14,13 @@ from common import finish, keep
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime, settings
+from nanofit import machine, settings
 from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import Job, divisors
+from nanofit.autofit.plan import Job
 from nanofit.autofit.trial import run_trial
 from nanofit.errors import UsageError, usage_errors
 from nanofit.models import GPT2_SIZES, file_of
+from nanofit.units import divisors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 limits = "8,12,16,24"  # GiB
@@ -29,13 +30,13 @@ block_size = 1024
 vocab_size = 50304
 confirm_steps = 50
 rounds = 1  # times that each size is measured; the fastest counts
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "vocab_size", "confirm_steps", "rounds")
 dtype = config["dtype"] = settings.dtype(config, given)
-device = runtime.find_device(device)
+device = machine.find_device(device)
 with usage_errors(ValueError, prefix=f"limits={limits!r} must be numbers of GiB with commas between: "):
     limits = sorted(float(limit) for limit in str(limits).split(","))
 

@@ -11,7 +11,7 @@ from common import finish, keep
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import models, runtime, settings
+from nanofit import machine, models, settings
 from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import Job
 from nanofit.autofit.trial import Trials
@@ -27,19 +27,19 @@ vocab_size = 50304
 batch_size = 64  # sequences of the effective batch
 compile = True
 iterations = 100_000  # of the run that compiling must pay off in
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "block_size", "vocab_size", "batch_size", "iterations")
 dtype = config["dtype"] = settings.dtype(config, given)
-device = runtime.find_device(device)
+device = machine.find_device(device)
 with usage_errors(ValueError, prefix=f"limits={limits!r} must be numbers of GiB with commas between: "):
     limits = sorted(float(limit) for limit in str(limits).split(","))
 with usage_errors(ValueError):
     shape = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)
 model = GPT(shape)  # for its arithmetic
-peak_flops, note = runtime.peak_flops(device, dtype)
+peak_flops, note = machine.peak_flops(device, dtype)
 
 
 def row_of(limit):

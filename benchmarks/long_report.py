@@ -19,7 +19,8 @@ import torch
 
 from configurator import configure
 from nanofit import metrics_file, settings
-from nanofit.autofit.plan import MemoryLevers, Plan
+from nanofit.autofit.plan import Plan
+from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 lines = 1_000_000  # iterations in the run's file

@@ -18,11 +18,12 @@ from common import finish
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime, settings
-from nanofit.autofit.plan import Job, MemoryLevers
+from nanofit import machine, settings
+from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
 from nanofit.errors import UsageError, usage_errors
 from nanofit.models import GPT2_SIZES, file_of
+from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 model = "gpt2"  # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl': their sizes
@@ -35,7 +36,7 @@ save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "block_size")
 settings.one_of(tuple(GPT2_SIZES), config, "model")
-settings.one_of(tuple(runtime.DTYPES), config, "dtype")
+settings.one_of(tuple(machine.DTYPES), config, "dtype")
 
 
 class NanoGPTsWay(GPT):

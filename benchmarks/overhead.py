@@ -21,11 +21,11 @@ from nanogpt import their_update
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import checkpoint, runtime, settings
+from nanofit import checkpoint, machine, settings
 from nanofit.batches import Batches
-from nanofit.distributed import ALONE
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers
+from nanofit.ranks import ALONE
 from nanofit.recovery import Recovery, StopSignals, Watch
 from nanofit.step import accumulate, clip, update
 
@@ -38,15 +38,15 @@ n_embd = 128
 vocab_size = 65
 rounds = 40  # pairs of turns
 steps = 10  # of each side in a turn
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "rounds", "steps")
 dtype = config["dtype"] = settings.dtype(config, given)
-device = runtime.find_device(device)
-runtime.set_device(device)
-autocast = runtime.autocast(device, dtype)
+device = machine.find_device(device)
+machine.set_device(device)
+autocast = machine.autocast(device, dtype)
 MICRO_STEPS = 2
 
 
@@ -57,7 +57,7 @@ class Bare:
         torch.manual_seed(0)
         self.model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)).to(device)
         self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-        self.scaler = runtime.grad_scaler(device, dtype)
+        self.scaler = machine.grad_scaler(device, dtype)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
                                per_iter=MICRO_STEPS)  # fmt: skip
         self.batches.start(vocab_size)
@@ -112,7 +112,7 @@ class Told(Guarded):
 
 def turn(side):
     """(seconds an iteration, losses)."""
-    runtime.synchronize(device)
+    machine.synchronize(device)
     start = time.perf_counter()
     losses = [side.iteration() for _ in range(steps)]
     return (time.perf_counter() - start) / steps, losses

@@ -25,12 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import gradients, runtime, settings, sharding
-from nanofit.autofit.plan import MemoryLevers
+from nanofit import gradients, machine, settings, sharding
 from nanofit.batches import Batches
-from nanofit.distributed import World
+from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopSignals
 from nanofit.step import accumulate, clip, update
+from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 ranks = 2
@@ -44,8 +44,8 @@ n_embd = 256
 vocab_size = 65
 rounds = 10  # turns that are counted
 steps = 5  # iterations of each side in a turn
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 side = ""  # the side of a rank, which this script starts itself
 folder = ""  # its data
 save = ""  # a file for the result
@@ -62,7 +62,7 @@ class Ours:
     def __init__(self, model, micro_steps):
         self.model, self.micro_steps = model, micro_steps
         sharding.place(model, world, device, dtype, self.levers)
-        self.autocast, self.scaler = runtime.autocast(device, dtype), runtime.grad_scaler(device, dtype)
+        self.autocast, self.scaler = machine.autocast(device, dtype), machine.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
                                per_iter=micro_steps)  # fmt: skip
@@ -82,7 +82,7 @@ class Ours:
         return gradients.of(self.model, world, self.levers)
 
     def step(self):
-        here = {"data": self.batches.state_dict(), "generators": runtime.rng_state(device)}
+        here = {"data": self.batches.state_dict(), "generators": machine.rng_state(device)}
         assert not world.all_reduce_max(self.signals.received), here
         loss, norm = self.recovery.run(*self.parts)
         self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)
@@ -128,7 +128,7 @@ class NanoGPT:
         only = [device.index] if device.type == "cuda" else None
         self.ddp = DistributedDataParallel(TheirForward(model), device_ids=only)
         their_dtype = dtype if device.type == "cuda" else "float32"
-        self.autocast, self.scaler = runtime.autocast(device, their_dtype), runtime.grad_scaler(device, their_dtype)
+        self.autocast, self.scaler = machine.autocast(device, their_dtype), machine.grad_scaler(device, their_dtype)
         self.optimizer = their_optimizer(model, device)
         self.generator = torch.Generator().manual_seed(1337 + world.rank)
         self.x, self.y = self.batch()
@@ -167,12 +167,12 @@ def build(side):
 def turn(run):
     """[seconds of an iteration, as rank 0 sees it]"""
     run.step()  # untimed: caches hold what another side has left there
-    runtime.synchronize(device)
+    machine.synchronize(device)
     world.all_reduce_max(0)  # begin together
     start = time.perf_counter()
     for _ in range(steps):
         run.step()
-    runtime.synchronize(device)
+    machine.synchronize(device)
     world.all_reduce_max(0)
     return [(time.perf_counter() - start) / steps]
 
@@ -210,7 +210,7 @@ if side:
     world = World.of_torchrun()
     device = world.init("nccl" if device == "cuda" else "gloo", device)
     if device.type != "cpu" or not side.startswith("nanoGPT"):  # which asks nothing of the C library
-        runtime.set_device(device)
+        machine.set_device(device)
     torch.set_num_threads(threads)
     take_turns(partial(turn, build(side)), turns())
     world.destroy()
@@ -231,4 +231,4 @@ with tempfile.TemporaryDirectory() as place:
             figures[count][f"tokens_per_second_ratio_to_{name.replace(' ', '_')}"] = spread
             print("    ours is {median:.3f} ({min:.3f} to {max:.3f}) times as fast as".format(**spread), name)
 del config["folder"], config["side"]
-finish("ranks", config, runtime.find_device(device), {"micro_steps": figures}, save)
+finish("ranks", config, machine.find_device(device), {"micro_steps": figures}, save)

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import models, runtime, settings
-from nanofit.autofit.plan import Job, MemoryLevers
+from nanofit import machine, models, settings
+from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
 from nanofit.batches import RandomBatch
 from nanofit.step import train_step
+from nanofit.units import GPT2_SIZES, MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 preset = "gpt2"
@@ -28,16 +29,16 @@ batch_size = 4
 block_size = 1024
 vocab_size = 50304
 rounds = 5
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "vocab_size", "rounds")
-settings.one_of(tuple(models.GPT2_SIZES), config, "preset")
+settings.one_of(tuple(GPT2_SIZES), config, "preset")
 dtype = config["dtype"] = settings.dtype(config, given)
-device = runtime.find_device(device)
-runtime.set_device(device)
-shape = dict(block_size=block_size, vocab_size=vocab_size, dropout=0.0, bias=False, **models.GPT2_SIZES[preset])
+device = machine.find_device(device)
+machine.set_device(device)
+shape = dict(block_size=block_size, vocab_size=vocab_size, dropout=0.0, bias=False, **GPT2_SIZES[preset])
 
 COSTLY = ("mm", "addmm", "bmm", "_scaled_dot_product")
 
@@ -72,16 +73,16 @@ torch.manual_seed(0)
 gpt = models.build(GPT, GPTConfig, shape).to(device)
 models.apply_levers(gpt, levers)
 optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-scaler, autocast = runtime.grad_scaler(device, dtype), runtime.autocast(device, dtype)
+scaler, autocast = machine.grad_scaler(device, dtype), machine.autocast(device, dtype)
 batch = RandomBatch(batch_size, block_size, vocab_size, device)
 seconds = {way: [] for way in WAYS}
 for turn in range(rounds + 1):
     for way in WAYS:
         use(way)
-        runtime.synchronize(device)
+        machine.synchronize(device)
         start = time.perf_counter()
         train_step(gpt, optimizer, scaler, batch, autocast, grad_clip=1.0)
-        runtime.synchronize(device)
+        machine.synchronize(device)
         if turn:  # the first one warms up
             seconds[way].append(time.perf_counter() - start)
 

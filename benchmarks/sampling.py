@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import runtime, settings
+from nanofit import machine, settings
 from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -30,8 +30,8 @@ max_new_tokens = 500  # of each sample
 theirs_samples = 1  # that are really drawn in nanoGPT's way
 temperature = 0.8
 top_k = 200
-device = runtime.best_device()
-dtype = runtime.best_dtype(device)
+device = machine.best_device()
+dtype = machine.best_dtype(device)
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "num_samples", "max_new_tokens", "theirs_samples", "top_k")
@@ -39,8 +39,8 @@ if not temperature > 0:
     raise UsageError(f"temperature must be above 0, not {temperature}")
 dtype = config["dtype"] = settings.dtype(config, given)
 theirs_samples = config["theirs_samples"] = min(theirs_samples, num_samples)
-device = runtime.find_device(device)
-runtime.set_device(device)
+device = machine.find_device(device)
+machine.set_device(device)
 
 
 def ours(model, count, length):
@@ -68,11 +68,11 @@ def theirs(model, count, length):
 def run(draw, model, count, dtype, length=max_new_tokens):
     """(seconds, tokens) of drawing so many samples from the same seed."""
     torch.manual_seed(1337)
-    with torch.no_grad(), runtime.autocast(device, dtype, keep_weights=True):  # nanoGPT keeps converted weights too
-        runtime.synchronize(device)
+    with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):  # nanoGPT keeps converted weights too
+        machine.synchronize(device)
         start = time.perf_counter()
         tokens = draw(model, count, length)
-        runtime.synchronize(device)
+        machine.synchronize(device)
     return time.perf_counter() - start, tokens
 
 

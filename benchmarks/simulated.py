@@ -12,11 +12,12 @@ from common import finish, keep
 
 from configurator import configure
 from model import GPT
-from nanofit import runtime, settings
-from nanofit.autofit.plan import Job, MemoryLevers
+from nanofit import machine, settings
+from nanofit.autofit.plan import Job
 from nanofit.autofit.trial import Trials
 from nanofit.errors import UsageError, usage_errors
 from nanofit.models import GPT2_SIZES, file_of
+from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 model = "gpt2"  # a name of GPT-2's sizes
@@ -29,7 +30,7 @@ settings.at_least(1, config, "block_size")
 settings.one_of(tuple(GPT2_SIZES), config, "model")
 with usage_errors(ValueError, prefix=f"batch_sizes={batch_sizes!r} must be whole numbers with commas between: "):
     batch_sizes = [int(size) for size in str(batch_sizes).split(",")]
-device = runtime.find_device(device)
+device = machine.find_device(device)
 if device.type != "cuda":
     raise UsageError("only a GPU's allocator counts what tensors take")
 
@@ -42,7 +43,7 @@ CASES = {
     "recompute": replace(PLAIN, levers=MemoryLevers(recompute=True)),
     "offload": replace(PLAIN, levers=MemoryLevers(optimizer_state="offload")),
 }
-free, total = runtime.free_memory_bytes(device), runtime.total_memory_bytes(device)
+free, total = machine.free_memory_bytes(device), machine.total_memory_bytes(device)
 limit = int(0.9 * free)
 rows = []
 print(f"{'':12}{'sequences':>10}{'simulated':>14}{'allocated':>14}{'ratio':>8}{'reserved':>10}")

@@ -17,7 +17,7 @@ import common
 import numpy as np
 
 from configurator import configure
-from nanofit import runtime, settings
+from nanofit import machine, settings
 from nanofit.errors import UsageError
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -32,7 +32,7 @@ n_embd = 128
 max_iters = 2000
 compile = False
 auto_fit = True
-device = runtime.best_device()
+device = machine.best_device()
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "block_size", "rounds")
@@ -94,4 +94,4 @@ if other:
     figures["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     print(f"ratio    {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {rounds} turns)")
 del config["other"]
-common.finish("start", config, runtime.find_device(device), figures, save)
+common.finish("start", config, machine.find_device(device), figures, save)

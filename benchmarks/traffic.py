@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import configure
 from model import GPT, CausalSelfAttention, GPTConfig
-from nanofit import runtime, settings
+from nanofit import machine, settings
 from nanofit.batches import RandomBatch
 from nanofit.models import loss_of
 from nanofit.step import train_step
@@ -54,7 +54,7 @@ compiled = True  # count that too: some minutes
 save = ""  # a file for the result
 config, given = configure(globals())
 settings.at_least(1, config, "batch_size", "micro_steps", "block_size", "n_layer")
-settings.one_of(tuple(runtime.DTYPES), config, "dtype")
+settings.one_of(tuple(machine.DTYPES), config, "dtype")
 CPU = torch.device("cpu")
 VOCAB_SIZE = 50304
 PARTS = ("embedding", "norms and residual", "attention", "MLP", "head", "gradients and AdamW")
@@ -245,7 +245,7 @@ def made(way, n_layer):
         model = model_class(GPTConfig(block_size, VOCAB_SIZE, n_layer, n_head, n_embd, dropout=0.0, bias=False))
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
     model.loss_chunk_mb = chunk_mb
-    scaler, autocast = runtime.grad_scaler(CPU, dtype), runtime.autocast(CPU, dtype)
+    scaler, autocast = machine.grad_scaler(CPU, dtype), machine.autocast(CPU, dtype)
     batches = RandomBatch(batch_size, block_size, VOCAB_SIZE, CPU, micro_steps)
     return model, lambda: step(model, optimizer, scaler, batches, autocast, 1.0)
 
@@ -267,7 +267,7 @@ def compiled_pass(way, n_layer):
     with FakeTensorMode():
         model, _ = made(way, n_layer)
         batch = RandomBatch(batch_size, block_size, VOCAB_SIZE, CPU).current
-        with runtime.autocast(CPU, dtype):
+        with machine.autocast(CPU, dtype):
             loss = loss_of(torch.compile(model, backend=counted, dynamic=False), *batch)
         loss.backward()
     return tuple(Counter({(part, True): n for part, n in c.items()}) for c in (counted.moved, counted.kernels))

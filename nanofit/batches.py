@@ -14,8 +14,8 @@ import zlib
 import numpy as np
 import torch
 
-from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.errors import UsageError, usage_errors
+from nanofit.units import micro_batch_sizes
 
 TOKEN_BYTES = 2  # uint16
 ENDS = 2**16  # bytes at each end of a file by which it is known again

@@ -12,15 +12,16 @@ from dataclasses import asdict, replace
 
 import torch
 
-from nanofit import runtime
+from nanofit import machine
 from nanofit.autofit import cache
-from nanofit.autofit.plan import FITTED, MemoryLevers, from_dict, micro_batch_sizes
+from nanofit.autofit.plan import from_dict
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, usage_errors
 from nanofit.files import replacing
 from nanofit.metrics import is_state
 from nanofit.models import SIZES
 from nanofit.pickles import refuse_endless
 from nanofit.sharding import share_like
+from nanofit.units import FITTED, MemoryLevers, micro_batch_sizes
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
@@ -366,14 +367,14 @@ def restore(saved, optimizer, scaler, batches, world, device):
             scaler.load_state_dict(saved["scaler"])
         ranks = saved.get("rng", ())
         if world.rank < len(ranks):
-            runtime.set_rng_state(ranks[world.rank]["generators"], device)
+            machine.set_rng_state(ranks[world.rank]["generators"], device)
         if ranks:
             batches.load_state_dict(ranks[0]["data"])  # the stream is one, of however many ranks
 
 
 def rng_of(batches, device):
     """Where this rank's random numbers stand: what a checkpoint's rng holds of each rank."""
-    return {"data": batches.state_dict(), "generators": runtime.rng_state(device)}
+    return {"data": batches.state_dict(), "generators": machine.rng_state(device)}
 
 
 def split_of(batches, world, levers):

@@ -18,11 +18,11 @@ import uuid
 from dataclasses import replace
 
 from nanofit import checkpoint
-from nanofit.autofit.plan import micro_batch_sizes
 from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
-from nanofit.distributed import ALONE
 from nanofit.errors import UsageError, shown, usage_errors
 from nanofit.files import replacing
+from nanofit.ranks import ALONE
+from nanofit.units import micro_batch_sizes
 
 LOCK = "run.lock"
 SMALLER = "smaller.json"  # [batch_size, the micro-batch that the next attempt of a sharded run begins with]

@@ -14,10 +14,10 @@ from dataclasses import asdict
 
 import torch
 
-from nanofit import runtime
-from nanofit.autofit.compiling import duration
+from nanofit import machine
 from nanofit.errors import first_line, usage_errors
 from nanofit.metrics_file import MetricsFile
+from nanofit.units import duration
 
 WARM_UP = 5  # iterations after which speed is worth telling
 INERTIA = 0.9  # of the means that follow speed
@@ -49,7 +49,7 @@ class Metrics:
     @contextlib.contextmanager
     def paused(self):
         """Time that isn't an iteration's: an evaluation, and what is saved after it."""
-        runtime.synchronize(self.device)
+        machine.synchronize(self.device)
         since = time.perf_counter()
         try:
             yield
@@ -78,7 +78,7 @@ class Metrics:
         seconds = (now - self._clock) / (iter_num - self._last)  # of an iteration, since the last line
         self._clock, self._last = now, iter_num
         self._mfu, self._seconds = self._mean(self._mfu, self.mfu_of(seconds)), self._mean(self._seconds, seconds)
-        peak_bytes, memory_bytes = runtime.memory_in_use(self.device)
+        peak_bytes, memory_bytes = machine.memory_in_use(self.device)
         self._tell(
             {
                 "iter": iter_num,
@@ -120,7 +120,7 @@ class Metrics:
 def run_facts(device, world, config, defaults, model_args, plan, levers):
     """What the first line of metrics.jsonl tells of a run. plan: autofit.plan.Plan; levers: with nothing left open."""
     return {
-        **runtime.device_info(device),
+        **machine.device_info(device),
         "python": platform.python_version(),
         "ranks": world.size,
         "config": config,

@@ -9,7 +9,7 @@ They stand in the order of iterations, each of them once:
 
 An evaluation stands before its iteration, and its tokens are those trained before. Losses are nats a token, the norm is
 the gradient's before clipping, seconds are an iteration's without evaluations, mfu is a fraction of 1, and bytes are as
-runtime.memory_in_use says. What isn't known, and what isn't finite, is null.
+machine.memory_in_use says. What isn't known, and what isn't finite, is null.
 """
 
 import atexit

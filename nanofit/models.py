@@ -19,15 +19,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
+from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
-GPT2_SIZES = {  # what OpenAI released, by the name on the Hugging Face hub
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
-PADDED_VOCAB_SIZE = 50304  # GPT-2's 50257, to a multiple of 64: faster matrix products
 KEY_TYPES = (bool, int, float, str)  # of what --key=value can set
 NANOGPT_PEAK_FLOPS = 312e12  # an A100's, of which nanoGPT's estimate_mfu gives a share
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from nanofit import runtime
-from nanofit.autofit.plan import micro_batch_sizes
+from nanofit import machine
 from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
+from nanofit.units import micro_batch_sizes
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 SAME_SIGNAL_SECONDS = 2  # a signal may come twice: to the whole group of processes, and again from torchrun
@@ -77,7 +77,7 @@ class Recovery:
         where that has happened before, with micro-batches of half the size. Raises StopRequested, or a UsageError where
         the data can't be read or not even one sequence fits any more; of a sharded model, wherever memory ran out.
         """
-        place, generators = self.batches.state_dict(), runtime.rng_state(self.device)
+        place, generators = self.batches.state_dict(), machine.rng_state(self.device)
         attempts = 0
         while True:
             values = []
@@ -126,7 +126,7 @@ class Recovery:
             steps = {float(state["step"]) for state in optimizer.state.values()}
             if not is_out_of_memory(e) or not optimizer.defaults.get("fused") or len(steps) != 1:
                 raise
-        runtime.empty_cache(self.device)
+        machine.empty_cache(self.device)
         return part()
 
     def _leave(self, kind, said):
@@ -148,11 +148,11 @@ class Recovery:
 
     def _go_back(self, place, generators):
         self.batches.load_state_dict(place)
-        runtime.set_rng_state(generators, self.device)
+        machine.set_rng_state(generators, self.device)
 
     def _drop_gradients(self):
         self.model.zero_grad(set_to_none=True)
-        runtime.empty_cache(self.device)
+        machine.empty_cache(self.device)
         if self.scaler.is_enabled():
             # It remembers for which optimizer it has unscaled gradients; to set its scale makes it forget.
             self.scaler.scale(torch.zeros((), device=self.device))
@@ -162,7 +162,7 @@ class Recovery:
         size, smaller = self.batches.micro_batch_size, self._smaller()
         if smaller is None and not same_size:
             self._fail(
-                f"{what} at batch_size 1 ({runtime.memory_now(self.device)}): end what else uses this device, or start "
+                f"{what} at batch_size 1 ({machine.memory_now(self.device)}): end what else uses this device, or start "
                 "with --auto_fit=True, which tries what takes less"
             )
         if same_size:
@@ -170,7 +170,7 @@ class Recovery:
             return
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # what is compiled for this size may hold CUDA graphs, whose memory is kept for them
-            runtime.empty_cache(self.device)
+            machine.empty_cache(self.device)
         self.batches.micro_batch_size = smaller
         print(f"{what}: the same batches again, batch_size {size} -> {smaller}")
 

@@ -4,10 +4,10 @@ import math
 import os
 from dataclasses import asdict
 
-from nanofit import models, optimizers, runtime
+from nanofit import machine, models, optimizers
 from nanofit.autofit import compiling
-from nanofit.autofit.plan import CONTEXT_BYTES, GIB, gib
 from nanofit.errors import UsageError, shown
+from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, gib
 
 BLOCK_BYTES = 20_000  # that a block takes of a machine's memory, whatever its size: Python's own objects
 BEYOND_REASON = 2**50  # bytes that no device has, in this machine or another
@@ -44,14 +44,14 @@ def one_of(choices, config, key):
 def dtype(config, given):
     """The precision to compute in: as asked for, else the best of the device."""
     if "dtype" not in given:
-        return "bfloat16" if is_elsewhere(config) else runtime.best_dtype(config["device"])
-    one_of(tuple(runtime.DTYPES), config, "dtype")
+        return "bfloat16" if is_elsewhere(config) else machine.best_dtype(config["device"])
+    one_of(tuple(machine.DTYPES), config, "dtype")
     return config["dtype"]
 
 
 def is_elsewhere(config):
     """Whether a plan is asked for, for a device that isn't in this machine."""
-    return config.get("dry_run", False) and config["memory_limit_gb"] > 0 and not runtime.is_here(config["device"])
+    return config.get("dry_run", False) and config["memory_limit_gb"] > 0 and not machine.is_here(config["device"])
 
 
 def shared(config):
@@ -77,9 +77,9 @@ def check(config, world):
     one_of(optimizers.OPTIMIZER_STATES, config, "optimizer_state")
     optimizers.require(config["optimizer_state"])
     init_from = config["init_from"]
-    if init_from not in ("scratch", "resume", "auto", *models.GPT2_SIZES) and not os.path.isdir(init_from):
+    if init_from not in ("scratch", "resume", "auto", *GPT2_SIZES) and not os.path.isdir(init_from):
         raise UsageError(
-            f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(models.GPT2_SIZES)}, or a folder that "
+            f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(GPT2_SIZES)}, or a folder that "
             f"holds a Hugging Face GPT-2, not {init_from!r}"
         )
     if config["ranks"] > 1 and not is_elsewhere(config):
@@ -104,7 +104,7 @@ def check(config, world):
                 f"memory_limit_gb={config['memory_limit_gb']} is the whole memory of a planned {config['device']}, of "
                 f"which CUDA itself takes {gib(CONTEXT_BYTES)}: give more"
             )
-    elif config["dry_run"] and not runtime.is_here(config["device"]):
+    elif config["dry_run"] and not machine.is_here(config["device"]):
         raise UsageError(
             f"there is no {config['device']} here: to plan for one, say how much memory it has: --memory_limit_gb=12"
         )
@@ -121,7 +121,7 @@ def check_ranks(config, world):
     start = f"to train on several, start with torchrun --nproc_per_node={ranks}"
     if world.size > 1:
         raise UsageError(f"ranks={ranks} is for a plan in one process, and torchrun started {world.size}: leave it out")
-    if runtime.is_here(device):
+    if machine.is_here(device):
         raise UsageError(f"ranks={ranks} is for the plan of a device that isn't here, and {device} is: {start}")
     if not config["dry_run"]:
         memory = "" if config["memory_limit_gb"] else " and the memory of each: --memory_limit_gb=12"
@@ -141,10 +141,10 @@ def check_shard(config, ranks):
 
 def check_compile_mode(config):
     """Raise a UsageError where the GPU is too small for compile_mode."""
-    device = runtime.find_device(config["device"])
+    device = machine.find_device(config["device"])
     if config["compile"] and device.type == "cuda":
         mode, min_sms = config["compile_mode"], config["compile_min_sms"]
-        if refusal := compiling.refuse_mode(mode, runtime.sm_count(device), min_sms):
+        if refusal := compiling.refuse_mode(mode, machine.sm_count(device), min_sms):
             raise UsageError(refusal)
 
 
@@ -161,7 +161,7 @@ def check_sizes(config, config_class, model_args, elsewhere):
     for name in counts:
         if model_args[name] >= 2**63:
             raise UsageError(f"{name} must be a number of 64 bits, not {shown(model_args[name])}")
-    layers, width, there = model_args["n_layer"], model_args["n_embd"], runtime.host_memory_bytes()
+    layers, width, there = model_args["n_layer"], model_args["n_embd"], machine.host_memory_bytes()
     weights = weight_bytes(model_args)
     positions = model_args["block_size"]
     a_model = (

@@ -8,8 +8,8 @@ here, and run the model equally often.
 import torch
 
 from nanofit.errors import UsageError
+from nanofit.machine import DTYPES
 from nanofit.models import blocks_of
-from nanofit.runtime import DTYPES
 
 
 def place(model, world, device, dtype, levers):

@@ -8,12 +8,12 @@ import warnings
 
 import torch
 
-from nanofit import runtime
-from nanofit.distributed import ALONE
+from nanofit import machine
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
 from nanofit.progress import bar
+from nanofit.ranks import ALONE
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
@@ -140,7 +140,7 @@ def try_compile(model, trial, device, **options):
     operation that they don't know. Then the model comes back as it was, and failure is a sentence; else
     failure is ''. Random generators are left where they were. An error that says that memory ran out is raised.
     """
-    state = runtime.rng_state(device)
+    state = machine.rng_state(device)
     training = model.training
     failure = ""
     try:
@@ -155,7 +155,7 @@ def try_compile(model, trial, device, **options):
             model.train(training)
             raise
         failure = f"{type(e).__name__}: {first_line(e)}"
-    runtime.set_rng_state(state, device)
+    machine.set_rng_state(state, device)
     if not failure:
         return compiled, ""
     torch.compiler.reset()

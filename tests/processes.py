@@ -229,10 +229,10 @@ OF_ONE = "os.environ['RANK'] == '{}' and {}"
 SHORT_OF_DISK = "__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (20480, 20480))"
 NEVER_COMES = "__import__('time').sleep(600)"
 SAY_WHERE = (
-    "d = __import__('nanofit.distributed').distributed; wait = d.ctrl_c_ends_at_once; "
+    "d = __import__('nanofit.ranks').distributed; wait = d.ctrl_c_ends_at_once; "
     "d.ctrl_c_ends_at_once = lambda: (print('meeting', file=sys.stderr, flush=True), wait())[1]"
 )
-HASTE = "d = __import__('nanofit.distributed').distributed; d.MEETING = d.timedelta(seconds=12); "
+HASTE = "d = __import__('nanofit.ranks').distributed; d.MEETING = d.timedelta(seconds=12); "
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,11 @@ GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 TWICE = """
 import resource, sys
 sys.path.insert(0, {root!r})
-from nanofit import runtime
+from nanofit import machine
 import torch
 
 device = torch.device("cpu")
-runtime.set_device(device)
+machine.set_device(device)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def taken():
     before = faults()
@@ -80,7 +80,7 @@ def taken():
 
 torch.ones(2**25)
 again = taken()
-runtime.empty_cache(device)
+machine.empty_cache(device)
 print(again, taken())
 """
 

@@ -8,7 +8,7 @@ from conftest import run_script, train
 
 from model import GPT, GPTConfig
 from nanofit import models
-from nanofit.autofit.plan import MemoryLevers
+from nanofit.units import MemoryLevers
 
 RECOMPUTE = MemoryLevers(recompute=True)
 GIB = 2**30

@@ -16,9 +16,10 @@ from model import GPT
 from nanofit import autofit
 from nanofit.autofit import trial as trial_room
 from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import GIB, Facts, MemoryLevers, Plan, Trial, from_dict
-from nanofit.distributed import ALONE, World
+from nanofit.autofit.plan import Facts, Plan, Trial, from_dict
 from nanofit.errors import UsageError
+from nanofit.ranks import ALONE, World
+from nanofit.units import GIB, MemoryLevers
 
 CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at

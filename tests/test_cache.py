@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanofit.autofit import cache
-from nanofit.autofit.plan import GIB, MemoryLevers, Plan, Trial
+from nanofit.autofit.plan import Plan, Trial
+from nanofit.units import GIB, MemoryLevers
 
 KEY = {
     "device": "GPU", "memory": 24 * GIB, "driver": "550.54", "torch": "2", "model": {"n_layer": 1, "n_embd": 8},

@@ -26,7 +26,7 @@ import pytest
 import torch
 from conftest import REFERENCE, as_a_process, flags
 
-from nanofit import runtime, step
+from nanofit import machine, step
 from nanofit.autofit.fitter import Fitter
 from nanofit.autofit.plan import Plan
 
@@ -846,7 +846,7 @@ row("bench: no data", script="bench.py", real_data=True, says="data/openwebtext/
 @pytest.mark.parametrize("case", [pytest.param(c, id=f"{i}: {c.what}") for i, c in enumerate(TABLE)])
 def test_case(case, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "peak_flops", lambda device, dtype: (1e12, ""))  # it would be measured each time
+        patch.setattr(machine, "peak_flops", lambda device, dtype: (1e12, ""))  # it would be measured each time
         for prepare in case.given:
             prepare(patch)
         before = tree()

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from nanofit.autofit.compiling import SHORT_RUN_SECONDS, duration, may_compile, pays_off, refuse_mode, too_short
+from nanofit.autofit.compiling import SHORT_RUN_SECONDS, may_compile, pays_off, refuse_mode, too_short
 from nanofit.autofit.plan import Trial
+from nanofit.units import duration
 
 GPU = dict(asked=True, device_type="cuda", capability=(8, 0), sm_count=108, min_sms=68, has_triton=True,
            platform="linux")  # fmt: skip

@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
 import doctor as script
-from nanofit import runtime
-from nanofit.autofit.plan import GIB
-from nanofit.doctor import gather
-from nanofit.doctor.checks import CHECKS, OK, STOP, WARNING, verdicts_on
-from nanofit.doctor.facts import Checkpoint, DataSet, Facts, Fit, Gpu
+from nanofit import machine
+from nanofit.tools.doctor import gather
+from nanofit.tools.doctor.checks import CHECKS, OK, STOP, WARNING, verdicts_on
+from nanofit.tools.doctor.facts import Checkpoint, DataSet, Facts, Fit, Gpu
+from nanofit.units import GIB
 
 RTX_3060 = Gpu("NVIDIA GeForce RTX 3060", 28, (8, 6), 12 * GIB, 11 * GIB + GIB // 2)
 CONFIG = dict(
@@ -185,7 +185,7 @@ def doctor(*argv, code=0):
 
 def test_what_a_run_finds_is_what_it_is_told_and_nothing_is_written():
     run = train(**TRAINED)
-    assert script.keys_of_train(runtime) == run.names["defaults"]
+    assert script.keys_of_train(machine) == run.names["defaults"]
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     told = doctor(*SMALL, "--init_from=resume")
     facts = told["facts"]
@@ -273,8 +273,8 @@ def test_a_card_that_is_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11 * GIB, 12 * GIB))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
     lines = {"apps": ["GPU-12-34, 77, /home/ada/bin/python, 700"], "driver": ["550.54"]}
-    monkeypatch.setattr(runtime, "_nvidia_smi", lambda query: lines["apps" if "apps" in query else "driver"])
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda query: lines["apps" if "apps" in query else "driver"])
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
     simulated = []
     monkeypatch.setattr(gather, "_fit", lambda *arguments: simulated.append(arguments[-1]))
     told = doctor(*SMALL, "--device=cuda")
@@ -290,8 +290,8 @@ def test_a_card_that_is_here(monkeypatch):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", in_distress)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    [gpu] = runtime.cuda_facts()["gpus"]
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    [gpu] = machine.cuda_facts()["gpus"]
     assert (gpu["free_bytes"], gpu["holders"]) == (None, None)
     doctor(*SMALL, "--device=cuda")
     assert simulated == [11 * GIB], "where nothing is known of free memory, nothing is simulated"

@@ -1,4 +1,4 @@
-"""export.py and what it writes, read by transformers alone, by train.py, and by nanofit.weights."""
+"""export.py and what it writes, read by transformers alone, by train.py, and by nanofit.tools.weights."""
 
 import json
 import os
@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from nanofit import checkpoint, huggingface, models, weights
+from nanofit import checkpoint, models
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError
+from nanofit.tools import huggingface, weights
 
 
 def export(**keys):

@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, TOY, environment, flags, run_script, torchrun, train, train_on_ranks
 
 from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import MemoryLevers
 from nanofit.errors import UsageError
 from nanofit.settings import differences
+from nanofit.units import MemoryLevers
 
 SHORT = {"eval_interval": 5, "eval_iters": 2, "max_iters": 4}
 

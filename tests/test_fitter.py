@@ -6,8 +6,9 @@ import pytest
 
 from nanofit.autofit.advice import what_would_fit
 from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import FAILS, GIB, OUT_OF_MEMORY, Facts, Job, MemoryLevers, Plan, Trial
+from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Plan, Trial
 from nanofit.errors import UsageError
+from nanofit.units import GIB, MemoryLevers
 
 FACTS = Facts(
     name="NVIDIA GeForce RTX 3060", device_type="cuda", sm_count=28, capability=(8, 6), has_triton=True,

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from configurator import configure
 from nanofit import checkpoint as checkpoints
 from nanofit import codec
-from nanofit.autofit.plan import MemoryLevers, Plan
+from nanofit.autofit.plan import Plan
 from nanofit.batches import Batches
 from nanofit.errors import UsageError
 from nanofit.models import SIZES as MODEL_KEYS
+from nanofit.units import MemoryLevers
 
 CPU = torch.device("cpu")
 

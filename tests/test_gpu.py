@@ -18,11 +18,12 @@ from conftest import ROOT, TOY, environment, flags, run_script, train
 
 import model as model_module
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, runtime
-from nanofit.autofit.plan import OUT_OF_MEMORY, Job, MemoryLevers, Plan, from_dict
+from nanofit import autofit, checkpoint, machine
+from nanofit.autofit.plan import OUT_OF_MEMORY, Job, Plan, from_dict
 from nanofit.autofit.trial import run_trial
 from nanofit.batches import Batches
 from nanofit.step import clip, dry_step, try_compile, update
+from nanofit.units import MemoryLevers
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -41,54 +42,54 @@ def gpu_only_while_it_lasts(monkeypatch):
 
 
 def test_facts_about_the_gpu():
-    assert runtime.best_device() == "cuda"
-    assert runtime.find_device("cuda") == GPU
-    runtime.set_device(GPU)
+    assert machine.best_device() == "cuda"
+    assert machine.find_device("cuda") == GPU
+    machine.set_device(GPU)
     assert torch.cuda.current_device() == 0
-    assert runtime.device_name(GPU) == torch.cuda.get_device_name()
-    assert runtime.best_dtype("cuda") in ("bfloat16", "float16")
+    assert machine.device_name(GPU) == torch.cuda.get_device_name()
+    assert machine.best_dtype("cuda") in ("bfloat16", "float16")
 
 
 def test_peak_memory_counts_what_tensors_hold():
     torch.cuda.reset_peak_memory_stats()
-    before, _ = runtime.memory_in_use(GPU)
+    before, _ = machine.memory_in_use(GPU)
     block = torch.empty(64 * 2**20, dtype=torch.uint8, device=GPU)
     del block
-    assert runtime.memory_in_use(GPU)[0] - before >= 64 * 2**20
+    assert machine.memory_in_use(GPU)[0] - before >= 64 * 2**20
 
 
 @numbers
 def test_generators_are_put_back():
-    state = runtime.rng_state(GPU)
+    state = machine.rng_state(GPU)
     first = torch.rand(3, device=GPU)
-    runtime.set_rng_state(state, GPU)
+    machine.set_rng_state(state, GPU)
     assert torch.equal(torch.rand(3, device=GPU), first)
 
 
 def test_facts_about_memory():
-    assert runtime.sm_count(GPU) > 0
-    assert runtime.capability(GPU) >= (5, 0)
-    assert 0 < runtime.free_memory_bytes(GPU) <= runtime.total_memory_bytes(GPU)
-    assert runtime.device_info(GPU)["device"] == torch.cuda.get_device_name()
-    assert all(pid > 0 and mib >= 0 for pid, _, mib in runtime.gpu_processes(GPU))
+    assert machine.sm_count(GPU) > 0
+    assert machine.capability(GPU) >= (5, 0)
+    assert 0 < machine.free_memory_bytes(GPU) <= machine.total_memory_bytes(GPU)
+    assert machine.device_info(GPU)["device"] == torch.cuda.get_device_name()
+    assert all(pid > 0 and mib >= 0 for pid, _, mib in machine.gpu_processes(GPU))
 
 
 def test_peaks_count_what_the_allocator_reserves():
-    runtime.empty_cache(GPU)
-    runtime.reset_peak_memory(GPU)
-    before = runtime.peak_reserved_bytes(GPU)
+    machine.empty_cache(GPU)
+    machine.reset_peak_memory(GPU)
+    before = machine.peak_reserved_bytes(GPU)
     block = torch.empty(256 * 2**20, dtype=torch.uint8, device=GPU)
-    assert runtime.peak_reserved_bytes(GPU) >= before + 256 * 2**20
+    assert machine.peak_reserved_bytes(GPU) >= before + 256 * 2**20
     del block
-    runtime.empty_cache(GPU)
-    runtime.reset_peak_memory(GPU)
-    assert runtime.peak_reserved_bytes(GPU) < before + 256 * 2**20
-    assert runtime.allocator_retries(GPU) >= 0
+    machine.empty_cache(GPU)
+    machine.reset_peak_memory(GPU)
+    assert machine.peak_reserved_bytes(GPU) < before + 256 * 2**20
+    assert machine.allocator_retries(GPU) >= 0
 
 
 def test_a_cap_makes_an_overrun_an_error():
-    runtime.empty_cache(GPU)
-    runtime.set_device(GPU, 512 * 2**20)
+    machine.empty_cache(GPU)
+    machine.set_device(GPU, 512 * 2**20)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(2**30, dtype=torch.uint8, device=GPU)
@@ -173,7 +174,7 @@ def test_a_trial_leaves_the_gpus_generator_alone():
     model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=32, dropout=0.5)).to(GPU)
     x = torch.zeros((2, 8), dtype=torch.long, device=GPU)
     state = torch.cuda.get_rng_state()
-    _, failure = try_compile(model, lambda m: dry_step(m, (x, x), runtime.autocast(GPU, "float32")), GPU)
+    _, failure = try_compile(model, lambda m: dry_step(m, (x, x), machine.autocast(GPU, "float32")), GPU)
     assert not failure
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
@@ -248,7 +249,7 @@ def test_a_bad_gradient_is_left_out_without_waiting():
             warnings.simplefilter("ignore")  # that this is a prototype
             torch.cuda.set_sync_debug_mode("error")  # waiting for the GPU is an error here
             try:
-                scaler = runtime.grad_scaler(GPU, "float32")
+                scaler = machine.grad_scaler(GPU, "float32")
                 update(optimizer, scaler, clip(model, optimizer, scaler, grad_clip=1.0))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -330,21 +331,21 @@ HELD = """
 import sys
 import nanofit, torch
 from model import GPT, GPTConfig
-from nanofit import gradients, models, optimizers, runtime, sharding
-from nanofit.autofit.plan import MemoryLevers
+from nanofit import gradients, models, optimizers, machine, sharding
+from nanofit.units import MemoryLevers
 from nanofit.batches import RandomBatch
-from nanofit.distributed import World
+from nanofit.ranks import World
 from nanofit.step import accumulate, clip
 
-device = runtime.find_device("cuda")
-runtime.set_device(device)
+device = machine.find_device("cuda")
+machine.set_device(device)
 world = World.imagined(2)
 model = models.build(GPT, GPTConfig, dict(block_size=64, n_layer=6, n_head=8, n_embd=512, bias=False))
 levers = MemoryLevers(shard=sys.argv[1] == "sharded")
 sharding.place(model, world, device, "bfloat16", levers)
 optimizer = optimizers.make_optimizer(model, "float32", 0.1, 6e-4, (0.9, 0.95), device)
 optimizers.allocate_state(optimizer)
-scaler, autocast = runtime.grad_scaler(device, "bfloat16"), runtime.autocast(device, "bfloat16")
+scaler, autocast = machine.grad_scaler(device, "bfloat16"), machine.autocast(device, "bfloat16")
 batches = RandomBatch(1, 64, 50304, device, micro_steps=2)
 accumulate(model, scaler, batches, autocast, gradients.of(model, world, levers))
 clip(model, optimizer, scaler, 1.0)

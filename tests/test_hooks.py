@@ -5,7 +5,8 @@ from conftest import flags, run_script, train
 from test_export import difference, drawn, export, ours, save, trained
 
 from model import GPT
-from nanofit import checkpoint, weights
+from nanofit import checkpoint
+from nanofit.tools import weights
 
 
 def sample(**keys):

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import REFERENCE, ROOT, environment, flags, run_script, torchrun
 
-from nanofit import runtime
+from nanofit import machine
 
 # ---- keys --------------------------------------------------------------------------------------------------
 
-DEVICE = runtime.best_device()  # nanoGPT's is always 'cuda'
-DTYPE = runtime.best_dtype(DEVICE)
+DEVICE = machine.best_device()  # nanoGPT's is always 'cuda'
+DTYPE = machine.best_dtype(DEVICE)
 KEYS = {
     "train.py": dict(
         out_dir="out", eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT, train
 
 from model import GPT, GPTConfig
-from nanofit import autofit, models, runtime
-from nanofit.autofit.plan import FITTED, Job, MemoryLevers, to_json
+from nanofit import autofit, machine, models
+from nanofit.autofit.plan import Job, to_json
 from nanofit.autofit.simulate import step_memory
 from nanofit.optimizers import make_optimizer
+from nanofit.units import FITTED, MemoryLevers
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
@@ -117,7 +118,7 @@ def test_a_run_with_it_says_so_in_its_checkpoint(name, workplace):
     train(**{name: MOVED[name]}, max_iters=2, eval_interval=2)
     saved = torch.load("out/ckpt.pt", weights_only=True)
     asked = MemoryLevers(**{name: MOVED[name]})
-    assert saved["split"]["levers"] == asdict(asked.within(runtime.total_memory_bytes(CPU), "cpu"))
+    assert saved["split"]["levers"] == asdict(asked.within(machine.total_memory_bytes(CPU), "cpu"))
 
 
 def test_what_auto_fit_may_move_are_levers():

@@ -21,11 +21,11 @@ import torch
 from conftest import TOY, environment, train, train_on_ranks
 
 from nanofit import metrics as figures_of
-from nanofit.distributed import ALONE, World
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, print_line, require_readers
 from nanofit.metrics_file import MetricsFile
+from nanofit.ranks import ALONE, World
 
 CPU = torch.device("cpu")
 KEYS = {

@@ -19,9 +19,10 @@ from conftest import REFERENCE, ROOT, TOY, Run, environment, flags, run_script, 
 
 from model import GPT, GPTConfig
 from nanofit import models
-from nanofit.autofit.plan import Job, MemoryLevers
+from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
 from nanofit.errors import UsageError
+from nanofit.units import MemoryLevers
 
 TOLERANCE = 3e-4  # of a printed loss, between processors
 LACKS_RETURN_LOGITS = r"^model\.py offers no return_logits.*all logits are held.*$"

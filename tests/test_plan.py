@@ -8,20 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanofit.autofit.plan import (
-    GIB,
-    Facts,
-    Job,
-    MemoryLevers,
-    Plan,
-    Trial,
-    divisors,
-    from_dict,
-    from_json,
-    memory_limit,
-    micro_batch_sizes,
-    to_json,
-)
+from nanofit.autofit.plan import Facts, Job, Plan, Trial, from_dict, from_json, to_json
+from nanofit.units import GIB, MemoryLevers, divisors, memory_limit, micro_batch_sizes
 
 KINDS = (MemoryLevers, Job, Facts, Trial, Plan)
 

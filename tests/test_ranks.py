@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import RANK, TOY, environment, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
-from nanofit.autofit.plan import MemoryLevers, Plan
+from nanofit.autofit.plan import Plan
 from nanofit.checkpoint import split_as_saved
-from nanofit.distributed import World
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
+from nanofit.ranks import World
+from nanofit.units import MemoryLevers
 
 KILLED_ONCE = """
 import os, runpy, signal, sys

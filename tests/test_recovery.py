@@ -19,11 +19,11 @@ from conftest import ROOT, TOY, environment, flags, train, train_on_ranks, weigh
 
 from model import GPT
 from nanofit import checkpoint as checkpoints
-from nanofit import files, recovery, runtime, step
+from nanofit import files, machine, recovery, step
 from nanofit.batches import Batches
-from nanofit.distributed import World
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
+from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 
 CPU = torch.device("cpu")
@@ -409,7 +409,7 @@ class Thief:
 def scaled_on_the_cpu(monkeypatch):
     """float16's scaler at work where train.py has none, with a scale that changes while the run goes on."""
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
-    monkeypatch.setattr(runtime, "grad_scaler", lambda device, dtype: scaler())
+    monkeypatch.setattr(machine, "grad_scaler", lambda device, dtype: scaler())
 
 
 def weights_are_alike(run, other):
@@ -675,7 +675,7 @@ def test_a_bad_gradient_moves_nothing(kind):
         model(*batch(2))[1].backward()
         if bad:
             next(model.parameters()).grad[0, 0] = float("inf")
-        scaler = runtime.grad_scaler(CPU, "float32")
+        scaler = machine.grad_scaler(CPU, "float32")
         norm = step.clip(model, optimizer, scaler, grad_clip=0.0)
         step.update(optimizer, scaler, norm)
         assert math.isfinite(norm) != bad
@@ -738,7 +738,7 @@ def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace
 
 
 def recovery_of(batches):
-    scaler = runtime.grad_scaler(CPU, "float32")
+    scaler = machine.grad_scaler(CPU, "float32")
     return Recovery(World(), CPU, batches, torch.nn.Linear(1, 1), scaler, give_up=lambda: "")
 
 

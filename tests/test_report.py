@@ -16,11 +16,11 @@ import pytest
 from browser import CHROMIUM, page_at
 from conftest import ROOT, run_script, train
 
-from nanofit.autofit.plan import GIB
 from nanofit.errors import UsageError
-from nanofit.report import log as logs
-from nanofit.report.log import EVALUATION, ITERATION, Log, smoothed, thinned
-from nanofit.report.run import Run, labels_of
+from nanofit.tools.report import log as logs
+from nanofit.tools.report.log import EVALUATION, ITERATION, Log, smoothed, thinned
+from nanofit.tools.report.run import Run, labels_of
+from nanofit.units import GIB
 
 pytestmark = pytest.mark.xdist_group("report")  # one process makes the run that they look at
 
@@ -172,8 +172,8 @@ def test_folders_of_the_same_name_are_told_apart():
 
 
 def test_piles_add_up_to_the_peak_that_was_measured():
-    from nanofit.report.charts import PARTS as STACKED
-    from nanofit.report.charts import piles_of
+    from nanofit.tools.report.charts import PARTS as STACKED
+    from nanofit.tools.report.charts import piles_of
 
     run = a_run()
     columns = piles_of(run)
@@ -184,7 +184,7 @@ def test_piles_add_up_to_the_peak_that_was_measured():
 
 
 def test_a_simulation_that_exceeds_the_peak_stands_alone():
-    from nanofit.report.charts import REST, rest_of
+    from nanofit.tools.report.charts import REST, rest_of
 
     run = a_run()
     run.memory[0]["parts"]["weights"] = 4 * GIB
@@ -195,7 +195,7 @@ def test_a_simulation_that_exceeds_the_peak_stands_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(("recompute", "accumulation"), [(False, 1), (True, 4)])
 def test_few_layers_tell_of_many(monkeypatch, recompute, accumulation):
-    from nanofit.report import memory
+    from nanofit.tools.report import memory
 
     facts = {
         **FACTS, "levers": {"recompute": recompute, "loss_chunk_mb": 1},
@@ -212,7 +212,7 @@ def test_few_layers_tell_of_many(monkeypatch, recompute, accumulation):
 
 
 def test_facts_that_are_missing_or_damaged_make_no_picture_of_memory():
-    from nanofit.report.memory import ways_of
+    from nanofit.tools.report.memory import ways_of
 
     assert ways_of({}) == []
     assert ways_of({"plan": {"batch_size": "x"}}) == []
@@ -226,7 +226,7 @@ def test_facts_that_are_missing_or_damaged_make_no_picture_of_memory():
 
 
 def test_the_page_tells_what_was_decided_and_lets_nothing_run():
-    from nanofit.report.page import page_of
+    from nanofit.tools.report.page import page_of
 
     run = a_run()
     Path("out/sample.txt").write_text("<script>alert(1)</script>")
@@ -242,7 +242,7 @@ def test_the_page_tells_what_was_decided_and_lets_nothing_run():
 
 
 def test_every_picture_has_a_text():
-    from nanofit.report.page import page_of
+    from nanofit.tools.report.page import page_of
 
     page = page_of([a_run()])
     pictures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
@@ -258,14 +258,14 @@ def test_every_picture_has_a_text():
     "records", [[], [{"iter": 0, "run": {}}], [iteration(0, mfu=None, loss=None, peak_bytes=None)]]
 )
 def test_a_page_of_next_to_nothing(records):
-    from nanofit.report.page import page_of
+    from nanofit.tools.report.page import page_of
 
     write("out", records)
     assert "Loss" in page_of([Run("out", "out", Log("out").update())])
 
 
 def test_a_long_run_makes_a_small_page():
-    from nanofit.report.page import page_of
+    from nanofit.tools.report.page import page_of
 
     write(
         "out",
@@ -325,7 +325,7 @@ def test_what_is_missing_is_told(monkeypatch):
     with pytest.raises(UsageError, match=r"out/metrics.jsonl is a file: report.py takes the out_dir of a run"):
         run_script("report.py", "out/metrics.jsonl")
     for package, sentence in (("bokeh", "pip install bokeh"), ("matplotlib", "pip install matplotlib")):
-        for name in [name for name in sys.modules if name.startswith("nanofit.report.")]:
+        for name in [name for name in sys.modules if name.startswith("nanofit.tools.report.")]:
             monkeypatch.delitem(sys.modules, name)
         with monkeypatch.context() as without:
             for name in [package, *(n for n in sys.modules if n.startswith(f"{package}."))]:
@@ -339,7 +339,7 @@ def test_what_is_missing_is_told(monkeypatch):
 
 @contextlib.contextmanager
 def served(run):
-    from nanofit.report.server import server_of
+    from nanofit.tools.report.server import server_of
 
     def load():
         run.log.update()
@@ -398,7 +398,7 @@ MARKS = """
 @in_a_browser
 @pytest.mark.slow
 def test_the_page_in_a_browser(trained):
-    from nanofit.report.charts import PARTS as STACKED
+    from nanofit.tools.report.charts import PARTS as STACKED
 
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     kinds = {

@@ -11,7 +11,7 @@ from conftest import flags, run_script, train
 
 from model import GPT, GPTConfig
 from nanofit import checkpoint as checkpoints
-from nanofit import runtime
+from nanofit import machine
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError
 
@@ -71,7 +71,7 @@ def unknown(device):
 )
 def test_samples_that_memory_can_not_hold_together_are_drawn_in_turn(monkeypatch, free_memory_bytes, batches):
     train(max_iters=10)
-    monkeypatch.setattr(runtime, "free_memory_bytes", free_memory_bytes)
+    monkeypatch.setattr(machine, "free_memory_bytes", free_memory_bytes)
     assert printed(5) == drawn(batches)
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Trial, divisors, micro_batch_sizes
+from nanofit.autofit.plan import OUT_OF_MEMORY, Trial
 from nanofit.autofit.search import MAX_TRIALS, choose, search, size_to_try_recomputed
+from nanofit.units import GIB, divisors, micro_batch_sizes
 
 
 def trial(size, speed, fits=True):

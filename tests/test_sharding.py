@@ -49,10 +49,10 @@ GATHERS = """
 import json
 import torch
 from model import GPT, GPTConfig
-from nanofit import gradients, models, runtime, sharding
-from nanofit.autofit.plan import MemoryLevers
+from nanofit import gradients, models, machine, sharding
+from nanofit.units import MemoryLevers
 from nanofit.batches import RandomBatch
-from nanofit.distributed import World
+from nanofit.ranks import World
 from nanofit.step import accumulate, evaluate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,7 +76,7 @@ for once in (False, True):
     whole = held(model)
     sharding.place(model, world, device, "float32", levers)
     batches, own = RandomBatch(2, 16, 64, device, micro_steps=4), gradients.of(model, world, levers)
-    scaler, autocast = runtime.grad_scaler(device, "float32"), runtime.autocast(device, "float32")
+    scaler, autocast = machine.grad_scaler(device, "float32"), machine.autocast(device, "float32")
     for _ in range(2):  # iterations: the second begins as the first
         with Gathers() as gathers:
             accumulate(model, scaler, batches, autocast, own)
@@ -102,8 +102,8 @@ TIED = """
 import torch
 from model import GPT, GPTConfig
 from nanofit import sharding
-from nanofit.autofit.plan import MemoryLevers
-from nanofit.distributed import World
+from nanofit.units import MemoryLevers
+from nanofit.ranks import World
 
 class Tied(GPT):
     def __init__(self, config):
@@ -175,8 +175,8 @@ def test_memory_that_runs_out_ends_the_attempt_and_the_next_takes_less():
 def test_float16_is_scaled_over_shares():
     """The scaler, which is CUDA's alone in training, on a CPU, where its scale overflows again and again."""
     patch = (
-        "from nanofit import runtime\n"
-        "runtime.grad_scaler = lambda *_: torch.amp.GradScaler('cpu', init_scale=2.0**126, growth_interval=3)\n"
+        "from nanofit import machine\n"
+        "machine.grad_scaler = lambda *_: torch.amp.GradScaler('cpu', init_scale=2.0**126, growth_interval=3)\n"
     )
     keys = dict(max_iters=20, eval_interval=20)
     runs = {shard: sharded(patch, **keys, shard=shard, out_dir=f"{shard}")[0] for shard in (True, False)}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from nanofit.autofit.plan import GIB, Job, MemoryLevers
+from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import PARTS, step_memory
-from nanofit.models import GPT2_SIZES
+from nanofit.units import GIB, GPT2_SIZES, MemoryLevers
 
 
 class NanoGPTsWay(GPT):

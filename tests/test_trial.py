@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, environment
 
 from nanofit.autofit import trial
-from nanofit.autofit.plan import GIB, OUT_OF_MEMORY, Facts, Job, MemoryLevers, Trial, to_json
+from nanofit.autofit.plan import OUT_OF_MEMORY, Facts, Job, Trial, to_json
 from nanofit.autofit.trial import Trials, run_trial
+from nanofit.units import GIB, MemoryLevers
 
 GOOD = to_json(Trial(1, peak_bytes=5, tokens_per_second=1.0))
 JOB = Job(

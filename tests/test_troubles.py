@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_doctor import TABLE
 from test_interface import listed
 
-from nanofit.doctor.checks import CHECKS, OK
+from nanofit.tools.doctor.checks import CHECKS, OK
 
 LANGUAGES = ("TROUBLES.md", "TROUBLES.ja.md")
 OURS = ("here", "doctor")  # who says it, where that is us

@@ -12,7 +12,8 @@ trial, simulate.py is a trial without a device, advice.py knows what would fit, 
 import time
 from dataclasses import fields, replace
 
-from nanofit.autofit.plan import GIB, MemoryLevers, Plan
+from nanofit.autofit.plan import Plan
+from nanofit.units import GIB, MemoryLevers
 
 
 def levers_of(config):
@@ -40,7 +41,7 @@ def fit(world, device, config, given, model_args, model_class, iterations_left):
     """
     # Here, because a trial's child process imports this package for its values alone.
     from nanofit.autofit import trial
-    from nanofit.autofit.compiling import duration
+    from nanofit.units import duration
 
     began = time.monotonic()
     with trial.Trials() as run_trial:
@@ -50,10 +51,11 @@ def fit(world, device, config, given, model_args, model_class, iterations_left):
 
 
 def _fit(run_trial, world, device, config, given, model_args, model_class, iterations_left):
-    from nanofit import models, runtime
+    from nanofit import machine, models
     from nanofit.autofit import advice, cache
     from nanofit.autofit.fitter import Fitter
-    from nanofit.autofit.plan import FITTED, Job
+    from nanofit.autofit.plan import Job
+    from nanofit.units import FITTED
 
     elsewhere, dry_run = isinstance(device, str), config["dry_run"]
     ranks = config["ranks"] if elsewhere else world.size
@@ -85,7 +87,7 @@ def _fit(run_trial, world, device, config, given, model_args, model_class, itera
         run_trial=run_trial,
     )
     key = {
-        **({} if elsewhere else runtime.device_info(device)),
+        **({} if elsewhere else machine.device_info(device)),
         "model": model_args,
         "ranks": ranks,
         "levers_that_are_set": [name for name in FITTED if name in given],

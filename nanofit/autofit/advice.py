@@ -3,9 +3,8 @@
 import math
 from dataclasses import replace
 
-from nanofit.autofit.plan import FRAGMENTED, GIB, gib, memory_limit
-from nanofit.models import GPT2_SIZES
 from nanofit.optimizers import OPTIMIZER_STATES
+from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES, gib, memory_limit
 
 SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 

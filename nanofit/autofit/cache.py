@@ -4,9 +4,10 @@ import json
 import os
 from dataclasses import asdict
 
-from nanofit.autofit.plan import Plan, from_dict, gib
+from nanofit.autofit.plan import Plan, from_dict
 from nanofit.errors import shown
 from nanofit.files import replacing
+from nanofit.units import gib
 
 NAME = "auto_fit.json"
 LARGEST = 2**24  # bytes that an answer may have

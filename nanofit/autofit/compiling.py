@@ -1,5 +1,7 @@
 """Whether to use torch.compile. Pure: facts and measurements come in, a verdict with its reason goes out."""
 
+from nanofit.units import duration
+
 TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that Triton makes kernels for
 SHORT_RUN_SECONDS = 3000  # compiling takes a minute or so: to try it would take more than 2% of a shorter run
 
@@ -58,10 +60,3 @@ def pays_off(eager, compiled, tokens_left):
     without, cost = tokens_left / eager.tokens_per_second, compiled.compile_seconds
     saved = without - tokens_left / compiled.tokens_per_second
     return saved > cost, f"compiling takes {duration(cost)} and saves {duration(saved)} of {duration(without)}"
-
-
-def duration(seconds):
-    """Seconds for people: '40 s', '3.3 min', '17.5 h'."""
-    if abs(seconds) >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if abs(seconds) >= 60 else f"{seconds:.0f} s"

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from nanofit.autofit.advice import nothing_fits, what_would_fit
-from nanofit.autofit.compiling import duration, judge, may_compile, too_short
-from nanofit.autofit.plan import FAILS, GIB, LIKES_SMALL_CHUNKS, Facts, Job, Plan, gib, micro_batch_sizes
+from nanofit.autofit.compiling import judge, may_compile, too_short
+from nanofit.autofit.plan import FAILS, Facts, Job, Plan
 from nanofit.autofit.search import MAX_TRIALS, NEAR_ENOUGH, line_through, next_size, search, size_to_try_recomputed
 from nanofit.autofit.trial import run_trial
 from nanofit.errors import UsageError
 from nanofit.progress import waiting
+from nanofit.units import GIB, LIKES_SMALL_CHUNKS, duration, gib, micro_batch_sizes
 
 SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
 MICRO_STEPS_OF_A_TRIAL = 7  # about: a brief one runs five, and the forward pass of four more

@@ -1,66 +1,17 @@
 """Values that auto-fit's rooms hand to each other, and to its child process as lines of JSON.
 
-Nothing of the project is imported here, so that both sides may import it.
+Only units.py is imported here, so that both sides may import it.
 """
 
 import json
-import math
 import sys
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 
-GIB = 2**30
-CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
+from nanofit.units import MemoryLevers, gib
+
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
-LIKES_SMALL_CHUNKS = ("cpu",)  # of logits, as its caches hold them; elsewhere, large ones are faster
-FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
-
-
-def gib(size):
-    """Bytes for people: '2.61 GiB'."""
-    return f"{size / GIB:.2f} GiB"
-
-
-def divisors(n):
-    """All divisors of n, ascending."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
-
-
-def micro_batch_sizes(batch_size, per_iter):
-    """The sizes that a micro-batch may have, ascending: parts of a batch, or several of a rank's per_iter batches."""
-    return divisors(batch_size) + [batch_size * several for several in divisors(per_iter)[1:]]
-
-
-@dataclass(frozen=True)
-class MemoryLevers:
-    """What trades speed for memory. Each field is a key of train.py of the same name."""
-
-    recompute: bool = False  # blocks compute their activations again in the backward pass
-    optimizer_state: str = "float32"  # or '8bit', 'offload': see optimizers.py
-    loss_chunk_mb: int = 0  # MiB of logits that exist at a time; 0: by the memory there is
-    shard: bool = False  # several ranks hold one model together: see sharding.py
-    gather_once: bool = False  # with shard: weights are gathered once an iteration, not for each use
-
-    def within(self, limit_bytes, device_type="cuda"):
-        """These levers with what is left open settled for a device of so much memory (0: unknown)."""
-        if self.loss_chunk_mb:
-            return self
-        # In 16 bits this is 2% of a GPU's memory; below 128 MiB a chunk saves nothing that counts.
-        large = max(128, limit_bytes // 25 // 2**20 // 128 * 128)
-        return replace(self, loss_chunk_mb=64 if device_type in LIKES_SMALL_CHUNKS else large)
-
-    def __str__(self):
-        """The levers that are moved, for messages: ', recompute'; nothing where none is."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        moved.pop("loss_chunk_mb", None)  # it is settled everywhere, and says little
-        if not self.shard:
-            moved.pop("gather_once", None)
-        return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
-
-
-FITTED = ("recompute", "loss_chunk_mb", "shard", "gather_once")  # levers that auto-fit may move, where the user doesn't
 
 
 @dataclass(frozen=True)
@@ -72,7 +23,7 @@ class Job:
     device: str
     dtype: str
     grad_clip: float
-    levers: MemoryLevers = MemoryLevers()
+    levers: MemoryLevers = field(default_factory=MemoryLevers)
     micro_batch_size: int = 1  # sequences
     micro_steps: int = 1  # of an iteration, on this device
     ranks: int = 1  # that hold a model together, or one each
@@ -111,7 +62,7 @@ class Trial:
     """What trying one micro-batch size showed."""
 
     micro_batch_size: int
-    levers: MemoryLevers = MemoryLevers()
+    levers: MemoryLevers = field(default_factory=MemoryLevers)
     compiled: bool = False
     peak_bytes: int = 0  # most that was reserved; 0 where it isn't known
     allocated_bytes: int = 0  # of the peak, what tensors held; 0 where torch doesn't count it
@@ -146,7 +97,7 @@ class Plan:
     batch_size: int  # as configured
     gradient_accumulation_steps: int  # as configured, of all ranks together
     micro_batch_size: int
-    levers: MemoryLevers = MemoryLevers()
+    levers: MemoryLevers = field(default_factory=MemoryLevers)
     compile: bool = False
     limit_bytes: int = 0
     peak_bytes: int = 0
@@ -210,12 +161,3 @@ def from_dict(kind, read):
         return kind(**given)
     except (TypeError, AssertionError):  # a field is missing, or a Plan's sizes don't divide
         return None
-
-
-def memory_limit(free_bytes, memory_limit_gb):
-    """Bytes that training may reserve: what is free less a margin, or memory_limit_gb (GiB) if that is less.
-
-    The margin, 5% and at most 1 GiB, is for what the allocator doesn't count: libraries' workspaces, loaded kernels.
-    """
-    limit = int(free_bytes - min(0.05 * free_bytes, GIB))
-    return min(limit, int(memory_limit_gb * GIB)) if memory_limit_gb else limit

@@ -19,24 +19,14 @@ os.dup2(2, 1)  # whatever prints goes to standard error
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanofit import gradients, models, runtime, sharding
-from nanofit.autofit.plan import (
-    CONTEXT_BYTES,
-    FAILS,
-    GIB,
-    OUT_OF_MEMORY,
-    Facts,
-    Job,
-    Trial,
-    from_json,
-    memory_limit,
-    to_json,
-)
+from nanofit import gradients, machine, models, sharding
+from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json
 from nanofit.batches import RandomBatch
-from nanofit.distributed import ALONE, World
 from nanofit.errors import first_line, is_out_of_memory, show_errors_as_sentences
 from nanofit.optimizers import allocate_state, make_optimizer
+from nanofit.ranks import ALONE, World
 from nanofit.step import dry_step, evaluate, train_step, try_compile
+from nanofit.units import CONTEXT_BYTES, GIB, memory_limit
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
 
@@ -60,28 +50,28 @@ def measure(job, made):
 
     made: an empty list before the first Job, in which what make() gave stays for those that follow.
     """
-    device = runtime.find_device(job.device)
-    runtime.set_device(device)
-    free = runtime.free_memory_bytes(device) // job.sharers
+    device = machine.find_device(job.device)
+    machine.set_device(device)
+    free = machine.free_memory_bytes(device) // job.sharers
     limit = job.limit_bytes or memory_limit(free, job.memory_limit_gb)
     report(
         Facts(
-            name=runtime.device_name(device) + (f" of {job.sharers} ranks" if job.sharers > 1 else ""),
+            name=machine.device_name(device) + (f" of {job.sharers} ranks" if job.sharers > 1 else ""),
             device_type=device.type,
-            sm_count=runtime.sm_count(device),
-            capability=runtime.capability(device),
-            has_triton=runtime.has_triton(),
-            total_bytes=runtime.total_memory_bytes(device),
+            sm_count=machine.sm_count(device),
+            capability=machine.capability(device),
+            has_triton=machine.has_triton(),
+            total_bytes=machine.total_memory_bytes(device),
             free_bytes=free,
             limit_bytes=limit,
-            process_bytes=runtime.process_bytes(device),
-            neighbours=() if job.limit_bytes else tuple(runtime.gpu_processes(device)),
+            process_bytes=machine.process_bytes(device),
+            neighbours=() if job.limit_bytes else tuple(machine.gpu_processes(device)),
         )
     )
     levers = job.levers.within(limit, device.type)
-    runtime.cap_memory(device, limit)
+    machine.cap_memory(device, limit)
     if device.type == "cpu":
-        runtime.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
+        machine.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
     try:
         made[:] = made or make(job, levers, device)
         figures = run(job, *made, device)
@@ -108,8 +98,8 @@ def make(job, levers, device):
 
 def run(job, model, optimizer, own_gradients, device):
     """The figures of a Trial."""
-    scaler = runtime.grad_scaler(device, job.dtype)
-    autocast = runtime.autocast(device, job.dtype)
+    scaler = machine.grad_scaler(device, job.dtype)
+    autocast = machine.autocast(device, job.dtype)
     batches = RandomBatch(job.micro_batch_size, job.model_args["block_size"], job.model_args["vocab_size"], device)
     compile_seconds = 0.0
     if job.compile:
@@ -122,10 +112,10 @@ def run(job, model, optimizer, own_gradients, device):
 
     def seconds(micro_steps):
         batches.micro_steps = micro_steps
-        runtime.synchronize(device)
+        machine.synchronize(device)
         start = time.perf_counter()
         train_step(model, optimizer, scaler, batches, autocast, job.grad_clip, own_gradients)
-        runtime.synchronize(device)
+        machine.synchronize(device)
         return time.perf_counter() - start
 
     # With the second micro-step, gradients are there while activations grow; in the first they aren't, but on one of
@@ -133,9 +123,9 @@ def run(job, model, optimizer, own_gradients, device):
     accumulated = 2 if job.ranks > 1 else min(2, job.micro_steps)
     seconds(accumulated)
     evaluate(model, batches, 1, autocast)
-    runtime.empty_cache(device)
-    runtime.reset_peak_memory(device)
-    retries = runtime.allocator_retries(device)
+    machine.empty_cache(device)
+    machine.reset_peak_memory(device)
+    retries = machine.allocator_retries(device)
     # An iteration is one micro-step with the update, and the others without: times of short and of long steps
     # tell both. Quick ones need a longer step, or noise would hide the difference.
     began = time.perf_counter()
@@ -155,10 +145,10 @@ def run(job, model, optimizer, own_gradients, device):
     another = max((min(long) - first) / (several - 1), 0.1 * first) if long else 0.0
     tokens = job.micro_steps * job.micro_batch_size * job.model_args["block_size"]
     return {
-        "peak_bytes": runtime.peak_reserved_bytes(device),
-        "allocated_bytes": runtime.peak_allocated_bytes(device),
+        "peak_bytes": machine.peak_reserved_bytes(device),
+        "allocated_bytes": machine.peak_allocated_bytes(device),
         "tokens_per_second": tokens / (first + (job.micro_steps - 1) * another),
-        "retries": runtime.allocator_retries(device) - retries,
+        "retries": machine.allocator_retries(device) - retries,
         "compile_seconds": compile_seconds,
     }
 

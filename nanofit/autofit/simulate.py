@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanofit import models, runtime
+from nanofit import machine, models
 from nanofit.batches import RandomBatch
 from nanofit.step import train_step
 
@@ -96,7 +96,7 @@ def _workspaces(device_name):
     """Bytes of libraries' workspaces on a device, which may be elsewhere."""
     if not device_name.startswith("cuda"):
         return 0
-    is_hopper = runtime.is_here(device_name) and runtime.capability(runtime.find_device(device_name)) == (9, 0)
+    is_hopper = machine.is_here(device_name) and machine.capability(machine.find_device(device_name)) == (9, 0)
     return HOPPERS_CUBLAS_BYTES if is_hopper else CUBLAS_BYTES
 
 
@@ -143,7 +143,7 @@ def step_memory(model_class, config_class, job, levers):
             optimizer.step()
             if job.micro_steps == 1 and job.ranks == 1:
                 optimizer.zero_grad(set_to_none=True)
-            scaler, autocast = runtime.grad_scaler(CPU, "float32"), runtime.autocast(CPU, job.dtype)
+            scaler, autocast = machine.grad_scaler(CPU, "float32"), machine.autocast(CPU, job.dtype)
             train_step(model, optimizer, scaler, batches, autocast, job.grad_clip)
         peak = _snapshot(tracker, "peak")
     held = [peak[kind] for kind in ("Parameter", "Gradient", "Optstate")]

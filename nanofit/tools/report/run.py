@@ -3,8 +3,9 @@
 import os
 from dataclasses import dataclass, field
 
-from nanofit.autofit.plan import GIB, Plan, Trial, from_dict
-from nanofit.report.log import Log, smoothed, thinned
+from nanofit.autofit.plan import Plan, Trial, from_dict
+from nanofit.tools.report.log import Log, smoothed, thinned
+from nanofit.units import GIB
 
 MOST_ROWS = 8000  # of a run that are drawn; a picture has fewer columns of pixels
 ROWS_OF_ALL = 16000  # of all runs together

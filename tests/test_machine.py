@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanofit import runtime
+from nanofit import machine
 from nanofit.errors import UsageError
 
 
@@ -23,26 +23,26 @@ def fake_gpu(monkeypatch):
 )
 def test_bfloat16_only_where_the_hardware_has_it(fake_gpu, capability, dtype):
     fake_gpu(capability)
-    assert runtime.best_device() == "cuda"
-    assert runtime.best_dtype("cuda") == dtype
-    assert runtime.best_dtype("cuda:1") == dtype
-    assert runtime.best_dtype("cpu") == "float32"
+    assert machine.best_device() == "cuda"
+    assert machine.best_dtype("cuda") == dtype
+    assert machine.best_dtype("cuda:1") == dtype
+    assert machine.best_dtype("cpu") == "float32"
 
 
 def test_mps_comes_before_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for there, device in ((True, "mps"), (False, "cpu")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
-        assert runtime.best_device() == device
-        assert runtime.best_dtype(device) == "float32"
+        assert machine.best_device() == device
+        assert machine.best_dtype(device) == "float32"
 
 
 def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     fake_gpu((8, 0))
     with pytest.raises(UsageError, match="device='cuda:2', but there are 2 GPUs, numbered from 0"):
-        runtime.find_device("cuda:2")
-    assert runtime.find_device("cuda") == torch.device("cuda", 0), "set_device refuses a device without a number"
-    assert runtime.find_device("cuda:1") == torch.device("cuda", 1)
+        machine.find_device("cuda:2")
+    assert machine.find_device("cuda") == torch.device("cuda", 0), "set_device refuses a device without a number"
+    assert machine.find_device("cuda:1") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(
@@ -66,36 +66,36 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     ],
 )
 def test_peak_flops_by_name(name, tflops):
-    assert runtime.gpu_peak_flops(name) == (tflops * 1e12, "")
+    assert machine.gpu_peak_flops(name) == (tflops * 1e12, "")
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA RTX A2000", "NVIDIA T400 4GB", "Voodoo 2"])
 def test_part_of_a_name_is_not_the_name(name):
-    assert f"no peak FLOP/s is known for {name}" in runtime.gpu_peak_flops(name)[1]
+    assert f"no peak FLOP/s is known for {name}" in machine.gpu_peak_flops(name)[1]
 
 
 def test_nvidia_smi_may_answer_anything(monkeypatch):
     properties = type("Properties", (), {"uuid": "12-34"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     lines = ["GPU-12-34, 77, python, train.py, 4300", "GPU-99, 78, python, 1", "GPU-12-34, 79, x, [N/A]", "?"]
-    monkeypatch.setattr(runtime, "_nvidia_smi", lambda query: lines)
-    assert runtime.gpu_processes(torch.device("cuda", 0)) == [(77, "python, train.py", 4300)]
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda query: lines)
+    assert machine.gpu_processes(torch.device("cuda", 0)) == [(77, "python, train.py", 4300)]
 
 
 @pytest.mark.parametrize(("name", "here"), [("cpu", True), ("cuda:1", True), ("cuda:2", False), ("gpu", False)])
 def test_whether_a_device_is_here(fake_gpu, name, here):
     fake_gpu((8, 0))
-    assert runtime.is_here(name) == here
+    assert machine.is_here(name) == here
 
 
 def test_a_cpus_peak_is_measured_and_told():
-    flops, note = runtime.peak_flops(torch.device("cpu"), "float32")
+    flops, note = machine.peak_flops(torch.device("cpu"), "float32")
     assert 1e8 < flops < 1e14
     assert note == f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
 
 
 def test_an_unknown_gpu_says_so_and_falls_back():
-    flops, note = runtime.gpu_peak_flops("Voodoo 2")
+    flops, note = machine.gpu_peak_flops("Voodoo 2")
     assert flops == 312e12
     assert "no peak FLOP/s is known for Voodoo 2" in note
 
@@ -107,15 +107,15 @@ def test_an_unknown_gpu_says_so_and_falls_back():
 def test_losses_are_scaled_for_float16_on_cuda_alone(monkeypatch, device, dtype, enabled):
     asked = []
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: asked.append((device, enabled)))
-    runtime.grad_scaler(torch.device(device), dtype)
+    machine.grad_scaler(torch.device(device), dtype)
     assert asked == [(device, enabled)]
 
 
 def test_generators_are_put_back():
     cpu = torch.device("cpu")
-    state = runtime.rng_state(cpu)
+    state = machine.rng_state(cpu)
     first = torch.rand(3)
-    runtime.set_rng_state(state, cpu)
+    machine.set_rng_state(state, cpu)
     assert torch.equal(torch.rand(3), first)
 
 
@@ -131,7 +131,7 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(UsageError, match="device='cuda', but its driver is too old for torch .* built for CUDA 13.0: "):
-        runtime.find_device("cuda")
+        machine.find_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch):
     ],
 )
 def test_a_gpu_for_which_torch_has_no_kernels_is_named(monkeypatch, capability, built, advice):
-    monkeypatch.setattr(runtime, "capability", lambda device: capability)
-    monkeypatch.setattr(runtime, "device_name", lambda device: "a card")
+    monkeypatch.setattr(machine, "capability", lambda device: capability)
+    monkeypatch.setattr(machine, "device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
     if not advice:
-        runtime.require_kernels(torch.device("cuda"))
+        machine.require_kernels(torch.device("cuda"))
         return
     with pytest.raises(UsageError, match=f"a card has compute capability {advice}"):
-        runtime.require_kernels(torch.device("cuda"))
+        machine.require_kernels(torch.device("cuda"))

@@ -9,7 +9,7 @@ import torch
 from nanofit.codec import END_OF_TEXT, codec_of, gpt2_bpe, load_meta
 from nanofit.errors import UsageError, first_line, usage_errors
 from nanofit.files import whole_or_not_at_all
-from nanofit.weights import activation_of, figures_of
+from nanofit.tools.weights import activation_of, figures_of
 
 # GPT-2 was released with Conv1D layers, which keep their weights transposed.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from nanofit.autofit.compiling import TRITON_CAPABILITY, refuse_mode
-from nanofit.autofit.plan import GIB
+from nanofit.units import GIB
 
 OK, WARNING, STOP = "ok", "warning", "stop"
 BFLOAT16_CAPABILITY = (8, 0)  # the oldest GPUs that compute in it

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import torchrun, train, train_on_ranks, weights_of_ranks
 
-from nanofit.distributed import ALONE, World
 from nanofit.errors import UsageError
+from nanofit.ranks import ALONE, World
 
 
 def test_one_process_is_a_world_of_its_own():
@@ -93,7 +93,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 import torch
-from nanofit.distributed import World
+from nanofit.ranks import World
 from nanofit.errors import UsageError
 
 world = World.of_torchrun()

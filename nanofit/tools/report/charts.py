@@ -8,8 +8,8 @@ import html
 
 import numpy as np
 
-from nanofit.autofit.plan import GIB
 from nanofit.errors import UsageError
+from nanofit.units import GIB
 
 try:
     from bokeh.models import (

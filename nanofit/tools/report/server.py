@@ -8,8 +8,8 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 from nanofit.errors import usage_errors
-from nanofit.report.charts import data_of
-from nanofit.report.page import page_of, texts_of
+from nanofit.tools.report.charts import data_of
+from nanofit.tools.report.page import page_of, texts_of
 
 HOST = "127.0.0.1"
 

@@ -1,9 +1,9 @@
 """The report's curves as a picture, by matplotlib."""
 
-from nanofit.autofit.plan import GIB
 from nanofit.errors import UsageError, usage_errors
-from nanofit.report.charts import COLOURS
-from nanofit.report.page import TITLES
+from nanofit.tools.report.charts import COLOURS
+from nanofit.tools.report.page import TITLES
+from nanofit.units import GIB
 
 
 def draw(runs, path):

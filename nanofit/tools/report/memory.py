@@ -13,9 +13,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from nanofit.autofit.plan import Job, MemoryLevers, Plan, from_dict
+from nanofit.autofit.plan import Job, Plan, from_dict
 from nanofit.metrics_file import FILE, starts_in
-from nanofit.report.run import CHECKPOINTS
+from nanofit.tools.report.run import CHECKPOINTS
+from nanofit.units import MemoryLevers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 FEW_LAYERS = (1, 2)  # memory is linear in n_layer: these are simulated in place of many
@@ -28,7 +29,7 @@ class Question:
         """model_file: the model.py that the runs in these folders train."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join((ROOT, os.environ.get("PYTHONPATH", "")))}
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nanofit.report.memory"], text=True, env=environment,
+            [sys.executable, "-P", "-m", "nanofit.tools.report.memory"], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._child.stdin.write(json.dumps({"model_file": model_file, "folders": folders}))

@@ -10,9 +10,8 @@ from bokeh.embed import components
 from bokeh.models import CustomJS
 from bokeh.resources import Resources
 
-from nanofit.autofit.compiling import duration
-from nanofit.autofit.plan import GIB
-from nanofit.report.charts import OUT_OF_SIGHT, PARTS, REST, charts_of, piles_of
+from nanofit.tools.report.charts import OUT_OF_SIGHT, PARTS, REST, charts_of, piles_of
+from nanofit.units import GIB, duration
 
 TOO_LITTLE = 0.05 / 1024  # GiB: a part that would be told as 0.0 MiB
 TITLES = {

@@ -16,10 +16,10 @@ import socket
 import sys
 from dataclasses import fields, is_dataclass, replace
 
-from nanofit.autofit.plan import CONTEXT_BYTES, GIB, memory_limit
 from nanofit.codec import load_meta
-from nanofit.doctor.facts import Checkpoint, DataSet, Facts, Fit, Gpu
 from nanofit.errors import UsageError, first_line
+from nanofit.tools.doctor.facts import Checkpoint, DataSet, Facts, Fit, Gpu
+from nanofit.units import CONTEXT_BYTES, GIB, memory_limit
 
 PACKAGES = (
     "torch", "numpy", "triton", "tiktoken", "datasets", "safetensors", "huggingface_hub", "transformers", "torchao",
@@ -33,7 +33,7 @@ ENDS = 2**20  # tokens at each end of a file that are looked at
 # ---- the machine -------------------------------------------------------------------------------------------
 
 
-def machine():
+def of_machine():
     """Facts of this machine and its torch. It must look before anything else asks torch for GPUs: see cuda_facts."""
     release = platform.release()
     is_wsl = "microsoft" in release.lower()
@@ -54,10 +54,10 @@ def machine():
         import torch
     except Exception as e:  # a library that it lacks, another version of numpy, half an installation
         return Facts(**known, torch_failure=f"{type(e).__name__}: {first_line(e)}")
-    from nanofit import runtime
+    from nanofit import machine
 
-    cuda = runtime.cuda_facts()
-    total, free, container = runtime.host_memory_facts()
+    cuda = machine.cuda_facts()
+    total, free, container = machine.host_memory_facts()
     return Facts(
         **known,
         memory_bytes=total,
@@ -136,16 +136,16 @@ def _nearest_folder(path):
 
 
 def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
-    from nanofit import models, runtime, settings
+    from nanofit import machine, models, settings
     from nanofit.batches import Batches
-    from nanofit.distributed import ALONE
     from nanofit.folder import RunFolder
     from nanofit.metrics import require_readers
+    from nanofit.ranks import ALONE
 
     folder = RunFolder(facts.config["out_dir"])
     config = {**facts.config, "init_from": folder.settle(facts.config["init_from"])}
     given = facts.given
-    cpu, elsewhere = runtime.find_device("cpu"), settings.is_elsewhere(config)
+    cpu, elsewhere = machine.find_device("cpu"), settings.is_elsewhere(config)
     known = {"checkpoints": _checkpoints(config["out_dir"])}
     if not (config["eval_only"] or config["dry_run"]):  # which write nothing there
         known["holder"] = re.sub(" on [^,]*", "", folder.holder())  # whose host may be another one than this
@@ -158,7 +158,7 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
             known[entry] = known.get(entry) or getattr(facts, entry) or str(e)
             return None
 
-    device = None if elsewhere else attempt("device_failure", runtime.find_device, config["device"])
+    device = None if elsewhere else attempt("device_failure", machine.find_device, config["device"])
     # What the device lacks has checks of its own.
     checked = {**config, "compile": False, "device": config["device"] if elsewhere else "cpu"}
     attempt("refusal", settings.check, checked, ALONE)
@@ -184,7 +184,7 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
         free = None
         if device:
             with contextlib.suppress(UsageError):  # where nothing tells of a CPU's memory
-                free = facts.gpu.free_bytes if facts.gpu else runtime.free_memory_bytes(device)
+                free = facts.gpu.free_bytes if facts.gpu else machine.free_memory_bytes(device)
         if model_args and (free is not None or elsewhere):
             known["fit"] = _fit(config, given, model_args, model_class, free)
     return replace(facts, **known)
@@ -216,7 +216,7 @@ def _largest_token(data_dir):
 def _fit(config, given, model_args, model_class, free):
     """The plan of `--dry_run=True`, always by simulation. free: bytes, None for a card that isn't here."""
     from nanofit import autofit
-    from nanofit.distributed import ALONE
+    from nanofit.ranks import ALONE
 
     card = config["memory_limit_gb"]
     if free is not None:

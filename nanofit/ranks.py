@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nanofit import runtime
+from nanofit import machine
 from nanofit.errors import UsageError, shown, usage_errors
 
 WAIT_MINUTES = 180.0  # longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 are not
@@ -85,16 +85,16 @@ class World:
         backend: 'nccl' (GPUs) or 'gloo' (anything). wait_minutes: after them, a rank that doesn't answer is lost.
         shared: {key: value} that all ranks must have been given; UsageError on all of them where one has others.
         """
-        device = runtime.find_device(device_name)
+        device = machine.find_device(device_name)
         if self.size == 1 and "RANK" not in os.environ:
             return device
         options = {}
         if device.type == "cuda":
             try:
-                options["device_id"] = device = runtime.find_device(f"cuda:{self.local_rank}")
+                options["device_id"] = device = machine.find_device(f"cuda:{self.local_rank}")
             except UsageError as e:
                 raise UsageError(f"rank {self.rank}: {e}", of_rank=True) from e
-            runtime.set_device(device)
+            machine.set_device(device)
         elif backend == "nccl":
             backend = "gloo"
             if self.is_main:

@@ -1,0 +1,78 @@
+"""Values that many rooms share: units, GPT-2's sizes, memory levers. Nothing of the project is imported here."""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+GIB = 2**30
+CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
+LIKES_SMALL_CHUNKS = ("cpu",)  # of logits, as its caches hold them; elsewhere, large ones are faster
+FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
+GPT2_SIZES = {  # what OpenAI released, by the name on the Hugging Face hub
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+PADDED_VOCAB_SIZE = 50304  # GPT-2's 50257, to a multiple of 64: faster matrix products
+
+
+def gib(size):
+    """Bytes for people: '2.61 GiB'."""
+    return f"{size / GIB:.2f} GiB"
+
+
+def divisors(n):
+    """All divisors of n, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def micro_batch_sizes(batch_size, per_iter):
+    """The sizes that a micro-batch may have, ascending: parts of a batch, or several of a rank's per_iter batches."""
+    return divisors(batch_size) + [batch_size * several for several in divisors(per_iter)[1:]]
+
+
+def duration(seconds):
+    """Seconds for people: '40 s', '3.3 min', '17.5 h'."""
+    if abs(seconds) >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if abs(seconds) >= 60 else f"{seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class MemoryLevers:
+    """What trades speed for memory. Each field is a key of train.py of the same name."""
+
+    recompute: bool = False  # blocks compute their activations again in the backward pass
+    optimizer_state: str = "float32"  # or '8bit', 'offload': see optimizers.py
+    loss_chunk_mb: int = 0  # MiB of logits that exist at a time; 0: by the memory there is
+    shard: bool = False  # several ranks hold one model together: see sharding.py
+    gather_once: bool = False  # with shard: weights are gathered once an iteration, not for each use
+
+    def within(self, limit_bytes, device_type="cuda"):
+        """These levers with what is left open settled for a device of so much memory (0: unknown)."""
+        if self.loss_chunk_mb:
+            return self
+        # In 16 bits this is 2% of a GPU's memory; below 128 MiB a chunk saves nothing that counts.
+        large = max(128, limit_bytes // 25 // 2**20 // 128 * 128)
+        return replace(self, loss_chunk_mb=64 if device_type in LIKES_SMALL_CHUNKS else large)
+
+    def __str__(self):
+        """The levers that are moved, for messages: ', recompute'; nothing where none is."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        moved.pop("loss_chunk_mb", None)  # it is settled everywhere, and says little
+        if not self.shard:
+            moved.pop("gather_once", None)
+        return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
+
+
+FITTED = ("recompute", "loss_chunk_mb", "shard", "gather_once")  # levers that auto-fit may move, where the user doesn't
+
+
+def memory_limit(free_bytes, memory_limit_gb):
+    """Bytes that training may reserve: what is free less a margin, or memory_limit_gb (GiB) if that is less.
+
+    The margin, 5% and at most 1 GiB, is for what the allocator doesn't count: libraries' workspaces, loaded kernels.
+    """
+    limit = int(free_bytes - min(0.05 * free_bytes, GIB))
+    return min(limit, int(memory_limit_gb * GIB)) if memory_limit_gb else limit
