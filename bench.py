@@ -45,7 +45,7 @@ device = machine.find_device(device)
 machine.set_device(device)
 torch.manual_seed(seed)
 model_args = models.sizes_of("scratch", {**config, "dropout": 0.0}, None, None, own_fields)
-settings.check_sizes(config, GPTConfig, model_args, elsewhere=False)
+models.config_of(GPTConfig, model_args)  # which may refuse them
 
 if real_data:
     batches = Batches(os.path.join("data", "openwebtext"), batch_size=batch_size, block_size=block_size, device=device)

@@ -12,7 +12,7 @@ import nanofit  # noqa: F401  # before torch, which takes seconds: see there
 # isort: split
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import checkpoint, models, settings
+from nanofit import checkpoint, models
 from nanofit.errors import UsageError
 from nanofit.files import refuse_to_replace
 from nanofit.tools import huggingface, weights
@@ -42,7 +42,6 @@ if weights_only_to:
     print(f"{source} -> {weights_only_to}: {os.path.getsize(weights_only_to) / 2**20:.1f} MiB")
 
 if to or push_to:
-    settings.check_sizes({"batch_size": 1}, GPTConfig, saved["model_args"], elsewhere=False)
     model = models.build(GPT, GPTConfig, saved["model_args"])
     models.load_weights(model, saved.pop("model"), source)
     weights.set_activation(model, saved.get("activation"))

@@ -69,7 +69,6 @@ if init_from == "resume" or init_from.endswith(weights.SUFFIX):
         name = checkpoint.name_of_model(out_dir)
         path = os.path.join(out_dir, name)
     saved = checkpoint.load(out_dir, name) if init_from == "resume" else weights.load(path)
-    settings.check_sizes({"batch_size": 1}, GPTConfig, saved["model_args"], elsewhere=False)
     model = models.build(GPT, GPTConfig, saved["model_args"])
     models.load_weights(model, saved["model"], path)
     weights.set_activation(model, saved.get("activation"))

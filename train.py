@@ -108,7 +108,7 @@ trained_with = model_args["block_size"]
 if not saved or "block_size" in given:
     model_args["block_size"] = settings.crop_to(block_size, trained_with, init_from)
 block_size = model_args["block_size"]
-settings.check_sizes(config, GPTConfig, {**model_args, "block_size": trained_with}, settings.is_elsewhere(config))
+models.config_of(GPTConfig, {**model_args, "block_size": trained_with})  # which may refuse them
 iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
 if not settings.is_elsewhere(config):
     device = world.init(backend, device, wait_minutes, settings.shared(config))
@@ -116,7 +116,7 @@ if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num, meta)
-print(*opening, *models.lacks(GPT), sep="\n")
+print(*opening, *settings.without_effect(config, given, GPTConfig, world.size), *models.lacks(GPT), sep="\n")
 fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 if dry_run:
     fit()

@@ -558,11 +558,6 @@ refused("no sizes", entry("model_args", {"n_layer": 1}), says="model_args lack n
 refused("sizes of another type", size(n_layer="1"), says="n_layer in its model_args must be of type int")
 refused("no layers", size(n_layer=0), says="n_layer must be at least 1")
 refused("negative width", size(n_embd=-16), says="n_embd must be at least 1")
-refused("layers beyond reason", size(n_layer=10**12), says=("a model of n_layer=1000000000000", "make it smaller"))
-refused("a width beyond reason", size(n_embd=10**9), says="make it smaller")
-refused("a vocabulary beyond reason", size(vocab_size=2**40), says="make it smaller")
-refused("positions beyond reason", size(block_size=2**50), says="make it smaller")
-refused("heads that don't divide a large width", size(n_embd=10**18, n_head=7), says="make it smaller")
 refused("no zip and no pickle", file("out/ckpt.pt", b"words" * 99), says="damaged or not a checkpoint")
 refused("nothing in it", cut("out/ckpt.pt", 0), says="damaged or not a checkpoint")
 refused("half of its bytes", cut("out/ckpt.pt", 9999), says="checkpoint (its end is missing)")
@@ -585,14 +580,10 @@ row("a learning rate beyond reason", learning_rate=1e30, max_iters=3, says="fini
 row("a learning rate beyond reason, one iteration", learning_rate=1e38, max_iters=0, says="finite", changes=("out",
     *STARTED))
 row("decay beyond reason", weight_decay=1e300, says="finite", changes=("out", *STARTED))
-row("a batch beyond reason", batch_size=10**13, says=("a batch of batch_size=10000000000000", "make it smaller"))
 row("a batch beyond any number", batch_size=10**30, says="whole numbers of at most 64 bits")
 row("a batch of a hundred thousand digits", argv=["--batch_size=" + "9" * 100000], says="batch_size")
-row("a width beyond reason", n_embd=10**9, says="make it smaller")
-row("a width beyond reason that doesn't divide", n_embd=10**18, n_head=7, says="make it smaller")
-row("layers beyond reason", n_layer=10**9, says="make it smaller")
+row("a width beyond reason", n_embd=2**42, says="memory", changes=("out", *STARTED))
 row("heads beyond reason", n_head=10**15, says="is not divisible by n_head")
-row("positions beyond reason", block_size=10**15, says="make it smaller")
 row("steps beyond reason on no ranks", gradient_accumulation_steps=0,
     says="gradient_accumulation_steps must be at least 1")
 row("a batch of none", batch_size=0, says="batch_size must be at least 1")
@@ -601,7 +592,6 @@ row("dropout that is nan", argv=["--dropout=nan"], says="dropout must be a numbe
 row("dropout of one", dropout=1.0, says="dropout must be at least 0 and below 1")
 row("beta of one", beta1=1.0, says="beta1 must be below 1")
 row("an infinite memory", memory_limit_gb="1e999", says="memory_limit_gb must be a finite number")
-row("memory beyond any number", memory_limit_gb=1e305, says="memory_limit_gb=1e+305 is more than any device has")
 row("a negative memory", memory_limit_gb=-1.0, says="memory_limit_gb must be at least 0")
 row("an evaluation of none", eval_iters=0, says="eval_iters must be at least 1")
 row("a chunk beyond reason", loss_chunk_mb=10**18, code=0, changes=("out", *SAVED))
@@ -639,21 +629,12 @@ row("a config file that takes a builtin's name", file("c.py", "print = len = max
     changes=("out", *SAVED))
 row("a value too deep", argv=["--batch_size=" + "[" * 9000], says="batch_size must be a whole number")
 row("no time to wait for a rank", wait_minutes=0, says="wait_minutes must be above 0")
-row("ranks without a plan", no_gpu, ranks=2, device="cuda", says=("ranks=2 is for a plan, which takes --dry_run=True "
-    "and the memory of each: --memory_limit_gb=12; to train on several, start with torchrun --nproc_per_node=2"))
-row("ranks and a memory without a plan", no_gpu, ranks=2, device="cuda", memory_limit_gb=12.0,
-    says="ranks=2 is for a plan, which takes --dry_run=True; to train on several")
 row("ranks of a plan without a memory", no_gpu, ranks=2, device="cuda", dry_run=True, gradient_accumulation_steps=2,
     says="there is no cuda here: to plan for one, say how much memory it has: --memory_limit_gb=12", never="torchrun")
-row("ranks of a device that is here", ranks=2, dry_run=True, memory_limit_gb=12.0,
-    says="a device that isn't here, and cpu is: to train on several, start with torchrun --nproc_per_node=2")
 row("a plan for a card that CUDA fills", no_gpu, device="cuda", dry_run=True, memory_limit_gb=0.3,
     says="memory_limit_gb=0.3 is the whole memory of a planned cuda, of which CUDA itself takes 0.50 GiB: give more",
     never="auto-fit")
-row("ranks under torchrun", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4"), ranks=2,
-    says="ranks=2 is for a plan in one process, and torchrun started 4: leave it out")
 row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
-row("weights to gather, of a whole model", gather_once=True, says="gather_once is for a model that ranks share out")
 row("an unknown init_from", init_from="gpt5", says="init_from must be")
 row("init_from with a zero byte", argv=["--init_from='a\\0'"], says="zero byte")
 row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")
@@ -690,8 +671,6 @@ row("meta.pkl holds a list", file("data/markov/meta.pkl", pickle.dumps([])), say
 row("meta.pkl as large as a disk", cut("data/markov/meta.pkl", 2**40), says="meta.pkl can't be read")
 row("a vocabulary of none", meta(vocab_size=0), says="must hold a dict with vocab_size")
 row("a vocabulary that is true", meta(vocab_size=True), says="must hold a dict with vocab_size")
-row("a vocabulary beyond reason", meta(vocab_size=2**40), says="make it smaller")
-row("a vocabulary beyond any number", meta(vocab_size=10**40), says="vocab_size must be a number of 64 bits")
 row("a vocabulary too small for the data", meta(vocab_size=3), says="but the vocabulary has 3", changes=("out",
     *STARTED))
 
@@ -711,7 +690,6 @@ row("a config of fractions", hugging_face(n_embd=16.5), init_from="hf", says="hf
 row("a config of infinities",
     hugging_face('{"n_layer": Infinity, "n_head": 1, "n_embd": 16, "vocab_size": 65, "n_positions": 8}'),
     init_from="hf", says="hf/config.json")
-row("a config beyond reason", hugging_face(n_embd=10**9), init_from="hf", says="make it smaller")
 row("a config of negative sizes", hugging_face(n_layer=-1), init_from="hf", says="n_layer must be a whole number")
 
 
@@ -827,15 +805,14 @@ sample("lines that Windows wrote", a_run, lambda patch: patch.setattr(sys, "stdi
 sample("a file with a byte order mark", a_run, file("p", b"\xef\xbb\xbfa"), start="FILE:p", code=0)
 sample("symbols of another data set", a_run, meta(vocab_size=200, stoi={"a": 150}, itos={150: "a"}),
     says="token 150 of data/markov/meta.pkl, and the model has a vocabulary of 65: bring the meta.pkl")
-sample("a vocabulary beyond reason", a_run, size(vocab_size=2**40), says="make it smaller")
+sample("a vocabulary beyond reason", a_run, size(vocab_size=2**42), says="memory ran out")
 sample("dropout beyond one", a_run, size(dropout=2.0), says="dropout must be")
 sample("ids beyond the symbols", a_run, meta(itos={i: 7 for i in range(65)}), says="itos the symbol of each id")
 sample("output that nobody reads", a_run, output(lambda: Broken(errno.EPIPE, 2)), says="standard output was closed")
 sample("output on a full disk", a_run, output(lambda: Broken(errno.ENOSPC, 2)), says="No space left on device")
 
 # ---- the benchmark -----------------------------------------------------------------------------------------
-row("bench: a width beyond reason", script="bench.py", n_embd=10**9, says="make it smaller")
-row("bench: a batch beyond reason", script="bench.py", batch_size=10**13, says="make it smaller")
+row("bench: a batch beyond reason", script="bench.py", batch_size=10**13, says="memory ran out")
 row("bench: no data", script="bench.py", real_data=True, says="data/openwebtext/train.bin does not exist")
 
 

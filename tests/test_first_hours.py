@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, torchrun, train, train_on_ranks
 
+from model import GPTConfig
+from nanofit import settings
 from nanofit.autofit.fitter import Fitter
 from nanofit.errors import UsageError
-from nanofit.settings import differences
+from nanofit.settings import differences, without_effect
 from nanofit.units import MemoryLevers
 
 SHORT = {"eval_interval": 5, "eval_iters": 2, "max_iters": 4}
@@ -97,10 +99,45 @@ def test_where_nothing_is_left_that_is_told_and_nothing_is_fitted_or_compiled(mo
     assert "resuming from out at iteration 5\n" in text
 
 
-def test_memory_limit_gb_says_what_it_limits():
-    text = short(memory_limit_gb=4)
-    assert "\nmemory_limit_gb: without auto_fit nothing holds a run to it on cpu\n" in text
-    assert "memory_limit_gb:" not in short(out_dir="out-b")
+def test_named_keys_that_do_nothing_are_told():
+    keys = dict(memory_limit_gb=4, gather_once=True, ranks=2, decay_lr=False, min_lr=1e-4, wandb_project="x")
+    text = short(**keys, compile=False, compile_mode="max-autotune")
+    for line in (
+        "memory_limit_gb: no effect, without auto_fit nothing holds a run on cpu to it",
+        "gather_once: no effect, shard=False",
+        "ranks: no effect, it is for plans of GPUs that aren't here; to train on several, start with torchrun",
+        "warmup_iters, lr_decay_iters, min_lr: no effect, decay_lr=False",
+        "wandb_project: no effect, wandb_log=False",
+        "compile_mode: no effect, compile=False",
+    ):
+        assert f"\n{line}\n" in text
+    assert "no effect" not in short(wandb_log=False, wandb_project="x", out_dir="out-b"), "as nanoGPT's configs have it"
+
+
+@dataclass
+class OtherSizes:
+    block_size: int = 8
+    vocab_size: int = 65
+    n_layer: int = 2
+    width: int = 16
+
+
+def test_sizes_that_a_model_does_not_have_or_brings_with_it_are_told():
+    config = run_script("train.py", *flags(**{**TOY, **SHORT, "max_iters": 0})).names["config"]
+    told = without_effect(config, {"n_embd", "dropout", "n_layer", "block_size", "width"}, OtherSizes, ranks=2)
+    assert told == ["n_embd, dropout: no effect, GPTConfig in model.py has no such field"]
+    told = without_effect({**config, "init_from": "gpt2"}, {"n_layer", "width", "block_size"}, OtherSizes, ranks=2)
+    assert told == ["n_layer, width: no effect, the model of init_from='gpt2' has its own"]
+
+
+def test_a_gpu_too_small_for_max_autotune_is_told_and_not_refused(monkeypatch):
+    config = run_script("train.py", *flags(**{**TOY, **SHORT, "max_iters": 0})).names["config"]
+    monkeypatch.setattr(settings.machine, "find_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(settings.machine, "sm_count", lambda device: 28)
+    config |= {"device": "cuda", "compile": True, "compile_mode": "max-autotune"}
+    [told] = settings.without_effect(config, {"compile_mode"}, GPTConfig, ranks=1)
+    assert told.startswith("compile_mode: no effect, Inductor tunes matrix products on 68 SMs or more")
+    assert settings.without_effect({**config, "compile_mode": "default"}, {"compile_mode"}, GPTConfig, ranks=1) == []
 
 
 def test_a_run_says_first_where_it_computes_and_on_what():
@@ -120,6 +157,24 @@ def test_what_differs_from_a_checkpoint_is_told_with_what_becomes_of_it():
     ) in text
     assert "vocab_size 65 (the checkpoint's)\n" in text
     assert "differs" not in short(init_from="resume", n_layer=2, dropout=0.25, batch_size=4, max_iters=6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"param_groups": [{"lr": 0.1, "momentum": 0.9}]},
+        {"param_groups": [{"betas": (0.9, 0.95, 0.99), "weight_decay": torch.tensor(0.1)}, {"weight_decay": 0}]},
+        {"first": {"param_groups": []}, "second": {}},
+        [{"param_groups": []}],
+        None,
+    ],
+)
+def test_whatever_optimizer_was_saved_the_differences_are_told(optimizer):
+    saved = {"model_args": {"n_layer": 2}, "config": {"weight_decay": 0.1, "beta2": 0.95}, "optimizer": optimizer}
+    config = {"weight_decay": 0.3, "beta2": 0.99}
+    stays = isinstance(optimizer, dict) and len(optimizer.get("param_groups", ())) > 1
+    [told] = differences(saved, config, set(config), MemoryLevers(), ranks=1)
+    assert told.startswith("differs, but stays" if stays else "differs from the checkpoint, and is taken"), told
 
 
 def test_what_stays_as_in_the_checkpoint_is_told_as_it_is_in_use_and_not_as_it_was_asked_for_last():

@@ -170,8 +170,8 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
         model_args = attempt("refusal", models.sizes_of, config["init_from"], config, saved, meta, own_fields)
     if model_args:
         known["vocab_size"] = model_args["vocab_size"]
-        known["checkpoint_bytes"] = 3 * settings.weight_bytes(model_args)  # and AdamW's two moments
-        attempt("refusal", settings.check_sizes, config, config_class, model_args, elsewhere)
+        known["checkpoint_bytes"] = 3 * _weight_bytes(model_args)  # and AdamW's two moments
+        attempt("refusal", models.config_of, config_class, model_args)
         if not saved or "block_size" in given:
             trained_with, asked = model_args["block_size"], config["block_size"]
             model_args["block_size"] = attempt("refusal", settings.crop_to, asked, trained_with, config["init_from"])
@@ -188,6 +188,12 @@ def _with_torch(facts, meta, data_dir, model_class, config_class, own_fields):
         if model_args and (free is not None or elsewhere):
             known["fit"] = _fit(config, given, model_args, model_class, free)
     return replace(facts, **known)
+
+
+def _weight_bytes(model_args):
+    """What the weights of a GPT of these sizes take in float32."""
+    layers, width = model_args["n_layer"], model_args["n_embd"]
+    return 4 * (layers * 12 * width**2 + (model_args["vocab_size"] + model_args["block_size"]) * width)
 
 
 def _checkpoints(out_dir):
