@@ -4,12 +4,14 @@ python bench.py --batch_size=8 --compile=False
 """
 
 import os
+import sys
 import time
 from functools import partial
 
-import nanofit  # noqa: F401  # before torch: see there
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+import nanofit
 
-# isort: split
+nanofit.start()
 import torch
 
 from configurator import configure

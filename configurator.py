@@ -221,24 +221,13 @@ def _say(line):
         print(line)
 
 
-def _when_memory_ends(namespace):
-    """What the user of a script with such keys may do then."""
-    if "auto_fit" not in namespace:
-        return "use a smaller batch_size" if "batch_size" in namespace else "use a shorter prompt or max_new_tokens"
-    if not namespace["auto_fit"]:
-        return "--auto_fit=True finds a split that fits"
-    return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
-
-
 def configure(namespace, argv=None, more=None):
     """Override the keys in namespace (a script's globals()) by config files and --key=value.
 
     more: {key: (type, default)} of further keys, which are put into namespace; a default may be None.
     Returns (config, given): all keys with their final values, and the set of those that were named.
-    Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file; from
-    here on the script shows a UsageError as one sentence.
+    Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file.
     """
-    show_errors_as_sentences(lambda: _when_memory_ends(namespace))
     argv = sys.argv[1:] if argv is None else argv
     keys = _Keys(namespace, more or {})
     for arg, following in zip(argv, [*argv[1:], ""], strict=False):  # the last has none
@@ -264,4 +253,5 @@ def configure(namespace, argv=None, more=None):
 
 
 if __name__ != "configurator":  # run by exec, in another script's globals
+    show_errors_as_sentences()
     configure(globals())

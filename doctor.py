@@ -15,9 +15,10 @@ import sys
 import types
 from dataclasses import asdict
 
-import nanofit  # noqa: F401  # before torch: see there
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+import nanofit
 
-# isort: split
+nanofit.start()
 from configurator import configure
 from nanofit.errors import UsageError
 from nanofit.tools.doctor.checks import STOP, size_of, verdicts_on
@@ -102,7 +103,9 @@ def lines_on(facts):
 
 def main(argv):
     if {"-h", "--help"} & set(argv):
-        print(__doc__.strip(), "python train.py --help lists the keys.", sep="\n")
+        print(
+            (__doc__ or "usage: python doctor.py [--json]").strip(), "python train.py --help lists the keys.", sep="\n"
+        )
         return 0
     facts = examine([argument for argument in argv if argument != "--json"])
     verdicts = verdicts_on(facts)

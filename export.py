@@ -5,11 +5,13 @@ python export.py --out_dir=out-shakespeare-char --weights_only_to=shakespeare.sa
 """
 
 import os
+import sys
 import tempfile
 
-import nanofit  # noqa: F401  # before torch, which takes seconds: see there
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+import nanofit
 
-# isort: split
+nanofit.start()
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import checkpoint, models

@@ -8,8 +8,12 @@ python report.py out --watch                        serves it on this machine wh
 import argparse
 import contextlib
 import os
+import sys
 
-import nanofit  # noqa: F401  # errors become sentences
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+import nanofit
+
+nanofit.start()
 from nanofit.errors import usage_errors
 from nanofit.files import replacing
 from nanofit.tools.report.log import Log
@@ -21,7 +25,7 @@ MODEL_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.py"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description="A run in one page.", formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="out_dir", help="a run's folder; several are compared")
     parser.add_argument(
         "--watch", nargs="?", type=int, const=0, metavar="PORT", help="serve the report on localhost, always up to date"

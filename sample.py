@@ -13,9 +13,10 @@ import sys
 from collections import deque
 from pathlib import Path
 
-import nanofit  # noqa: F401  # before torch: see there
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+import nanofit
 
-# isort: split
+nanofit.start()
 import torch
 
 from configurator import configure

@@ -13,9 +13,10 @@ import signal
 import sys
 from functools import partial
 
-import nanofit.early  # noqa: F401  # before torch: see there, and its package
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+import nanofit
 
-# isort: split
+nanofit.start(ctrl_c_ends_at_once=True)
 import torch
 
 from configurator import configure, keys_of

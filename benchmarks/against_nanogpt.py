@@ -23,8 +23,7 @@ from nanogpt import TheirForward, their_batch, their_optimizer, their_update
 
 from configurator import configure
 from model import GPT, GPTConfig
-from nanofit import machine, models, settings
-from nanofit.allocator import NAMES
+from nanofit import ALLOCATOR_VARIABLES, machine, models, settings
 from nanofit.batches import Batches
 from nanofit.optimizers import allocate_state
 from nanofit.step import train_step
@@ -131,7 +130,7 @@ with tempfile.TemporaryDirectory() as place:
         rng.integers(50257, size=1_000_000, dtype=np.uint16).tofile(os.path.join(place, f"{split}.bin"))
     command = [sys.executable, __file__, *sys.argv[1:], f"--folder={place}", "--save="]
     # nanoGPT asks nothing of torch's allocator; an empty wish is the user's, and stands.
-    asks = {"nanogpt": dict.fromkeys(NAMES, ""), "ours": {}}
+    asks = {"nanogpt": dict.fromkeys(ALLOCATOR_VARIABLES, ""), "ours": {}}
     players = [Player(name, [*command, f"--side={name}"], asks[name]) for name in SIDES]
     turns = [[player.play() for player in players] for _ in range(rounds + 1)]
     for player in players:

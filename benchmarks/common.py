@@ -10,6 +10,9 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.append(ROOT)
 
+import nanofit
+
+nanofit.start()
 import torch
 
 from nanofit import machine

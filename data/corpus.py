@@ -20,12 +20,13 @@ from pathlib import Path
 
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for nanofit
 
-from nanofit.errors import UsageError, first_line, show_errors_as_sentences, usage_errors
+import nanofit
 
-show_errors_as_sentences()  # before the larger imports, in which Ctrl-C may come
-import numpy as np  # noqa: E402
+nanofit.start()  # before the larger imports, in which Ctrl-C may come
+import numpy as np
 
-from nanofit import codec  # noqa: E402
+from nanofit import codec
+from nanofit.errors import UsageError, first_line, usage_errors
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -1,11 +1,62 @@
 """What the scripts in the root use. Arrows point down: a script uses this package, which is handed its model.
 
-Scripts import it before torch, which takes seconds and reads the environment: what goes wrong meanwhile is told as a
-sentence already.
+To import it, or a part of it, changes nothing of a process: that is for start() alone, which each script calls first.
 """
 
-from nanofit.allocator import prefer_expandable_segments
-from nanofit.errors import show_errors_as_sentences
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
 
-show_errors_as_sentences()
-prefer_expandable_segments()
+from nanofit.errors import PatientOutput, mend_standard_streams, show_errors_as_sentences
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch reads the second from 2.10 on
+
+
+def start(ctrl_c_ends_at_once=False):
+    """Everything that a script changes of its process; before torch is imported, which reads the environment.
+
+    Closed standard streams are opened, errors end the script with a sentence (see errors.py), and torch is asked for
+    memory that grows in place. ctrl_c_ends_at_once: for a script that has nothing to clean up before it listens itself.
+    """
+    mend_standard_streams()
+    show_errors_as_sentences()
+    _prefer_expandable_segments()
+    # What is ignored, as in a shell's background, stays so; and in an interactive Python, Ctrl-C is the user's.
+    interactive = sys.flags.interactive or hasattr(sys, "ps1")
+    if ctrl_c_ends_at_once and not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    _tell_attempt()
+
+
+def _prefer_expandable_segments():
+    """Ask torch's allocator for memory that grows in place, which fragments less. What the user has set stands.
+
+    Not under WSL2, whose drivers refuse it at the first allocation.
+    """
+    if sys.platform != "linux" or "microsoft" in platform.release().lower():
+        return
+    if set(ALLOCATOR_VARIABLES) & set(os.environ):
+        return
+    try:
+        release = tuple(int(n) for n in importlib.metadata.version("torch").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return  # importing torch will say so
+    os.environ[ALLOCATOR_VARIABLES[release >= (2, 10)]] = "expandable_segments:True"
+
+
+def _end(number, frame):
+    """Python would raise an exception, which is lost where it comes up in a __del__ or in a library's callback."""
+    try:
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)  # says so
+    finally:
+        os._exit(128 + number)
+
+
+def _tell_attempt():
+    """Where torchrun has started the ranks again, one of them says so."""
+    again, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    # Counts that aren't numbers are not torchrun's.
+    if os.environ.get("RANK") == "0" and again.isdecimal() and most.isdecimal() and int(again) > 0:
+        print(f"attempt {int(again) + 1} of {int(most) + 1}", file=PatientOutput(sys.stdout))

@@ -106,14 +106,11 @@ LONGEST = 1000  # characters of a sentence; a name in it may be longer
 # ---- the top frame -----------------------------------------------------------------------------------------
 
 
-def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
+def show_errors_as_sentences():
     """From here on, what a user's input, files, disk, terminal or memory can cause ends the program with a sentence.
 
     The exit code is 1, or 130 after Ctrl-C. An error of any other kind is our own mistake: it keeps its traceback.
-    when_memory_ends() says what to do then.
     """
-
-    _mend_standard_streams()
 
     def show(kind, error, trace):
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
@@ -133,7 +130,7 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
                 f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more"
             )
         elif is_out_of_memory(error):
-            sentence = f"error: {memory_sentence(error)}\n{when_memory_ends()}"
+            sentence = f"error: {memory_sentence(error)}\n{_when_memory_ends(vars(sys.modules['__main__']))}"
         elif is_lost_rank(error):
             follows = True
             sentence = lost_sentence(rank, error)
@@ -154,7 +151,18 @@ def show_errors_as_sentences(when_memory_ends=lambda: "use less at a time"):
     sys.excepthook = show
 
 
-def _mend_standard_streams():
+def _when_memory_ends(keys):
+    """What the user of a script with these keys may do then."""
+    if "auto_fit" in keys:
+        if keys["auto_fit"]:
+            return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
+        return "--auto_fit=True finds a split that fits"
+    if "max_new_tokens" in keys:
+        return "use a shorter prompt or max_new_tokens"
+    return "use a smaller batch_size" if "batch_size" in keys else "use less at a time"
+
+
+def mend_standard_streams():
     """Open those that were closed: the next file would get their number, and what libraries print with it.
 
     Characters that the locale lacks are printed as escapes.

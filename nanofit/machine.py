@@ -5,6 +5,7 @@ torch releases live here too, one place each.
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from nanofit import allocator
 from nanofit.errors import UsageError, first_line, is_old_driver, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,7 +138,7 @@ def set_device(device, limit_bytes=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     elif device.type == "cpu":
-        allocator.keep_host_memory()
+        _keep_host_memory()
     if limit_bytes:
         cap_memory(device, limit_bytes)
 
@@ -370,6 +370,26 @@ def cap_host_memory(limit_bytes):
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes + 2**30, resource.RLIM_INFINITY))
 
 
+MALLOC_NAMES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt
+
+
+def _of_glibc(name):
+    """A function of the C library, or one that does nothing where it is another library."""
+    return getattr(ctypes.CDLL(None), name, lambda *_: 0) if sys.platform == "linux" else lambda *_: 0
+
+
+def _keep_host_memory():
+    """Let this process keep what it has freed of the machine's memory for what it needs next, as torch does on GPUs.
+
+    glibc would give back blocks of some MiB at once, and in each step of training on a CPU the system would have to
+    find and clear gigabytes anew. What the user has set stands.
+    """
+    if not set(MALLOC_NAMES) & set(os.environ):
+        _of_glibc("mallopt")(MMAP_MAX, 0)
+        _of_glibc("mallopt")(TRIM_THRESHOLD, -1)
+
+
 def empty_cache(device):
     """Give back to the device what the allocator keeps without need."""
     if device.type == "cuda":
@@ -377,7 +397,7 @@ def empty_cache(device):
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
-        allocator.give_back_host_memory()
+        _of_glibc("malloc_trim")(0)
 
 
 def reset_peak_memory(device):

@@ -127,7 +127,7 @@ def probes():
 
 def interrupted(script, keys, moments):
     """Ctrl-C so many seconds after the start of a script: what it printed each time, which is no traceback."""
-    command = [sys.executable, script_of(script, "import nanofit; print('begins', flush=True)"), *keys]
+    command = [sys.executable, script_of(script, "import nanofit; nanofit.start(); print('begins', flush=True)"), *keys]
     printed = []
     for seconds in moments:
         with started(command, until="begins") as child:

@@ -267,8 +267,9 @@ def test_of_torchruns_ranks_one_speaks_and_torchrun_repeats_it():
 
 FAILS = """
 import os, time
-from nanofit.errors import UsageError, show_errors_as_sentences
-show_errors_as_sentences()
+import nanofit
+from nanofit.errors import UsageError
+nanofit.start()
 rank = os.environ["RANK"]
 {fails}
 """

@@ -329,7 +329,9 @@ def test_cuda_graphs_train_alike():
 
 HELD = """
 import sys
-import nanofit, torch
+import nanofit
+nanofit.start()
+import torch
 from model import GPT, GPTConfig
 from nanofit import gradients, models, optimizers, machine, sharding
 from nanofit.units import MemoryLevers

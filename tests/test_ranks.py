@@ -58,7 +58,7 @@ def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
 )
 def test_an_attempt_after_the_first_says_so_before_anything_else(rank, restarts, said):
     told = dict(RANK=f"{rank}", TORCHELASTIC_RESTART_COUNT=f"{restarts}", TORCHELASTIC_MAX_RESTARTS="3")
-    command = [sys.executable, "-c", "import nanofit.early; print('the rest')"]
+    command = [sys.executable, "-c", "import nanofit; nanofit.start(); print('the rest')"]
     assert (
         subprocess.run(command, env=environment(**told), capture_output=True, text=True).stdout == f"{said}the rest\n"
     )

@@ -334,6 +334,8 @@ def test_a_mistake_prints_one_sentence_and_leaves_nothing(workplace):
 )
 def test_running_out_of_memory_tells_what_to_do(argv, advice):
     code = f"""
+import nanofit
+nanofit.start()
 import torch
 from configurator import configure
 auto_fit = False

@@ -16,13 +16,16 @@ from functools import partial
 REPORT = os.fdopen(os.dup(1), "w")  # a copy that children don't inherit: compiler workers may outlive this process
 os.dup2(2, 1)  # whatever prints goes to standard error
 
+import nanofit
+
+nanofit.start()
 import torch
 from torch.overrides import TorchFunctionMode
 
 from nanofit import gradients, machine, models, sharding
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json
 from nanofit.batches import RandomBatch
-from nanofit.errors import first_line, is_out_of_memory, show_errors_as_sentences
+from nanofit.errors import first_line, is_out_of_memory
 from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.ranks import ALONE, World
 from nanofit.step import dry_step, evaluate, train_step, try_compile
@@ -182,7 +185,6 @@ def listen(jobs):
 
 
 if __name__ == "__main__":
-    show_errors_as_sentences()
     jobs, made = queue.SimpleQueue(), []
     threading.Thread(target=listen, args=(jobs,), daemon=True).start()
     while True:
