@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-from functools import partial
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
 import nanofit
@@ -21,18 +20,17 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, gradients, machine, models, settings, sharding
+from nanofit import autofit, gradients, machine, models, optimizers, settings, sharding
 from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
-from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.progress import waiting
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
-from nanofit.step import accumulate, clip, dry_step, evaluate, mean_losses, try_compile, update
-from nanofit.tools import weights
+from nanofit.run import Run
+from nanofit.step import accumulate, clip, evaluate, mean_losses, try_compile, update
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -95,13 +93,17 @@ defaults = keys_of(globals())
 own_fields = models.own_fields(GPTConfig)  # those that nanoGPT's lacks are keys too
 config, given = configure(globals(), more=own_fields)
 
-# ---- what was asked for, checked before anything is written ------------------------------------------------
+# ---- what was asked for: all that can fail cheaply is tried here, before anything is written ----------------
 world = World.of_torchrun()
-settings.check(config, world)
-dtype = config["dtype"] = settings.dtype(config, given)
 folder = RunFolder(out_dir, world)
 init_from = config["init_from"] = folder.settle(init_from)
-saved = folder.load() if init_from == "resume" else None
+saved, taken = (folder.load() if init_from == "resume" else None), {}
+if saved:
+    taken = settings.go_on_with(saved, config, given)  # every key that wasn't named
+    config |= taken
+    globals().update(taken)
+settings.check(config, world)
+dtype = config["dtype"] = settings.dtype(config, {*given, *taken})
 data_dir = os.path.join("data", dataset)
 meta = load_meta(data_dir)
 model_args = models.sizes_of(init_from, config, saved, meta, own_fields)
@@ -109,8 +111,8 @@ trained_with = model_args["block_size"]
 if not saved or "block_size" in given:
     model_args["block_size"] = settings.crop_to(block_size, trained_with, init_from)
 block_size = model_args["block_size"]
-models.config_of(GPTConfig, {**model_args, "block_size": trained_with})  # which may refuse them
-iter_num, best_val_loss = (saved["iter_num"], float(saved["best_val_loss"])) if saved else (0, 1e9)
+models.config_of(GPTConfig, {**model_args, "block_size": trained_with})
+iter_num = saved["iter_num"] if saved else 0
 if not settings.is_elsewhere(config):
     device = world.init(backend, device, wait_minutes, settings.shared(config))
 if not world.is_main:
@@ -118,25 +120,24 @@ if not world.is_main:
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num, meta)
 print(*opening, *settings.without_effect(config, given, GPTConfig, world.size), *models.lacks(GPT), sep="\n")
-fit = partial(autofit.fit, world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
-if dry_run:
-    fit()
-    world.destroy()
-    sys.exit(0)
-require_readers(config, world)
 per_rank = gradient_accumulation_steps // world.size
-shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size)
-batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, **shares)
+if not dry_run:  # which needs no data and writes nothing
+    require_readers(config, world)
+    shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size)
+    batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, **shares)
+    if not eval_only:  # which changes no file
+        folder.take()
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
-if not eval_only:  # which changes no file
-    folder.take()
 plan = autofit.as_configured(config)
-if auto_fit and settings.anything_left(config, iter_num):
-    plan = fit()
+if dry_run or (auto_fit and settings.anything_left(config, iter_num)):
+    plan = autofit.fit(world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
 elif saved:
-    plan = checkpoint.split_as_saved(saved, plan, config, given, world.size)
-plan = folder.no_larger(plan)
+    plan = autofit.as_saved(saved, plan, config, given, world.size)
+if dry_run:
+    world.destroy()
+    sys.exit(0)
+plan = autofit.no_larger(plan, out_dir, world)
 machine.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or machine.total_memory_bytes(device), device.type)
 
@@ -149,7 +150,7 @@ else:
     model_args |= {name: getattr(model.config, name) for name in model_args if name != "block_size"}
 if saved:
     models.load_weights(model, saved["model"], out_dir)
-    weights.set_activation(model, saved.get("activation"))
+    models.set_activation(model, saved.get("activation"))
     told = settings.differences(saved, config, given, levers, world.size)
     print(f"resuming from {out_dir} at iteration {iter_num}", *told, sep="\n")
 if block_size < trained_with:
@@ -158,78 +159,45 @@ if block_size < trained_with:
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 models.apply_levers(model, levers)
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
-optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
+optimizer = optimizers.make_optimizer(
+    model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device
+)
 scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 batches.start(model_args["vocab_size"], plan.micro_batch_size, world.all_gather(torch.get_rng_state())[0])
 own_gradients = gradients.of(model, world, levers)
-raw_model = model  # what is saved: without torch.compile's wrapper
 peak_flops, note = machine.peak_flops(device, dtype)
 if note:
     print(note)
-mfu_of = partial(models.share_of_peak, raw_model, batch_size * per_rank, peak_flops=peak_flops)
-metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved)
+raw_model = model  # without torch.compile's wrapper
+metrics = Metrics(
+    device, iter_num, max_iters, eval_interval, tokens_per_iter,
+    lambda seconds: models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops), saved,
+)  # fmt: skip
+run = Run(folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics)
 if saved:
-    checkpoint.restore(saved, optimizer, scaler, batches, world, device)
+    run.restore(saved)
     saved = None  # its tensors are a whole second model
 machine.empty_cache(device)
 
 # ---- what a run survives -----------------------------------------------------------------------------------
-
-
-def snapshot():
-    """What a checkpoint holds: the run at the beginning of iteration iter_num. All ranks must call it."""
-    return {
-        "model": sharding.whole_model(raw_model, world),
-        "optimizer": sharding.whole_optimizer(optimizer, world),
-        "model_args": model_args,
-        "activation": weights.activation_of(raw_model),
-        "iter_num": iter_num,
-        "best_val_loss": best_val_loss,
-        "config": config,
-        "data": batches.fingerprints,
-        "scaler": scaler.state_dict(),
-        "metrics": metrics.state(iter_num),
-        "rng": world.all_gather(here),  # of each rank, as before an evaluation: resuming repeats it
-        "split": checkpoint.split_of(batches, world, levers),
-    }
-
-
-def save(name=checkpoint.NAME):
-    """Write a checkpoint; '' or why that failed. All ranks must call it."""
-    global unsaved, saved_iter
-    try:
-        folder.save(snapshot(), name)
-        unsaved, saved_iter = "", iter_num
-    except checkpoint.SaveError as e:
-        unsaved = str(e)
-    return unsaved
-
-
-def save_where_it_stops():
-    """A last checkpoint, beside the best one where only that is kept and there is one; what to tell of it."""
-    if iter_num == 0:
-        return "nothing is trained yet, and nothing saved"
-    failure = save(folder.place_to_stop(always_save_checkpoint))
-    how = "--init_from=resume with a larger --max_iters" if iter_num > max_iters else "--init_from=resume"
-    return failure or f"checkpoint saved to {out_dir}, {how} goes on"
-
-
-here = checkpoint.rng_of(batches, device)  # as this iteration began
-unsaved, saved_iter = "", iter_num - 1  # why the last checkpoint could not be written; of which iteration it is
 signals = StopSignals()
-recovery = Recovery(world, device, batches, raw_model, scaler, save_where_it_stops, folder.note_smaller)
+recovery = Recovery(world, device, batches, model, scaler, run.stop)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
-recovery.run(partial(allocate_state, optimizer))
+for attempt in recovery.attempts():
+    with attempt:
+        optimizers.allocate_state(optimizer)
+run.rehearse()
 if plan.compile and settings.anything_left(config, iter_num):
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
-    dry = partial(dry_step, batch=batches.like_current, autocast=autocast)
-    with waiting("compiling"):  # not dynamic: sizes are few, and each gets kernels of its own
-        [(model, failure)] = recovery.run(lambda: try_compile(raw_model, dry, device, mode=compile_mode, dynamic=False))
+    for attempt in recovery.attempts():
+        with attempt, waiting("compiling"):
+            model, failure = try_compile(raw_model, device, batches.like_current, autocast, compile_mode)
     if failure:
         print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
 
 # ---- the loop ----------------------------------------------------------------------------------------------
+at_evaluation = []  # functions of the model that return more figures for an evaluation: {name: number}
 
 
 def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
@@ -247,56 +215,54 @@ if world.is_main:
     metrics.readers = open_readers(config, folder, iter_num, facts)
 metrics.start_clock()
 with signals.listening():
-    while eval_only or iter_num <= max_iters:
-        here = checkpoint.rng_of(batches, device)
+    while eval_only or run.iter_num <= max_iters:
+        run.begin_iteration()
         if stop := world.all_reduce_max(signals.received):
-            print(f"{signal.Signals(stop).name} before iteration {iter_num}: {save_where_it_stops()}")
+            print(f"{signal.Signals(stop).name} before iteration {run.iter_num}: {run.stop()}")
             world.destroy()
             sys.exit(128 + stop)
 
-        lr = get_lr(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        it = run.iter_num
+        lr = get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
+        optimizers.set_learning_rate(optimizer, lr)
 
-        if eval_only or iter_num % eval_interval == 0:
+        if eval_only or it % eval_interval == 0:
             with metrics.paused():
                 watch.check()
                 try:
-                    [own] = recovery.run(partial(evaluate, model, batches, eval_iters, autocast, world, signals.check))
+                    for attempt in recovery.attempts():
+                        with attempt:
+                            own = evaluate(model, batches, eval_iters, autocast, world, signals.check)
                 except StopRequested:
                     continue  # to the beginning of the loop, where it is looked at
                 losses = mean_losses(own, world)
-                metrics.evaluated(iter_num, lr, losses)
+                metrics.evaluated(it, lr, losses)
                 if eval_only:
                     break
-                if losses["val"] < best_val_loss or always_save_checkpoint:
-                    best_val_loss = losses["val"]
-                    if iter_num > 0:
-                        print(f"saving checkpoint to {out_dir}")
-                        if save():
-                            print(f"{unsaved}; training goes on")
+                run.evaluated(losses["val"], always_save_checkpoint)
 
-        loss, norm = recovery.run(
-            partial(accumulate, model, scaler, batches, autocast, own_gradients),
-            partial(clip, model, optimizer, scaler, grad_clip),
-        )
-        recovery.update(partial(update, optimizer, scaler, norm), optimizer)
-        watch.note(iter_num, norm)
+        for attempt in recovery.attempts():  # again, and then smaller, if memory runs out
+            with attempt:
+                loss = accumulate(model, scaler, batches, autocast, own_gradients)  # forward and backward passes
+                norm = clip(model, optimizer, scaler, grad_clip)
+        for move in recovery.moves(optimizer):
+            with move:
+                update(optimizer, scaler, norm)
+        watch.note(it, norm)
 
-        if iter_num % log_interval == 0:
+        if it % log_interval == 0:
             world.all_reduce_mean([loss])
-            metrics.iterated(iter_num, lr, loss, norm)  # waits for the GPU
+            metrics.iterated(it, lr, loss, norm)  # waits for the GPU
             watch.check()
-
-        iter_num += 1
+        run.iter_num += 1
     watch.check_at_the_end()
-    if not eval_only and saved_iter < max_iters:
-        here = checkpoint.rng_of(batches, device)
-        print(f"iteration {max_iters} was the last: {save_where_it_stops()}")
+    if not eval_only and not run.is_saved:
+        run.begin_iteration()
+        print(f"iteration {max_iters} was the last: {run.stop()}")
 
 folder.release()
 world.destroy()
 if not eval_only:
     print(f"python report.py {out_dir} shows this run")
-if unsaved or output.failure:
-    raise UsageError(unsaved or f"standard output could not be written ({output.failure}); all else was done")
+if run.unsaved or output.failure:
+    raise UsageError(run.unsaved or f"standard output could not be written ({output.failure}); all else was done")

@@ -8,26 +8,21 @@ of another run are moved aside, whole, before this one writes its first.
 import contextlib
 import errno
 import glob
-import hashlib
-import json
 import os
 import re
 import socket
+import tempfile
 import time
 import uuid
-from dataclasses import replace
+import zlib
 
 from nanofit import checkpoint
 from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
-from nanofit.errors import UsageError, shown, usage_errors
-from nanofit.files import replacing
+from nanofit.errors import UsageError, usage_errors
 from nanofit.ranks import ALONE
-from nanofit.units import micro_batch_sizes
 
 LOCK = "run.lock"
-SMALLER = "smaller.json"  # [batch_size, the micro-batch that the next attempt of a sharded run begins with]
 HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what the system says of a lock that another process has
-_held = {}  # folder: this process's hold on it. A run that ended in an error, as in a notebook, may have left it
 
 
 def run_id_of(saved):
@@ -35,17 +30,8 @@ def run_id_of(saved):
     own = saved.get("run_id")
     if isinstance(own, str) and re.fullmatch("[0-9a-f]{8}", own):  # it becomes part of a file's name
         return own
-    config = sorted(map(shown, saved.get("config", {}).items()))
-    told = [shown(saved.get("iter_num")), shown(saved.get("best_val_loss")), *config]
-    return hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:8]
-
-
-def _named_in(lock):
-    """Whom a lock file, open for reading, names as its holder."""
-    holder = ""
-    with contextlib.suppress(OSError):  # a pipe tells nothing
-        holder = os.read(lock, 200).decode(errors="replace").strip()
-    return holder or "another process"
+    told = [saved.get("iter_num"), saved.get("best_val_loss"), *sorted(map(str, saved.get("config", {}).items()))]
+    return f"{zlib.crc32(repr(told).encode(errors='replace')):08x}"
 
 
 class RunFolder:
@@ -56,13 +42,14 @@ class RunFolder:
         self.begin_anew()
         self._loaded = None  # the iteration of the checkpoint that the run goes on from
         self._alone = False  # what lies in the folder is of this run
+        self._lock = None  # the open file, while this run holds the folder
 
     def path(self, name=NAME):
         return os.path.join(self.out_dir, name)
 
     def kept_in(self, run_id):
         """The folder for what another run left here; run_id: None where it can't be told whose it is."""
-        return self.path(f"kept-of-run-{run_id}" if run_id else "kept-damaged")
+        return self.path(f"kept-of-run-{run_id}" if run_id else "kept-unreadable")
 
     def settle(self, init_from):
         """init_from, 'auto' made 'resume' where this folder holds a checkpoint, else 'scratch'."""
@@ -77,8 +64,8 @@ class RunFolder:
             last, best = (checkpoint.peek(self.path(n), whole=True) for n in (LAST, NAME))
             if last is None and best is not None:
                 raise UsageError(
-                    f"{self.path(LAST)}, where the run stopped, is damaged; {self.path()} is whole, of iteration "
-                    f"{best['iter_num']}: to go on from there, remove {self.path(LAST)}"
+                    f"{self.path(LAST)}, where the run stopped, can't be read; {self.path()} is whole, of iteration "
+                    f"{best['iter_num']}: to go on from there, move {self.path(LAST)} elsewhere"
                 )
             if last and best and run_id_of(last) != run_id_of(best):
                 print(f"{self.path(LAST)} is of another run than {self.path()} and is left alone")
@@ -89,31 +76,6 @@ class RunFolder:
         self._loaded = saved["iter_num"]
         return saved
 
-    def note_smaller(self, batch_size, size):
-        """Let the next attempt begin with micro-batches of this size; any rank may call it, for want of memory."""
-        # A full disk: the message that ends the attempt says the same.
-        with contextlib.suppress(OSError), replacing(self.path(SMALLER)) as file:
-            json.dump([batch_size, size], file)
-
-    def no_larger(self, plan):
-        """plan, or as note_smaller wants it where that is less. All ranks must call it."""
-        if not plan.levers.shard:
-            return plan
-        noted = None
-        if self.world.is_main:
-            with contextlib.suppress(OSError, ValueError, RecursionError), open(self.path(SMALLER)) as file:
-                noted = json.load(file)
-        noted = self.world.all_gather(noted)[0]
-        sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // self.world.size)
-        smaller = [size for size in sizes if noted == [plan.batch_size, size] and size < plan.micro_batch_size]
-        if not smaller:
-            return plan
-        print(
-            f"batch_size {plan.micro_batch_size} -> {smaller[0]}: memory ran out before ({self.path(SMALLER)}); on "
-            "larger GPUs, remove that file"
-        )
-        return replace(plan, micro_batch_size=smaller[0])
-
     def begin_anew(self):
         """What is saved from here on is another run's than what was loaded, which will be kept beside it."""
         self.run_id = uuid.uuid4().hex[:8]
@@ -121,7 +83,8 @@ class RunFolder:
     def take(self):
         """Make the folder and hold it until this process ends. All ranks must call it; rank 0 holds.
 
-        UsageError where they don't all go on from the same checkpoint: each machine may have a folder of its own.
+        UsageError where it can't be written to, or is another run's; and where the ranks don't all go on from the same
+        checkpoint: each machine may have a folder of its own.
         """
         found = self.world.all_gather(self._loaded)
         if len(set(found)) > 1:
@@ -134,84 +97,73 @@ class RunFolder:
             )
         self.world.agree(self._take if self.world.is_main else lambda: None)
 
-    def _take(self):
+    def try_out(self):
+        """Make the folder and write a file there, which is gone at once; UsageError where that can't be done."""
         with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be made: "):
             os.makedirs(self.out_dir, exist_ok=True)
+        with (
+            usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "),
+            tempfile.TemporaryFile(dir=self.out_dir),
+        ):
+            pass
+
+    def _take(self):
+        self.try_out()
         try:
             import fcntl
         except ImportError:
             return  # Windows has other locks; there, two runs in one folder are the user's to avoid
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # neither a link nor a wait for a pipe's end
         with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
-            lock = os.open(self.path(LOCK), flags, 0o666)
-        if self._is_held(os.fstat(lock)):
-            self.release()  # by this process, which would stand in its own way
+            self._lock = open(self.path(LOCK), "a+", errors="replace")  # noqa: SIM115  # held as long as it is open
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock of the process, so that a run in a notebook that has failed doesn't stand in the next one's way.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            holder = _named_in(lock)
-            os.close(lock)
             if e.errno in HELD:
-                raise self._in_use(holder) from e
+                raise self._in_use(self._named()) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
-        self.release()
-        _held[os.path.realpath(self.out_dir)] = lock
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-        for name in ("ckpt*.pt", "auto_fit.json", SMALLER, "sample.txt", "report.html"):
+            self._lock.truncate(0)
+            self._lock.write(
+                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            )
+            self._lock.flush()
+        for name in ("ckpt*.pt", "auto_fit.json", "sample.txt", "report.html"):
             # Of a run that was killed while it wrote.
             for part in glob.glob(os.path.join(glob.escape(self.out_dir), f"{name}.*.part")):
                 with contextlib.suppress(OSError):
                     os.remove(part)
 
+    def _named(self):
+        """Whom the lock file names as its holder."""
+        self._lock.seek(0)
+        return self._lock.read(200).strip() or "another process"
+
     def holder(self):
-        """Who else holds the folder, in words; '' where nobody does or that can't be known. Nothing is written."""
-        try:
+        """Who else holds the folder, in words; '' where nobody does or that can't be known. Nothing is written.
+
+        Not for a run that holds the folder itself: to look would give it up.
+        """
+        with contextlib.suppress(ImportError, OSError), open(self.path(LOCK), errors="replace") as lock:
             import fcntl
 
-            lock = os.open(self.path(LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except (ImportError, OSError):
-            return ""
-        try:
-            if not self._is_held(os.fstat(lock)):
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as e:
-            return _named_in(lock) if e.errno in HELD else ""
-        finally:
-            os.close(lock)  # and with it the lock, if it was free
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as e:
+                return (lock.read(200).strip() or "another process") if e.errno in HELD else ""
         return ""
 
     def _in_use(self, holder):
         return UsageError(f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir")
 
-    def _is_held(self, status):
-        """Whether the lock file of this status is the one that this process holds."""
-        lock = _held.get(os.path.realpath(self.out_dir))
-        return lock is not None and os.path.samestat(os.fstat(lock), status)
-
-    def _hold_on(self):
-        """Take the folder again where somebody has removed the lock file. Raises SaveError where another run has it."""
-        there = os.path.exists(self.path(LOCK))
-        if os.path.realpath(self.out_dir) not in _held or (there and self._is_held(os.stat(self.path(LOCK)))):
-            return
-        try:
-            self._take()
-        except UsageError as e:
-            raise SaveError(f"not saved: {self.path(LOCK)} was removed, and {e}") from e
-        if there:  # of a run that came meanwhile: what it left may be newer than what this one went on from
-            self.begin_anew()
-            self._alone = False
-
     def release(self):
         """Let another run have the folder; when a process ends, that happens by itself."""
-        lock = _held.pop(os.path.realpath(self.out_dir), None)
-        if lock is not None:
+        if self._lock:
             with contextlib.suppress(OSError):
-                os.ftruncate(lock, 0)
-            os.close(lock)
+                self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
 
     def place_to_stop(self, always_save):
         """Where a run that stops is saved: in ckpt.pt, but beside it where that is this run's best and must stay."""
@@ -226,7 +178,6 @@ class RunFolder:
         failure = ""
         if self.world.is_main:
             try:
-                self._hold_on()
                 whole = {**snapshot, "run_id": self.run_id}
                 checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others())
             except SaveError as e:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import os
 import sys
 import traceback
@@ -127,6 +128,17 @@ def load_weights(model, weights, where):
     except RuntimeError as e:  # torch lists everything that differs, one line each: the first tells enough
         first = str(e).splitlines()[:2][-1].strip()[:200]
         raise UsageError(f"{where}: its weights don't fit its model_args: {first}") from e
+
+
+def is_finite(model):
+    """Whether the weights that a model trains are finite; buffers and frozen weights may hold what they like."""
+    for weight in (p for p in model.parameters() if p.requires_grad and p.numel()):
+        weight = weight.detach()
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # a rank looks at its share
+        weight = torch.view_as_real(weight) if weight.is_complex() else weight
+        if weight.numel() and not all(map(math.isfinite, map(float, torch.aminmax(weight)))):  # takes no memory
+            return False
+    return True
 
 
 def file_of(model_class):

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -56,8 +56,48 @@ class StopSignals:
             raise StopRequested
 
 
+class _Attempt:
+    """One try of an iteration or an evaluation; a `with` block that keeps back what may be tried again."""
+
+    def __init__(self):
+        self.kind, self.said = "", ""  # what went wrong on this rank: '', 'stop', 'data' or 'memory'; a sentence
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, StopRequested):
+            self.kind = "stop"
+        elif is_out_of_memory(error):
+            self.kind, self.said = "memory", memory_sentence(error)
+        elif isinstance(error, (UsageError, OSError)):
+            self.kind, self.said = "data", str(error)
+        return bool(self.kind)
+
+
+class _Move:
+    """One call of an optimizer; a `with` block that keeps back want of memory if nothing has moved yet."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.again = optimizer, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        # Fused AdamW counts a group's steps before it moves the group: where all counts are alike, nothing moved.
+        if is_out_of_memory(error) and all(group.get("fused") for group in self.optimizer.param_groups):
+            states = self.optimizer.state.values()
+            self.again = len({float(state["step"]) for state in states if "step" in state}) == 1
+        return self.again
+
+
 class Recovery:
-    """Runs parts of training, again in smaller pieces where memory runs out in them.
+    """Lets parts of training be tried again, in smaller pieces where memory runs out in them:
+
+        for attempt in recovery.attempts():
+            with attempt:
+                ...  # computes, and moves nothing except batches and random generators
 
     batches: cut into smaller micro-batches, so that what they say of the split is always true. give_up(): saves what
     can be saved before an error ends the run on all ranks; returns what to tell of it. note_smaller(batch_size, size):
@@ -69,65 +109,53 @@ class Recovery:
         self.scaler, self.give_up, self.note_smaller = scaler, give_up, note_smaller
         self._ran_out = 0  # iterations and evaluations in which memory ran out so far
 
-    def run(self, *parts):
-        """The values of parts, called in turn, which compute but move nothing except batches and random generators.
+    def attempts(self):
+        """Attempts, up to the first that succeeds on all ranks. All ranks must go through them.
 
-        All ranks must call it. A part begins once the one before is through on all ranks. If memory ran out on one, all
-        of them begin again with the first: once as before, with what the allocator kept given back, and then, or
-        where that has happened before, with micro-batches of half the size. Raises StopRequested, or a UsageError where
-        the data can't be read or not even one sequence fits any more; of a sharded model, wherever memory ran out.
+        If memory ran out on one rank, all begin again: once as before, with what the allocator kept given back, and
+        then, or where that has happened before, with micro-batches of half the size. Raises StopRequested, or a
+        UsageError where the data can't be read or not even one sequence fits any more; of a sharded model, wherever
+        memory ran out.
         """
         place, generators = self.batches.state_dict(), machine.rng_state(self.device)
-        attempts = 0
+        tried = 0
         while True:
-            values = []
-            for part in parts:
-                kind, said = "", ""
-                try:
-                    if attempts and not values:
-                        self._go_back(place, generators)
-                    values.append(part())
-                except StopRequested:
-                    kind = "stop"
-                except (UsageError, OSError) as e:
-                    kind, said = "data", str(e)
-                except (RuntimeError, MemoryError) as e:
-                    if not is_out_of_memory(e):
-                        raise
-                    kind, said = "memory", memory_sentence(e)
-                if kind and self.world.sharded:
-                    self._leave(kind, said)
-                # Here, behind the except blocks, the traceback and the tensors of its frames are gone.
-                if self.world.all_reduce_max(int(bool(kind))):
-                    break
-            else:
-                return values
-            values = None
+            attempt = _Attempt()
+            if tried:
+                with attempt:  # reading the data again may fail, too
+                    self._go_back(place, generators)
+            if not attempt.kind:
+                yield attempt
+            # Here, behind the with block, the error's traceback and the tensors of its frames are gone.
+            if attempt.kind and self.world.sharded:
+                self._leave(attempt.kind, attempt.said)
+            if not self.world.all_reduce_max(int(bool(attempt.kind))):
+                return
             self._drop_gradients()
-            told = [(rank, *answer) for rank, answer in enumerate(self.world.all_gather((kind, said))) if answer[0]]
-            kinds = {kind for _, kind, _ in told}
-            if "data" in kinds:
-                self._fail(next(said for _, kind, said in told if kind == "data"))
-            if "stop" in kinds:
+            answers = self.world.all_gather((attempt.kind, attempt.said))
+            told = [(rank, kind, said) for rank, (kind, said) in enumerate(answers) if kind]
+            if spoiled := [said for _, kind, said in told if kind == "data"]:
+                self._fail(spoiled[0])
+            if any(kind == "stop" for _, kind, _ in told):
                 self._go_back(place, generators)  # what is done again on resuming begins here
                 raise StopRequested
             rank, _, said = told[0]
-            self._ran_out += not attempts
+            self._ran_out += not tried
             where = f"rank {rank}: {said}" if self.world.size > 1 else said
-            self._make_room(where, same_size=not attempts and self._ran_out <= 2)
-            attempts += 1
+            self._make_room(where, same_size=not tried and self._ran_out <= 2)
+            tried += 1
 
-    def update(self, part, optimizer):
-        """Call part(), which moves the weights; once more if memory ran out before anything moved."""
-        try:
-            return part()
-        except (RuntimeError, MemoryError) as e:
-            # Fused AdamW counts a group's steps before it moves the group: where all counts are alike, nothing moved.
-            steps = {float(state["step"]) for state in optimizer.state.values()}
-            if not is_out_of_memory(e) or not optimizer.defaults.get("fused") or len(steps) != 1:
-                raise
-        machine.empty_cache(self.device)
-        return part()
+    def moves(self, optimizer):
+        """As attempts, for what moves the weights: once more if memory ran out before anything moved."""
+        first = _Move(optimizer)
+        yield first
+        if first.again:
+            machine.empty_cache(self.device)
+            yield nullcontext()
+
+    def _go_back(self, place, generators):
+        self.batches.load_state_dict(place)
+        machine.set_rng_state(generators, self.device)
 
     def _leave(self, kind, said):
         """End a sharded run from one rank: the others are waiting for its shares, and can't be asked."""
@@ -145,10 +173,6 @@ class Recovery:
         """The next micro-batch size, half the current or less, or None."""
         sizes = micro_batch_sizes(self.batches.batch_size, self.batches.per_iter)
         return max((s for s in sizes if s <= self.batches.micro_batch_size // 2), default=None)
-
-    def _go_back(self, place, generators):
-        self.batches.load_state_dict(place)
-        machine.set_rng_state(generators, self.device)
 
     def _drop_gradients(self):
         self.model.zero_grad(set_to_none=True)

@@ -235,3 +235,22 @@ def crop_to(block_size, trained_with, init_from):
             f"init_from={init_from!r} was trained with: set --block_size={trained_with} or less"
         )
     return block_size
+
+
+# What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
+NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "ranks")
+
+
+def go_on_with(saved, config, given):
+    """{key: value} of the keys that a resumed run takes from its checkpoint: those that weren't named.
+
+    The device and its precision are taken where this machine has that device.
+    """
+    taken = {}
+    for key, value in saved["config"].items():
+        if key in config and key not in (*given, *NOT_TAKEN) and type(value) is type(config[key]):
+            taken[key] = value
+    device = taken.get("device", config["device"])
+    if not machine.is_here(device) or device != saved["config"].get("device"):
+        taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
+    return taken

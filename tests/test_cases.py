@@ -315,7 +315,7 @@ def hugging_face(text=None, **more):
 
 def lock(patch):
     """A lock that another run holds. (Its file is never closed: the lock goes with this process.)"""
-    fcntl.flock(os.open(LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
+    fcntl.lockf(os.open(LOCK, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
 
 
 class Broken(io.StringIO):
@@ -362,8 +362,8 @@ row("this run's last is where it goes on", a_run, last_of(5), init_from="resume"
 row("an earlier last is left", a_run, last_of(3), init_from="resume", max_iters=6, code=0,
     says="resuming from out at iteration 4", changes=("out/ckpt*", *STARTED))
 row("a damaged last beside a whole best", a_run, last_of(5), damaged("out/ckpt.last.pt"), init_from="resume",
-    says="to go on from there, remove out/ckpt.last.pt")
-row("a last that is empty", a_run, file("out/ckpt.last.pt"), init_from="resume", says="remove out/ckpt.last.pt")
+    says="to go on from there, move out/ckpt.last.pt elsewhere")
+row("a last that is empty", a_run, file("out/ckpt.last.pt"), init_from="resume", says="move out/ckpt.last.pt elsewhere")
 row("a damaged last, and the advice", a_run, last_of(5), damaged("out/ckpt.last.pt"), gone("out/ckpt.last.pt"),
     init_from="resume", max_iters=6, code=0, says="resuming from out at iteration 4", changes=SAVED)
 row("a damaged checkpoint beside the one before", a_run, damaged("out/ckpt.pt"), init_from="resume", says=("damaged",
@@ -372,7 +372,7 @@ row("a damaged checkpoint, and the advice", a_run, damaged("out/ckpt.pt"), gone(
     moved("out/ckpt.prev.pt", "out/ckpt.pt"), init_from="resume", max_iters=6, code=0, changes=SAVED,
     says="resuming from out at iteration 2")
 row("all three damaged", a_run, last_of(5), *(damaged(f"out/ckpt{n}.pt") for n in ("", ".prev", ".last")),
-    init_from="resume", says="out/ckpt.pt can't be read, it is damaged", never="is whole")
+    init_from="resume", says="out/ckpt.pt is damaged", never="is whole")
 row("a damaged checkpoint, from scratch: it is kept", a_run, damaged("out/ckpt.pt"), code=0,
     says="out/ckpt.pt, of iteration 4, is another run's: kept", changes=("out/*",))
 row("a cropped block_size keeps what was before", a_run, init_from="resume", block_size=4, max_iters=6, code=0,
@@ -385,43 +385,27 @@ row("what was there before a crop goes on where it was kept", *WITH_AN_ID, train
     max_iters=6), init_from="resume", out_dir=KEPT, max_iters=6, code=0, never="cropped", changes=(f"{KEPT}/*",),
     says=(f"resuming from {KEPT} at iteration 4", "tokens per iteration will be: 16"))
 row("a larger block_size", a_run, init_from="resume", block_size=16, says="set --block_size=8 or less")
-row("a part that is a link to somebody's file", a_run, file("theirs", "words"), link("out/ckpt.pt.part", "../theirs"),
-    init_from="resume", max_iters=6, code=0, changes=SAVED)
 row("a part of another program", a_run, file("out/film.part", "half"), init_from="resume", max_iters=6, code=0,
     changes=SAVED)
 row("parts of a killed run", a_run, file("out/ckpt.pt.abc.part", "half"), file("out/auto_fit.json.x.part"),
     file("out/sample.txt.x.part"), file("out/report.html.x.part"), init_from="resume", max_iters=6, code=0,
     changes=(*SAVED, "out/*.part"))
-row("no locks on this file system", fails("fcntl.flock", errno.ENOLCK), code=0, changes=("out", *SAVED),
+row("no locks on this file system", fails("fcntl.lockf", errno.ENOLCK), code=0, changes=("out", *SAVED),
     says="out can't be locked (No locks available): make sure that no other run writes there")
-row("no locks at all", fails("fcntl.flock", errno.ENOSYS), code=0, changes=("out", *SAVED), says="can't be locked")
-row("somebody holds the lock", a_run, file(LOCK, "process 7 on there\n"), fails("fcntl.flock", errno.EWOULDBLOCK),
+row("no locks at all", fails("fcntl.lockf", errno.ENOSYS), code=0, changes=("out", *SAVED), says="can't be locked")
+row("somebody holds the lock", a_run, file(LOCK, "process 7 on there\n"), fails("fcntl.lockf", errno.EWOULDBLOCK),
     init_from="resume", says="out_dir='out' is in use by process 7 on there: let it end, or give another --out_dir")
-row("somebody holds the lock, who wrote no name", file(LOCK), fails("fcntl.flock", errno.EWOULDBLOCK),
+row("somebody holds the lock, who wrote no name", file(LOCK), fails("fcntl.lockf", errno.EWOULDBLOCK),
     says="in use by another process")
 row("a lock that is really held", folder("out"), lock, says="in use by another process")
-row("a lock that is removed in mid-run", a_run, meanwhile(gone(LOCK)), init_from="resume", max_iters=6, code=0,
-    changes=SAVED, never=("another run", "not saved"))
-row("a lock that is removed, and taken", a_run, meanwhile(gone(LOCK), lock), changes=(*STARTED, "out/kept-*"),
-    says="not saved: out/run.lock was removed, and out_dir='out' is in use by another process: let it end")
-row("a lock that is removed, and another came and went", a_run, meanwhile(gone(LOCK), file(LOCK),
-    entry("run_id", "0123abcd"), entry("iter_num", 99)), init_from="resume", max_iters=6, code=0, changes="out/*",
-    says="out/ckpt.pt, of iteration 99, is another run's: kept as out/kept-of-run-0123abcd/ckpt.pt")
 row("a folder that is removed in mid-run", a_run, meanwhile(lambda patch: shutil.rmtree("out")), init_from="resume",
     max_iters=6, code=0, changes="out/*", never="not saved")
-row("a lock that is a link", file("theirs", "words"), folder("out"), link(LOCK, "../theirs"), says="can't be written")
 row("a lock that is a folder", folder(LOCK), says="out_dir='out' can't be written to")
-row("a lock that is a pipe", pipe(LOCK), code=0, changes=SAVED)
 row("no second names on this file system", a_run, fails("os.link", errno.EPERM), init_from="resume", max_iters=6,
     code=0, changes=(*STARTED, "out/ckpt.pt"))
-row("a checkpoint that is a folder", folder("out/ckpt.pt"), code=0, says="kept-damaged", changes=("out/*",))
-row("a checkpoint that is a pipe", pipe("out/ckpt.pt"), code=0, says="kept-damaged", changes=("out/*",))
+row("a checkpoint that is a folder", folder("out/ckpt.pt"), code=0, says="kept-unreadable", changes=("out/*",))
 row("a checkpoint that is a link to nothing", folder("out"), link("out/ckpt.pt", "nowhere"), code=0,
-    says="kept-damaged", changes=("out/*",))
-row("a previous checkpoint that is a folder", a_run, gone("out/ckpt.prev.pt"), folder("out/ckpt.prev.pt/in"), code=0,
-    init_from="resume", max_iters=6, says="kept-damaged", changes=("out/*",))
-row("a last one that is a pipe", a_run, pipe("out/ckpt.last.pt"), init_from="resume", max_iters=6, code=0,
-    says="kept-damaged", changes=("out/*",))
+    says="kept-unreadable", changes=("out/*",))
 
 # ---- folders -----------------------------------------------------------------------------------------------
 row("out_dir is a file", file("out", "words"), says="out_dir='out' can't be made")
@@ -439,10 +423,6 @@ row("and a run that goes on there", a_run, moved("out", os.fsdecode(b"out-\xff")
 row("a read-only disk", fails("os.makedirs", errno.EROFS), says="Read-only file system")
 row("a read-only folder", folder("out"), fails("os.open", errno.EROFS), says="Read-only file system")
 row("nothing to resume", init_from="resume", says="there is no checkpoint out/ckpt.pt: train with --out_dir=out first")
-row("resume where a folder has its name", folder("out/ckpt.pt"), init_from="resume", says="there is no checkpoint")
-row("resume where a pipe has its name", pipe("out/ckpt.pt"), init_from="resume", says="there is no checkpoint")
-row("resume where a device has its name", folder("out"), link("out/ckpt.pt", "/dev/zero"), init_from="resume",
-    says="there is no checkpoint")
 
 # ---- the disk ----------------------------------------------------------------------------------------------
 row("a full disk", fails("torch.save", errno.ENOSPC), changes=("out", *STARTED),
@@ -477,94 +457,20 @@ def refused(what, *given, says, **keys):
 
 
 WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
-refused("a key of tuples in tuples", endless(zipped=True), says="it is damaged or not a checkpoint")
-refused("and so in torch's old form, tuples", endless(zipped=False), says="it is damaged or not a checkpoint")
 NAN = of_model(FC, lambda w: w[0, 0].fill_(math.nan))
-refused("a weight that is nan", NAN, says="weights that are not finite: to go on from the one before it, rename "
-    "out/ckpt.prev.pt to ckpt.pt")
-row("a weight that is nan, and the advice", a_run, NAN, moved("out/ckpt.prev.pt", "out/ckpt.pt"), init_from="resume",
-    max_iters=6, code=0, says="resuming from out at iteration 2", changes=SAVED)
-refused("a weight that is nan, and none before it", NAN, gone("out/ckpt.prev.pt"), says="not finite: take another")
-refused("a weight that is nan in the last one", NAN, moved("out/ckpt.pt", "out/ckpt.last.pt"),
-    moved("out/ckpt.prev.pt", "out/ckpt.pt"), says="out/ckpt.last.pt holds weights that are not finite: to go on from "
-    "out/ckpt.pt, remove it")
-refused("a weight that is infinite", of_model(WTE, lambda w: w[1].fill_(math.inf)), says="weights that are not finite")
-refused("complex weights", held(lambda c: c["model"].update({FC: c["model"][FC].to(torch.complex64)})),
-    says="model must be tensors of real numbers")
+refused("a weight that is nan", NAN, says="weights that are not finite")
 refused("a weight of another shape", held(lambda c: c["model"].update({FC: torch.zeros(3, 3)})), says="size mismatch")
-refused("a weight that stands for a whole disk", held(lambda c: c["model"].update({FC: torch.zeros(1).expand(2**20,
-    2**20)})), says="damaged")
-refused("a weight that is no tensor", held(lambda c: c["model"].update({FC: [1]})),
-    says="model must be tensors of real numbers by name")
-refused("a weight of 8 bits", held(lambda c: c["model"].update({FC: c["model"][FC].to(torch.float8_e4m3fn)})), says=())
-refused("a weight without memory", held(lambda c: c["model"].update({FC: torch.empty(64, 16, device="meta")})),
-    says="damaged")
-refused("a sparse weight", held(lambda c: c["model"].update({FC: c["model"][FC].to_sparse()})), says="damaged")
 refused("no weights", entry("model", {}), says="it lacks model")
 refused("a weight missing", held(lambda c: (c["model"].pop(FC), None)[1]), says="Missing key")
-refused("ten thousand weights too many",
-    held(lambda c: c["model"].update({f"w{i}": torch.zeros(1) for i in range(10000)})),
-    says="weights don't fit its model_args")
-refused("moments that are nan", moments(lambda m: m["exp_avg"].fill_(math.nan)), says="exp_avg of weight 0")
-refused("negative squares", moments(lambda m: m["exp_avg_sq"].fill_(-1)), says="exp_avg_sq of weight 0")
-refused("complex moments", moments(lambda m: m.update(exp_avg=m["exp_avg"] * 1j)), says="exp_avg of weight 0")
-refused("a negative step", moments(lambda m: m["step"].fill_(-5)), says="step of weight 0")
-refused("a step that is a nan", moments(lambda m: m.update(step=math.nan)), says="step of weight 0")
-refused("a step that is a word", moments(lambda m: m.update(step="three")), says="step of weight 0")
-refused("a step of many numbers", moments(lambda m: m.update(step=torch.ones(3))), says="step of weight 0")
-refused("half of the moments", moments(lambda m: m.pop("exp_avg_sq")), says="exp_avg_sq of weight 0")
-refused("a moment that is no tensor", moments(lambda m: m.update(exp_avg=0.5)), says="exp_avg of weight 0")
-refused("moments of another shape", moments(lambda m: m.update(exp_avg=torch.zeros(2))), says="exp_avg of weight 0")
-refused("moments of a weight that isn't there", held(lambda c: c["optimizer"]["state"].update({99: {},
-    98: c["optimizer"]["state"][0]})), says="optimizer")
-refused("moments by name", held(lambda c: c["optimizer"].update(state={"a": c["optimizer"]["state"][0]})),
-    says="optimizer")
-refused("an optimizer that climbs", group(maximize=True), says="maximize")
-refused("another optimizer", group(amsgrad=True), says="amsgrad")
-refused("eps that is nan", group(eps=math.nan), says="eps")
-refused("a negative eps", group(eps=-1.0), says="eps")
-refused("a negative decay", group(weight_decay=-5.0), says="weight_decay")
-refused("betas beyond one", group(betas=(5.0, 5.0)), says="betas")
-refused("betas that are nan", group(betas=(math.nan, 0.9)), says="betas")
-refused("betas that are a word", group(betas="ab"), says="betas")
 refused("one group", held(lambda c: (c["optimizer"]["param_groups"].pop(), None)[1]), says="optimizer")
 refused("groups without weights", group(params=[]), says="optimizer")
-refused("a group of one weight twice", held(lambda c: c["optimizer"]["param_groups"][0]["params"].__setitem__(0, 1)),
-    says="optimizer")
 refused("no optimizer", entry("optimizer", None), says="it lacks optimizer")
-refused("an optimizer that is a list", entry("optimizer", [1]), says="optimizer must be the state_dict of AdamW")
-refused("a negative iter_num", entry("iter_num", -3), says="iter_num must be a whole number")
-refused("a fraction of an iteration", entry("iter_num", 2.5), says="iter_num must be a whole number")
-refused("an iter_num that is true", entry("iter_num", True), says="iter_num must be a whole number")
-refused("an iter_num beyond any run", entry("iter_num", 10**30), says="iter_num must be a whole number")
-refused("a best loss that is nan", entry("best_val_loss", math.nan), says="best_val_loss must be a finite number")
-refused("a best loss that is complex", entry("best_val_loss", torch.tensor(1j)), says="best_val_loss")
-refused("a best loss that is a word", entry("best_val_loss", "good"), says="best_val_loss must be a finite number")
-refused("a config that is a list", entry("config", [1]), says="config must be a dict of keys")
-refused("generators that are a number", entry("rng", 5), says="its rng is damaged")
-refused("generators that are empty", entry("rng", [{}]), says="its rng is damaged")
-refused("a generator's state of zeros", held(lambda c: (c["rng"][0]["generators"]["cpu"].zero_(), None)[1]),
-    says="its rng is damaged")
-refused("generators of None", entry("rng", [None]), says="its rng is damaged")
-refused("data's states that are no tensors", held(lambda c: c["rng"][0]["data"].update(after=3)),
-    says="its rng is damaged")
-refused("data that is a number", entry("data", 5), says="data must be two whole numbers for each split")
-refused("data of tensors", entry("data", {"train": torch.ones(2), "val": torch.ones(3)}), says=())
-refused("a split that doesn't divide", entry("split", {"of": [2, 1], "into": [3, 1]}), says="split")
-refused("a split that is a word", entry("split", "half"), says="split must be")
-refused("a split with levers of tomorrow", entry("split", {"of": [2, 1], "into": [1, 2], "levers": {"warp": 9}}),
-    says="split")
-refused("no sizes", entry("model_args", {"n_layer": 1}), says="model_args lack n_head")
-refused("sizes of another type", size(n_layer="1"), says="n_layer in its model_args must be of type int")
 refused("no layers", size(n_layer=0), says="n_layer must be at least 1")
-refused("negative width", size(n_embd=-16), says="n_embd must be at least 1")
 refused("no zip and no pickle", file("out/ckpt.pt", b"words" * 99), says="damaged or not a checkpoint")
 refused("nothing in it", cut("out/ckpt.pt", 0), says="damaged or not a checkpoint")
-refused("half of its bytes", cut("out/ckpt.pt", 9999), says="checkpoint (its end is missing)")
 refused("a list in it", held(lambda c: [1, 2]), says="not a checkpoint of a training run: it lacks")
-refused("a tensor in it", held(lambda c: torch.zeros(3)), says="it lacks")
-refused("code in it", file("out/ckpt.pt", pickle.dumps(print)), says="it holds more than plain data",
-    never="weights_only")
+refused("code in it", file("out/ckpt.pt", pickle.dumps(print)),
+    says="it holds more than plain data")
 row("a config of odd values", a_run, held(lambda c: c["config"].update(batch_size=torch.ones(3), seed=None)),
     init_from="resume", max_iters=6, code=0, changes=SAVED)
 row("an id that is a path", a_run, entry("run_id", "../../x"), code=0, changes="out/*", never="kept-of-run-\\.\\.")
@@ -711,7 +617,7 @@ for what, made in {
     "of numbers of tomorrow": dict(tensors={"a": tensor(0, 16, "F99")}, data=bytes(16)),
 }.items():
     row(f"weights alone, with a header {what}", safetensors("w.safetensors", **made), script="sample.py",
-        init_from="w.safetensors", says="w.safetensors can't be read, it is damaged or not a file of weights")
+        init_from="w.safetensors", says="w.safetensors is damaged or not a file of weights")
     row(f"a folder's weights, with a header {what}", hugging_face(), safetensors("hf/model.safetensors", **made),
         init_from="hf", says="init_from='hf'", changes=("out", *STARTED))
 row("an index of weights outside the folder", hugging_face(), file("theirs.safetensors", "words"),

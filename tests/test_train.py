@@ -152,7 +152,7 @@ def test_auto_begins_and_goes_on_by_the_same_command():
 def test_auto_does_not_begin_anew_over_a_checkpoint_that_is_damaged():
     train(max_iters=10, init_from="auto")
     Path("out/ckpt.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(UsageError, match="out/ckpt.pt can't be read"):
+    with pytest.raises(UsageError, match="out/ckpt.pt is damaged"):
         train(max_iters=10, init_from="auto")
 
 
@@ -303,10 +303,10 @@ def test_a_damaged_checkpoint(workplace):
     train(max_iters=10)
     path = workplace / "out" / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UsageError, match=r"out/ckpt.pt can't be read, .* not a checkpoint \(its end is missing\)"):
+    with pytest.raises(UsageError, match="out/ckpt.pt is damaged or not a checkpoint .its end is missing"):
         train(init_from="resume")
     torch.save({"model": {}}, path)
-    with pytest.raises(UsageError, match="it lacks model, model_args, optimizer, iter_num, best_val_loss, config"):
+    with pytest.raises(UsageError, match="it lacks model, model_args, optimizer, iter_num, best_val_loss"):
         train(init_from="resume")
 
 

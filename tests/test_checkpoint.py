@@ -1,0 +1,188 @@
+"""ckpt.pt, whatever model, optimizer or loss is in it: what is written is read again."""
+
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TOY, environment, flags, run_script, train
+
+import model as our_model
+from nanofit import checkpoint
+from nanofit.errors import UsageError
+
+TINY = dict(n_layer=1, n_embd=32, block_size=16, batch_size=4, eval_interval=5, eval_iters=2)
+
+
+def changed_model(monkeypatch, change):
+    """Let every GPT that is made be changed: change(model)."""
+    init = our_model.GPT.__init__
+
+    def changed(self, config):
+        init(self, config)
+        change(self)
+
+    monkeypatch.setattr(our_model.GPT, "__init__", changed)
+
+
+def with_mask(model):
+    size = model.config.block_size
+    model.register_buffer("mask", torch.triu(torch.full((size, size), -math.inf), 1))
+    model.register_buffer("turns", torch.polar(torch.ones(4), torch.arange(4.0)))
+    model.register_buffer("flags", torch.tensor([True, False]))
+    model.register_buffer("empty", torch.zeros(0))
+
+
+def with_odd_parameters(model):
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))  # of no dimensions
+    model.double = torch.nn.Parameter(torch.ones(3, dtype=torch.double))
+    model.frozen = torch.nn.Parameter(torch.full((2, 2), -math.inf), requires_grad=False)
+    for p in model.transformer.ln_f.parameters():
+        p.data = p.data.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [with_mask, with_odd_parameters])
+def test_what_a_model_may_hold_is_saved_and_goes_on(monkeypatch, change):
+    changed_model(monkeypatch, change)
+    if change is with_odd_parameters:
+        forward = our_model.LayerNorm.forward
+        monkeypatch.setattr(our_model.LayerNorm, "forward", lambda norm, x: forward(norm.float(), x))
+    keys = {**TINY, "grad_clip": 0.0}
+    whole = train(**keys, max_iters=12, out_dir="whole")
+    train(**keys, max_iters=10)
+    rest = train(**keys, max_iters=12, init_from="resume")
+    assert rest.iter_loss == {i: loss for i, loss in whole.iter_loss.items() if i >= min(rest.iter_loss)}
+    for name, value in whole.names["raw_model"].state_dict().items():
+        assert torch.equal(value, rest.names["raw_model"].state_dict()[name]), name
+
+
+class Extra(torch.nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_extra_state_travels(monkeypatch):
+    changed_model(monkeypatch, lambda model: model.add_module("extra", Extra({"seen": 3})))
+    train(**TINY, max_iters=5)
+    assert train(**TINY, max_iters=6, init_from="resume").names["raw_model"].extra.state == {"seen": 3}
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        (lambda: 1, "could not be saved: its entry 'model': "),
+        (pathlib.PurePosixPath("a"), "could not be read again: its entry 'model' holds a pathlib.PurePosixPath"),
+    ],
+    ids=["a function", "a path"],
+)
+def test_what_cant_be_saved_is_found_out_before_the_first_iteration(monkeypatch, workplace, state, sentence):
+    changed_model(monkeypatch, lambda model: model.add_module("extra", Extra(state)))
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: steps.append(1))
+    with pytest.raises(UsageError, match=sentence):
+        train(**TINY, max_iters=5)
+    assert not steps
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_best_loss_that_is_not_finite_goes_on_and_is_beaten(loss):
+    train(**TINY, max_iters=5)
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    torch.save({**saved, "best_val_loss": loss}, "out/ckpt.pt")
+    run = train(**TINY, max_iters=10, init_from="resume", always_save_checkpoint=False)
+    assert math.isfinite(run.names["run"].best_val_loss)
+    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 10
+
+
+def test_prefixes_are_taken_off_in_any_order():
+    train(**TINY, max_iters=5)
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."):
+        torch.save({**saved, "model": {f"{prefix}{n}": w for n, w in saved["model"].items()}}, "out/ckpt.pt")
+        assert list(checkpoint.load("out")["model"]) == list(saved["model"])
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [(np.float64(1.5), "a numpy number"), (pathlib.PurePosixPath("x"), "a pathlib.PurePosixPath")],
+    ids=["numpy", "path"],
+)
+def test_what_is_not_plain_data_is_named_with_the_way_out(value, named):
+    train(**TINY, max_iters=5)
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    torch.save({**saved, "config": {**saved["config"], "mine": value}}, "out/ckpt.pt")
+    with pytest.raises(UsageError, match=rf"out/ckpt.pt holds {named}, and only .*weights_only=False"):
+        checkpoint.load("out")
+
+
+def test_what_cant_be_read_now_is_not_called_damaged(monkeypatch):
+    train(**TINY, max_iters=10)
+
+    def refuse(path, *args, **options):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    with pytest.raises(UsageError, match=r"out/ckpt.pt can't be read now \(Permission denied\)") as error:
+        checkpoint.load("out", for_training=True)
+    assert "damaged" not in str(error.value)
+    assert "rename" not in str(error.value), "the one before would take the place of what may be whole"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_resumed_run_lets_go_of_the_file_that_it_came_from():
+    train(**TINY, max_iters=5)
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train.py', *{flags(**{**TOY, **TINY, 'max_iters': 10, 'init_from': 'resume'})!r}]\n"
+        f"names = runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "print('mapped:', [line for line in open('/proc/self/maps') if 'ckpt' in line])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert "mapped: []" in done.stdout, done.stdout[-1000:] + done.stderr
+
+
+def test_a_resumed_run_saves_at_every_evaluation_where_there_is_room_for_one_and_a_half(monkeypatch):
+    """What lies there, and one and a half beside it: the one before makes room, once nothing holds it."""
+    train(**TINY, max_iters=5)
+    room, real = 2.5 * os.path.getsize("out/ckpt.pt"), torch.save
+    refused = []
+
+    def within(checkpoint, file):
+        if not hasattr(file, "name"):  # the rehearsal's
+            return real(checkpoint, file)
+        there = sum(os.path.getsize(f"out/{name}") for name in set(os.listdir("out")) & {"ckpt.pt", "ckpt.prev.pt"})
+        if there + os.path.getsize("out/ckpt.pt") > room:
+            refused.append(1)
+            raise OSError(28, "No space left on device")
+        return real(checkpoint, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "save", lambda value, file: within(value, file) if hasattr(file, "name") else real(value, file)
+        )
+        run = train(**TINY, max_iters=20, init_from="resume")
+    assert refused
+    assert run.text.count("saving checkpoint to out\n") == 4
+    assert not run.names["run"].unsaved
+    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 20
+
+
+def test_resuming_takes_every_key_that_is_not_named_from_the_checkpoint():
+    keys = {**TOY, **TINY, "gradient_accumulation_steps": 2, "warmup_iters": 3}
+    whole = train(**{**keys, "max_iters": 10, "out_dir": "whole"})
+    train(**{**keys, "max_iters": 5})
+    rest = run_script("train.py", "--init_from=resume", "--max_iters=10", "--device=cpu")
+    assert rest.iter_loss == {i: loss for i, loss in whole.iter_loss.items() if i >= min(rest.iter_loss)}
+    assert rest.names["config"]["warmup_iters"] == 3
+    assert rest.names["dataset"] == "markov"
