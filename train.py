@@ -99,7 +99,7 @@ folder = RunFolder(out_dir, world)
 init_from = config["init_from"] = folder.settle(init_from)
 saved, taken = (folder.load() if init_from == "resume" else None), {}
 if saved:
-    taken = settings.go_on_with(saved, config, given)  # every key that wasn't named
+    taken = settings.go_on_with(saved, config, given, world.size)  # every key that wasn't named
     config |= taken
     globals().update(taken)
 settings.check(config, world)
@@ -151,7 +151,7 @@ else:
 if saved:
     models.load_weights(model, saved["model"], out_dir)
     models.set_activation(model, saved.get("activation"))
-    told = settings.differences(saved, config, given, levers, world.size)
+    told = settings.differences(saved, config, given)
     print(f"resuming from {out_dir} at iteration {iter_num}", *told, sep="\n")
 if block_size < trained_with:
     model.crop_block_size(block_size)

@@ -2,7 +2,6 @@
 
 import math
 import os
-from dataclasses import asdict
 
 from nanofit import machine, models, optimizers
 from nanofit.errors import UsageError, shown
@@ -13,12 +12,8 @@ OF_A_RANK = (
     "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
     "wait_minutes", "device", "memory_limit_gb", "compile_min_sms",
 )  # fmt: skip
-# Keys that change neither what is learnt nor how fast. Where one that wasn't named differs from the checkpoint's,
-# nothing is said. loss_chunk_mb is among them because it follows from the memory of the device.
-OF_NO_CONSEQUENCE = (
-    "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
-    "eval_only", "dry_run", "ranks", "loss_chunk_mb",
-)  # fmt: skip
+# What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
+NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "ranks")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BATCHES = ("block_size", "vocab_size")  # sizes of a model that batches have as well
 MAX_AUTOTUNE_SMS = 68  # a GPU needs so many, or Inductor doesn't tune matrix products
@@ -177,38 +172,42 @@ def anything_left(config, iter_num):
     return config["eval_only"] or iter_num <= config["max_iters"]
 
 
-def differences(saved, config, given, levers, ranks):
+def go_on_with(saved, config, given, ranks=1):
+    """{key: value} of the keys that a resumed run on so many ranks takes from its checkpoint: those that weren't named.
+
+    The device and its precision are taken where this machine has that device.
+    """
+    alone = ("shard", "gather_once") if ranks == 1 else ()
+    taken = {
+        key: value
+        for key, value in saved["config"].items()
+        if key in config and key not in (*given, *NOT_TAKEN, *alone) and type(value) is type(config[key])
+    }
+    device = taken.get("device", config["device"])
+    if not machine.is_here(device) or device != saved["config"].get("device"):
+        taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
+    return taken
+
+
+def differences(saved, config, given):
     """Lines on the keys whose values differ from the checkpoint's: those that are taken, and those that stay as saved.
 
-    A key that wasn't named has fallen back to its default. That is told too, unless it is OF_NO_CONSEQUENCE.
-    saved: a checkpoint. levers: the MemoryLevers in use. ranks: how many train.
+    What wasn't named and differs all the same is what go_on_with couldn't take. saved: a checkpoint.
     """
-    sizes, of_saved = saved["model_args"], saved.get("split", {}).get("levers", {})
-    kept = {name: size for name, size in sizes.items() if name not in ("dropout", "block_size")}
+    kept = {name: size for name, size in saved["model_args"].items() if name not in ("dropout", "block_size")}
     kept |= _options_of(saved.get("optimizer"))
-    before = {**saved["config"], **_in_use(of_saved, len(saved.get("rng", ()))), **sizes, **kept}
-    taken, ignored = [], []
-    for key, value in {**config, **_in_use(asdict(levers), ranks)}.items():
+    before = {**saved["config"], **saved["model_args"], **kept}
+    taken, stays = [], []
+    for key, value in config.items():
         was = before.get(key, value)
-        if type(was) not in (*models.KEY_TYPES, type(None)) or was == value or key in ("out_dir", "init_from"):
+        if key in NOT_TAKEN or was == value or type(was) not in (*models.KEY_TYPES, type(None)):
             continue
-        was = shown(was, str)
-        if key not in given:
-            if key not in (*kept, "block_size", *OF_NO_CONSEQUENCE):
-                taken.append(f"{key} {was} -> {value} (not given)")
-        elif key in kept:
-            ignored.append(f"{key} {was}, not {value}")
-        else:
-            taken.append(f"{key} {was} -> {value}")
+        if key in given and key in kept:
+            stays.append(f"{key} {shown(was, str)}, not {value}")
+        elif key in given or key not in (*kept, "block_size"):
+            taken.append(f"{key} {shown(was, str)} -> {value}{'' if key in given else ' (not given)'}")
     lines = [f"differs from the checkpoint, and is taken: {', '.join(taken)}"] if taken else []
-    return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(ignored)}"] if ignored else [])
-
-
-def _in_use(levers, ranks):
-    """{key: value} of those of these levers, a dict, that show whether they differ; sharing needs several ranks."""
-    shared_out = ranks > 1 and levers.get("shard", False)
-    in_use = {name: levers[name] and shared_out for name in ("shard", "gather_once") if name in levers}
-    return {**in_use, **({"recompute": levers["recompute"]} if "recompute" in levers else {})}
+    return lines + ([f"differs, but stays as it is in the checkpoint: {', '.join(stays)}"] if stays else [])
 
 
 def _options_of(optimizer):
@@ -235,22 +234,3 @@ def crop_to(block_size, trained_with, init_from):
             f"init_from={init_from!r} was trained with: set --block_size={trained_with} or less"
         )
     return block_size
-
-
-# What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
-NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "ranks")
-
-
-def go_on_with(saved, config, given):
-    """{key: value} of the keys that a resumed run takes from its checkpoint: those that weren't named.
-
-    The device and its precision are taken where this machine has that device.
-    """
-    taken = {}
-    for key, value in saved["config"].items():
-        if key in config and key not in (*given, *NOT_TAKEN) and type(value) is type(config[key]):
-            taken[key] = value
-    device = taken.get("device", config["device"])
-    if not machine.is_here(device) or device != saved["config"].get("device"):
-        taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
-    return taken

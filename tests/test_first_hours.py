@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from nanofit import settings
 from nanofit.autofit.fitter import Fitter
 from nanofit.errors import UsageError
 from nanofit.settings import differences, without_effect
-from nanofit.units import MemoryLevers
 
 SHORT = {"eval_interval": 5, "eval_iters": 2, "max_iters": 4}
 
@@ -173,7 +172,7 @@ def test_whatever_optimizer_was_saved_the_differences_are_told(optimizer):
     saved = {"model_args": {"n_layer": 2}, "config": {"weight_decay": 0.1, "beta2": 0.95}, "optimizer": optimizer}
     config = {"weight_decay": 0.3, "beta2": 0.99}
     stays = isinstance(optimizer, dict) and len(optimizer.get("param_groups", ())) > 1
-    [told] = differences(saved, config, set(config), MemoryLevers(), ranks=1)
+    [told] = differences(saved, config, set(config))
     assert told.startswith("differs, but stays" if stays else "differs from the checkpoint, and is taken"), told
 
 
@@ -184,36 +183,22 @@ def test_what_stays_as_in_the_checkpoint_is_told_as_it_is_in_use_and_not_as_it_w
     assert "differs, but stays as it is in the checkpoint: weight_decay 0.0, not 0.3, beta2 0.9, not 0.99\n" in text
 
 
-def test_a_key_that_falls_back_to_its_default_is_told():
-    keys = dict(block_size=16, n_layer=1, weight_decay=0.0, grad_clip=0.5, eval_interval=3)
-    short(**keys, recompute=True, wandb_run_name="mine", loss_chunk_mb=32)
-    forgotten = {**TOY, **SHORT, "max_iters": 5, "init_from": "resume"}
-    for key in ("learning_rate", "block_size", "n_layer", "eval_interval"):
-        forgotten.pop(key)
-    text = run_script("train.py", *flags(**forgotten)).text
-    assert (
-        "\ndiffers from the checkpoint, and is taken: eval_interval 3 -> 2000 (not given), "
-        "learning_rate 0.003 -> 0.0006 (not given), max_iters 4 -> 5, grad_clip 0.5 -> 1.0 (not given)\n"
-    ) in text, "recompute stays, with how the batch is cut"
-    assert "differs, but" not in text
-    text = short(init_from="resume", batch_size=4, block_size=16, max_iters=6)
-    told = re.search("^differs from the checkpoint, and is taken: .*", text, re.M)[0]
-    assert "recompute True -> False (not given)" in told
-    assert "block_size" not in told, "it was 16 all the time"
+def test_a_run_goes_on_with_the_keys_of_its_checkpoint_and_those_that_are_named():
+    short(block_size=16, n_layer=1, grad_clip=0.5, eval_interval=3, recompute=True)
+    run = run_script("train.py", "--init_from=resume", "--max_iters=5", "--batch_size=4")
+    assert "\ndiffers from the checkpoint, and is taken: batch_size 8 -> 4, max_iters 4 -> 5\n" in run.text
+    kept = dict(block_size=16, grad_clip=0.5, eval_interval=3, recompute=True, dataset="markov", batch_size=4)
+    assert {key: run.names["config"][key] for key in kept} == kept
 
 
 def test_shares_that_one_process_does_not_keep_are_told():
-    of_two = MemoryLevers(shard=True, gather_once=True)
-    saved = {"model_args": {}, "config": {"shard": True}, "optimizer": {"param_groups": []}, "iter_num": 0}
-    saved |= {"split": {"levers": asdict(of_two)}, "rng": [0, 1]}
-    config = {"shard": False, "gather_once": False, "max_iters": 9, "eval_only": False}
-    told = "differs from the checkpoint, and is taken: shard True -> False (not given), gather_once True -> False"
-    assert differences(saved, config, set(), of_two, ranks=1)[0].startswith(told)
-    assert differences(saved, config, set(), of_two, ranks=2) == []
-    assert differences({**saved, "rng": [0]}, config, set(), of_two, ranks=1) == [], "told once"
-    assert differences(saved, config, {"shard", "gather_once"}, MemoryLevers(), ranks=2)[0].startswith(
-        "differs from the checkpoint, and is taken: shard True -> False, gather_once True -> False"
-    )
+    saved = {"model_args": {}, "config": {"shard": True, "gather_once": True, "grad_clip": 0.5}, "optimizer": {}}
+    config = {"shard": False, "gather_once": False, "grad_clip": 1.0, "device": "cpu"}
+    config |= settings.go_on_with(saved, config, set(), ranks=1)
+    [told] = differences(saved, config, set())
+    assert told.endswith("is taken: shard True -> False (not given), gather_once True -> False (not given)")
+    config |= settings.go_on_with(saved, config, set(), ranks=2)
+    assert differences(saved, config, set()) == []
 
 
 def test_on_a_cpu_mfu_is_of_that_cpu():
