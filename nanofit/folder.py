@@ -120,7 +120,10 @@ class RunFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno in HELD:
-                raise self._in_use(self._named()) from e
+                holder = self._named()
+                self._lock.close()
+                self._lock = None  # release() would take its holder's name off it
+                raise self._in_use(holder) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
