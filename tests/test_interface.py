@@ -115,6 +115,7 @@ EXPORT = "python export.py --out_dir=out-shakespeare-char --to=shakespeare-gpt"
 COMMANDS = {
     "python train.py --help": How(shows="^  --batch_size=12 "),
     "python train.py config/train_openwebtext.py --auto_fit=True": FITTED,
+    "python report.py out-a out-b": Cannot("it wants two runs: tests/test_report.py makes them"),
     "python report.py out": How((), "report.html", "python train.py config/train_openwebtext.py --auto_fit=True"),
     "python doctor.py config/train_openwebtext.py": How((*SHORT, *ONE), r"^nothing would stop the run$"),
     EXPORT: How((), "shakespeare-gpt", BY_CHARACTERS),
