@@ -158,6 +158,7 @@ if block_size < trained_with:
     folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 models.apply_levers(model, levers)
+world.sharded = levers.shard and world.size > 1
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
 optimizer = optimizers.make_optimizer(
     model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device

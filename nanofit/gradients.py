@@ -1,19 +1,27 @@
 """How gradients add up over an iteration, and become one on several ranks.
 
+A weight that no pass of an iteration uses on any rank has no gradient at its end, so that an optimizer leaves it alone.
+Where one rank alone uses a weight, the others' gradients are zeros in the mean, which all ranks get: as under torch's
+DistributedDataParallel with find_unused_parameters.
+
 step.accumulate says when an iteration begins, when its last backward pass does, and when it has ended.
 """
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+
+from nanofit.errors import UsageError
+from nanofit.models import blocks_of
 
 BUCKET_BYTES = 25 * 2**20  # that travel together, at least: small messages cost more time than bytes
 
 
 def of(model, world, levers):
-    """What a model's gradients need on this rank. All ranks must call it, once the model is on its device."""
+    """What a model's gradients need on this rank. All ranks must call it, once sharding.place has placed the model."""
     if world.sharded:
-        return ShardedGradients(model, levers.gather_once)
-    return Gradients(model) if world.size == 1 else AveragedGradients(model, world.size)
+        return ShardedGradients(model, world, levers.gather_once)
+    return Gradients(model) if world.size == 1 else AveragedGradients(model, world)
 
 
 class Gradients:
@@ -21,6 +29,7 @@ class Gradients:
 
     def __init__(self, model):
         self.model = model
+        self._zeros = []  # (parameter, its gradient before the first pass, how often that has been written to)
 
     def begin(self, micro_steps):
         """An iteration of so many backward passes begins.
@@ -28,33 +37,58 @@ class Gradients:
         Gradients that the first pass leaves are added to as they are, but for those of torch.compile's CUDA graphs,
         where it uses them: the second pass would overwrite them, so these get memory of their own.
         """
+        self._zeros = []
         if micro_steps > 1 and getattr(self.model, "runs_in_cuda_graphs", False):
             for p in self.model.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
+                    self._zeros.append((p, p.grad, p.grad._version))
 
     def last(self):
         """The last backward pass comes next."""
 
     def end(self):
         """The iteration is over, and if it isn't complete, its gradients will be dropped."""
+        for p, zeros, version in self._zeros:
+            if p.grad is zeros and zeros._version == version:
+                p.grad = None
+        self._zeros = []
 
 
-class ShardedGradients(Gradients):
-    """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares.
+class Buffers:
+    """Buffers that training changes, such as running means: rank 0's become everyone's after each iteration.
 
-    gather_once: the weights that the first pass has gathered stay until the last.
+    A change is seen by torch's count of writes. Some kernels don't count theirs, batch norm's for one, but then
+    another buffer of the same module tells: a module's buffers go together.
     """
 
-    def __init__(self, model, gather_once):
-        super().__init__(model)
-        self.gather_once = gather_once
+    def __init__(self, model, world):
+        self.world, self._told = world, False
+        self._modules = {name: module for name, module in model.named_modules() if module._buffers}
+        self._seen = {name: self._state(module) for name, module in self._modules.items()}
 
-    def begin(self, micro_steps):  # no whole gradients: they would take the memory that sharding saves
-        self.model.set_reshard_after_backward(not self.gather_once)
+    @staticmethod
+    def _state(module):
+        return [(buffer, buffer._version) for buffer in module.buffers(recurse=False)]
 
-    def last(self):
-        self.model.set_reshard_after_backward(True)
+    def share(self):
+        """All ranks must call it."""
+        if not self._modules:
+            return
+        changed = self.world.any_of([self._has_changed(name) for name in self._modules])
+        for (name, module), moved in zip(self._modules.items(), changed, strict=True):
+            if moved:
+                self.world.broadcast(module.buffers(recurse=False))
+                self._seen[name] = self._state(module)
+        if any(changed) and not self._told:
+            self._told = True
+            names = [name or "GPT" for name, moved in zip(self._modules, changed, strict=True) if moved]
+            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            print(f"training changes buffers ({shown}): rank 0's become all ranks' after each iteration, and are saved")
+
+    def _has_changed(self, name):
+        before, now = self._seen[name], self._state(self._modules[name])
+        return [(id(buffer), version) for buffer, version in before] != [(id(b), version) for b, version in now]
 
 
 class AveragedGradients(Gradients):
@@ -65,11 +99,12 @@ class AveragedGradients(Gradients):
     no memory for that. All ranks then agree to drop the iteration (recovery.Recovery).
     """
 
-    def __init__(self, model, ranks, overlap=True):
+    def __init__(self, model, world, overlap=True):
         super().__init__(model)
-        self.ranks, self.overlap = ranks, overlap
+        self.ranks, self.overlap = world.size, overlap
         self._averages = dist.get_backend() == "nccl"  # gloo adds
         self._buckets = [_Bucket(params) for params in _grouped(model)]
+        self._buffers = Buffers(model, world)
         self._pending, self._leave = [], False
         for bucket in self._buckets:
             for p in bucket.views:
@@ -85,8 +120,14 @@ class AveragedGradients(Gradients):
 
     def _arrived(self, p, bucket):
         """The gradient of p is complete, if this is the last pass."""
+        bucket.used.add(p)
         if not self._leave:
             return
+        if bucket in self._buckets[: len(self._pending)]:
+            raise UsageError(
+                "model.py's backward pass gives a weight its gradient in several parts, which several ranks can't "
+                "average in time: call torch.utils.checkpoint with use_reentrant=False"
+            )
         bucket.take(p)
         # In the same order on all ranks.
         while len(self._pending) < len(self._buckets) and not self._buckets[len(self._pending)].missing:
@@ -107,6 +148,8 @@ class AveragedGradients(Gradients):
             sent.wait()
             if not self._averages:
                 bucket.flat.div_(self.ranks)
+            bucket.leave_unused()
+        self._buffers.share()
 
 
 def _grouped(model):
@@ -122,27 +165,123 @@ def _grouped(model):
 
 
 class _Bucket:
-    """Gradients that travel together."""
+    """Gradients that travel together, and behind them a flag each: not 0 where the rank uses the parameter."""
 
     def __init__(self, params):
-        self.flat = torch.zeros(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
-        parts = self.flat.split([p.numel() for p in params])
+        sizes = [p.numel() for p in params]
+        self.flat = torch.zeros(sum(sizes) + len(params), dtype=params[0].dtype, device=params[0].device)
+        *parts, self.flags = self.flat.split([*sizes, len(params)])
         self.views = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
+        self.numbers = {p: number for number, p in enumerate(params)}
         self.missing = set()  # parameters whose gradients are not in flat yet
+        self.used = set()  # those that a pass of this iteration gave a gradient on this rank
 
     def begin(self, own):
         """own: gradients add up in flat itself."""
-        self.missing = set(self.views)
+        self.missing, self.used = set(self.views), set()
+        self.flags.fill_(1)
         if own:
-            self.flat.zero_()
+            self.flat[: -len(self.views)].zero_()
             for p, view in self.views.items():
                 p.grad = view
 
     def take(self, p):
         view = self.views[p]
-        if p.grad is None:  # on a rank that failed, or a parameter without use
+        if p not in self.used:  # or not before its rank failed
             view.zero_()
+            self.flags[self.numbers[p]] = 0
         elif p.grad is not view:
             view.copy_(p.grad)
             p.grad = view
         self.missing.discard(p)
+
+    def leave_unused(self):
+        """Give what this rank alone didn't use the others' mean, and what no rank used no gradient."""
+        if len(self.used) == len(self.views):
+            return  # and the flags, for which it would have to wait, needn't be read
+        for (p, view), used in zip(self.views.items(), self.flags.tolist(), strict=True):
+            p.grad = view if used else None
+
+
+class ShardedGradients(Gradients):
+    """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares.
+
+    FSDP2 sends the gradients that a block has after its backward pass, and expects all ranks to send as many. So what a
+    pass didn't use is filled with zeros just before. gather_once: the weights that the first pass has gathered stay
+    until the last.
+    """
+
+    def __init__(self, model, world, gather_once):
+        super().__init__(model)
+        self.world, self.gather_once = world, gather_once
+        self._buffers = Buffers(model, world)
+        numbers = {}  # of shares: a module has them as its parameters only while they aren't gathered
+        self._parts = {part: [] for part in (*blocks_of(model), model)}  # what is gathered at a time
+        for part, members in self._parts.items():
+            for module in part.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    if p.requires_grad and p not in numbers:
+                        members.append((numbers.setdefault(p, len(numbers)), module, name))
+        self._shares = list(numbers)
+        self._filled = set()
+        self.begin(0)
+        # FSDP2's own hooks are there already: what enters a block leaves its hook before it enters this one.
+        for block in blocks_of(model):
+            block.register_forward_pre_hook(self._entered, with_kwargs=True)
+        model.register_forward_hook(self._computed, prepend=True)
+
+    def begin(self, micro_steps):  # no whole gradients: they would take the memory that sharding saves
+        self._missing_passes, self._in_backward = micro_steps, False
+        self._used = [False] * len(self._shares)
+        self.model.set_reshard_after_backward(not self.gather_once)
+
+    def last(self):
+        self.model.set_reshard_after_backward(True)
+
+    @torch.compiler.disable
+    def _entered(self, block, args, kwargs):
+        """Fill a block's gradients once that of what entered it is known, which is when FSDP2 sends them."""
+        if torch.is_grad_enabled() and not self._in_backward:  # where a checkpoint computes the block again
+            self._at_gradients_of((args, kwargs), lambda _: self._fill(block))
+
+    @torch.compiler.disable
+    def _computed(self, model, args, outputs):
+        """Fill what is left at the end of the backward pass that begins at these outputs."""
+        self._at_gradients_of(outputs, self._begin_pass)
+
+    @staticmethod
+    def _at_gradients_of(tensors, hook):
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(hook)
+
+    def _begin_pass(self, _):
+        if not self._in_backward:
+            self._in_backward, self._filled = True, set()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # before FSDP2's own
+
+    def _end_pass(self):
+        for part in self._parts:
+            if part not in self._filled:  # what is outside of the blocks, and blocks of which no gradient is asked
+                self._fill(part)
+        self._in_backward = False
+        self._missing_passes -= 1
+
+    def _fill(self, part):
+        self._filled.add(part)
+        for number, module, name in self._parts[part]:
+            p = module._parameters[name]
+            if hasattr(p, "device_mesh"):
+                continue  # a share: in this pass, no rank has gathered it
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                self._used[number] = True
+
+    def end(self):
+        if self._missing_passes > 0:
+            return  # this rank failed, and ends: the others are waiting for its shares, and not for what follows
+        for p, used in zip(self._shares, self.world.any_of(self._used), strict=True):
+            if not used:
+                p.grad = None
+        self._buffers.share()

@@ -44,11 +44,13 @@ class World:
     size: int = 1
     local_size: int = 1  # ranks on this machine
     on_host: object = None  # a group whose messages don't wait for the devices
-    sharded: bool = False  # no rank holds the whole model: see sharding.py
+    sharded: bool = False  # no rank holds the whole model: whoever makes the model says so, see sharding.py
 
     @classmethod
     def of_torchrun(cls):
-        """The World that torchrun's environment variables tell of."""
+        """The World that torchrun's environment variables tell of; without RANK, a process alone."""
+        if "RANK" not in os.environ:
+            return cls()
         variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         told = {name: os.environ.get(name, str(alone)) for name, alone in variables.items()}
         sound = all(value.isdecimal() and len(value) < 10 for value in told.values())
@@ -62,7 +64,7 @@ class World:
         return world
 
     @classmethod
-    def imagined(cls, size):
+    def imagined(cls, size, sharded=False):
         """A World of so many ranks, of which this process is the first and the others don't exist.
 
         Messages arrive at once, and mean nothing (torch's "fake" backend): what tensors take is as among real ranks,
@@ -73,7 +75,7 @@ class World:
         hook = sys.excepthook
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         sys.excepthook = hook  # as in init
-        return cls(size=size, on_host=dist.group.WORLD)
+        return cls(size=size, on_host=dist.group.WORLD, sharded=sharded)
 
     @property
     def is_main(self):
@@ -86,7 +88,7 @@ class World:
         shared: {key: value} that all ranks must have been given; UsageError on all of them where one has others.
         """
         device = machine.find_device(device_name)
-        if self.size == 1 and "RANK" not in os.environ:
+        if self.size == 1:
             return device
         options = {}
         if device.type == "cuda":
@@ -168,11 +170,16 @@ class World:
             dist.destroy_process_group()
 
     def broadcast(self, tensors):
-        """Replace each tensor by that of rank 0."""
-        if self.size > 1:
-            with torch.no_grad():
-                for tensor in tensors:
-                    dist.broadcast(tensor, 0, group=self.on_host if tensor.device.type == "cpu" else None)
+        """Replace the values of each tensor, of any type, by rank 0's."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.detach().contiguous()
+            # As bytes: no backend takes all types.
+            group = self.on_host if tensor.device.type == "cpu" else None
+            dist.broadcast(sent.view(-1).view(torch.uint8), 0, group=group)
+            if not tensor.is_contiguous():
+                tensor.data = sent  # one that is expanded can't be written to
 
     def all_reduce_mean(self, tensors):
         """Replace each tensor by its mean over the ranks."""
@@ -188,6 +195,14 @@ class World:
         number = torch.tensor(number)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.on_host)
         return number.item()
+
+    def any_of(self, flags):
+        """For each of the ranks' flags, whether it is set on any of them: a list of bool."""
+        if self.size == 1 or not flags:
+            return flags
+        flags = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.on_host)
+        return flags.bool().tolist()
 
     def all_gather(self, value):
         """A list of every rank's value (plain Python and tensors on the CPU), on each."""

@@ -2,8 +2,11 @@
 
 By torch's FSDP2 (fully_shard): a block's weights are gathered while it computes, or once for all of an iteration, and
 its gradients are reduced to the shares right after its backward pass, in every micro-step. All ranks must call what is
-here, and run the model equally often.
+here, and call the same blocks in the same order in each pass.
 """
+
+import contextlib
+import random
 
 import torch
 
@@ -13,14 +16,14 @@ from nanofit.models import blocks_of
 
 
 def place(model, world, device, dtype, levers):
-    """Bring a model onto this rank's device, with rank 0's weights: whole, or with levers.shard this rank's share.
+    """Bring a model onto this rank's device, with rank 0's weights and buffers; where world.sharded, a share of it.
 
     Other ranks' models may then come empty (models.build): one machine holds one model, however many ranks it has.
     dtype: what products run in, and so, on a GPU, what a block's weights travel in; all else stays float32.
     """
-    if not levers.shard or world.size == 1:
+    if not world.sharded:
         model.to(device)
-        world.broadcast(model.parameters())
+        world.broadcast([*model.parameters(), *model.buffers()])
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,18 +31,69 @@ def place(model, world, device, dtype, levers):
     of_blocks = [set(block.parameters()) for block in blocks_of(model)]
     if sum(map(len, of_blocks)) > len(set().union(*of_blocks)):
         raise UsageError("shard=True: model.py ties weights of different blocks, which would be shared out apart")
-    world.sharded = True
+    _require_fixed_order(model)
     whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host: it may not fit the device
     mesh = init_device_mesh(device.type, (world.size,))
     # On a CPU, norms don't take weights of another precision than their input's.
     reduced = DTYPES[dtype] if device.type == "cuda" and dtype != "float32" else None
-    of_block = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    of_block = MixedPrecisionPolicy(
+        param_dtype=reduced, reduce_dtype=torch.float32 if reduced else None, cast_forward_inputs=False
+    )
     for block in blocks_of(model):
         # What stays gathered after a forward pass, gradients.ShardedGradients gives up after the last backward pass.
         fully_shard(block, mesh=mesh, mp_policy=of_block, reshard_after_forward=not levers.gather_once)
     # Embeddings and the head in float32, in which the residual stream begins and the loss is computed.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     _deal(model, whole, world, device)
+
+
+PASSES = 64  # in which a layer that is left out at random should show
+
+
+@torch.no_grad()
+def _require_fixed_order(model):
+    """Raise UsageError where passes of training call different blocks: ranks would wait for each other's shares.
+
+    It is tried with a few tokens on the host, where the whole model is: its blocks compute once, and then give again
+    what they gave. A model that can't compute there isn't tried.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    called, outputs, orders = [], {}, set()
+
+    def recorded(block, forward):
+        def call(*args, **options):
+            called.append(block)
+            if block not in outputs:
+                outputs[block] = forward(*args, **options)
+            return outputs[block]
+
+        return call
+
+    instead = {block: recorded(block, block.forward) for block in blocks_of(model)}
+    of_their_own = {block: vars(block).get("forward") for block in instead}
+    drawn = random.getstate()
+    try:
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+            for block, forward in instead.items():
+                block.forward = forward
+            for _ in range(PASSES):
+                tokens = torch.randint(model.config.vocab_size, (1, min(4, model.config.block_size)))
+                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # which stay as they are
+                torch.func.functional_call(model, buffers, (tokens, tokens))
+                orders.add(tuple(map(id, called)))
+                called.clear()
+    finally:
+        random.setstate(drawn)
+        for block, forward in of_their_own.items():
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+    if len(orders) > 1:
+        raise UsageError(
+            "shard=True: model.py doesn't call the same blocks in each pass (layer drop?), so that ranks would wait "
+            "for each other's shares: train it with --shard=False"
+        )
 
 
 @torch.no_grad()
@@ -58,8 +112,6 @@ def _deal(model, whole, world, device):
         share = distribute_tensor(sent, p.device_mesh, p.placements)
         if not world.is_main:  # which has its own
             p.copy_(share)
-    for buffer in model.buffers():
-        buffer.data = buffer.contiguous()  # as messages are
     world.broadcast(model.buffers())
 
 

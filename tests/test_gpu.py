@@ -341,9 +341,9 @@ from nanofit.step import accumulate, clip
 
 device = machine.find_device("cuda")
 machine.set_device(device)
-world = World.imagined(2)
-model = models.build(GPT, GPTConfig, dict(block_size=64, n_layer=6, n_head=8, n_embd=512, bias=False))
 levers = MemoryLevers(shard=sys.argv[1] == "sharded")
+world = World.imagined(2, sharded=levers.shard)
+model = models.build(GPT, GPTConfig, dict(block_size=64, n_layer=6, n_head=8, n_embd=512, bias=False))
 sharding.place(model, world, device, "bfloat16", levers)
 optimizer = optimizers.make_optimizer(model, "float32", 0.1, 6e-4, (0.9, 0.95), device)
 optimizers.allocate_state(optimizer)

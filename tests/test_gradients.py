@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, train_on_ranks, weights_of_ranks
+from conftest import RANK, torchrun, train_on_ranks, weights_of_ranks
 
 from model import GPT, GPTConfig
 from nanofit import gradients
+from nanofit.errors import UsageError
+from nanofit.ranks import World
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def backward(model, seed):
 def test_averaged_gradients_are_those_of_one_process_in_memory_of_their_own(monkeypatch, two_ranks, passes, overlap):
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 5000)
     alone, ours = toy(), toy()
-    averaged = gradients.AveragedGradients(ours, 2, overlap)
+    averaged = gradients.AveragedGradients(ours, World(size=2), overlap)
     for _ in range(2):  # iterations
         alone.zero_grad()
         two_ranks.clear()
@@ -70,7 +72,7 @@ def test_averaged_gradients_are_those_of_one_process_in_memory_of_their_own(monk
 
 def test_a_rank_that_failed_sends_as_many_messages_in_the_same_order(monkeypatch, two_ranks):
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 5000)
-    averaged = gradients.AveragedGradients(toy(), 2)
+    averaged = gradients.AveragedGradients(toy(), World(size=2))
     for begun in (0, 1, 2):  # nothing; a pass that isn't the last; half of the last
         averaged.begin(2)
         if begun:
@@ -88,16 +90,76 @@ def test_a_rank_that_failed_sends_as_many_messages_in_the_same_order(monkeypatch
     assert messages[:third] == messages[third : 2 * third] == messages[2 * third :]
 
 
-def test_a_parameter_without_use_gets_no_gradient(two_ranks):
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_parameter_without_use_gets_no_gradient(two_ranks, passes):
     model = toy()
     model.more = torch.nn.Parameter(torch.ones(3))
-    averaged = gradients.AveragedGradients(model, 2)
-    averaged.begin(1)
-    averaged.last()
-    backward(model, 0)
+    averaged = gradients.AveragedGradients(model, World(size=2))
+    averaged.begin(passes)
+    for seed in range(passes):
+        if seed == passes - 1:
+            averaged.last()
+        backward(model, seed)
     averaged.end()
     assert model.more.grad is None, "as in one process"
     assert model.lm_head.weight.grad is not None
+
+
+def test_gradients_that_cuda_graphs_begin_as_zeros_are_none_where_no_pass_used_them():
+    model = toy()
+    model.more = torch.nn.Parameter(torch.ones(3))
+    model.runs_in_cuda_graphs = True
+    own = gradients.Gradients(model)
+    own.begin(2)
+    assert model.more.grad is not None
+    for seed in range(2):
+        backward(model, seed)
+    own.end()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["more"]
+
+
+def test_a_gradient_that_comes_after_it_was_sent_is_told(monkeypatch, two_ranks):
+    """Reentrant checkpoints run passes of their own, in each of which a weight that they share gets a gradient."""
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
+    layer = torch.nn.Linear(4, 4)
+    averaged = gradients.AveragedGradients(layer, World(size=2))
+    averaged.begin(1)
+    averaged.last()
+    x = torch.ones(4, requires_grad=True)
+    for _ in range(2):
+        x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+    with pytest.raises(UsageError, match="use_reentrant=False"):
+        x.sum().backward()
+    averaged.end()
+
+
+def uneven(ranks, kinds, batches, iterations):
+    """What tests/uneven_ranks.py found: {case: differences}, all of them but for the sentences that refuse a case."""
+    arguments = [",".join(kinds), ",".join(map(str, batches)), str(iterations)]
+    script = str(RANK.with_name("uneven_ranks.py"))
+    told = torchrun("--standalone", f"--nproc_per_node={ranks}", script, *arguments)[0].text
+    found = json.loads(Path("uneven.json").read_text())
+    assert len(found) == 2 * len(kinds) * len(batches)
+    refused = {case for case, what in found.items() if isinstance(what, str)}
+    assert refused == {case for case in found if case.startswith("layer_drop") and "shard" in case}
+    for case in refused:
+        assert "shard=True: model.py doesn't call the same blocks in each pass" in found[case]
+    assert ("training changes buffers (transformer.h.0.running, " in told) == ("running" in kinds)
+    return {case: what for case, what in found.items() if case not in refused}
+
+
+@pytest.mark.slow
+def test_ranks_of_which_not_every_one_uses_every_weight_learn_like_one_process():
+    for case, differences in uneven(2, ("experts", "layer_drop", "rare", "running"), (2, 4), 6).items():
+        assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_learn_like_one_process_whatever_a_model_leaves_out_draws_or_changes(ranks):
+    kinds = ("experts", "layer_drop", "dropout", "random_buffers", "running", "unused", "frozen", "rare")
+    for case, differences in uneven(ranks, kinds, (ranks, 6), 30).items():
+        assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case
 
 
 COUNTED = """

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, environment, train, train_on_ranks
+from conftest import RANK, ROOT, environment, train, train_on_ranks
 
+from nanofit import models, sharding
 from nanofit.errors import UsageError
 
 HELD = """
@@ -69,7 +70,7 @@ def held(model):
 def tensors_of(model):
     return [t.to_local() if hasattr(t, "to_local") else t for t in model.parameters()]
 
-device, world, told = torch.device("cpu"), World.imagined(2), []
+device, world, told = torch.device("cpu"), World.imagined(2, sharded=True), []
 for once in (False, True):
     levers = MemoryLevers(shard=True, gather_once=once)
     model = models.build(GPT, GPTConfig, dict(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=32, bias=False))
@@ -112,13 +113,25 @@ class Tied(GPT):
 
 sizes = dict(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=32)
 levers = MemoryLevers(shard=True)
-sharding.place(Tied(GPTConfig(**sizes)), World.imagined(2), torch.device("cpu"), "float32", levers)
+sharding.place(Tied(GPTConfig(**sizes)), World.imagined(2, sharded=True), torch.device("cpu"), "float32", levers)
 """
 
 
 def test_weights_that_blocks_share_can_not_be_shared_out():
     done = subprocess.run([sys.executable, "-c", TIED], capture_output=True, text=True, env=environment())
     assert "shard=True: model.py ties weights of different blocks" in done.stderr, done.stderr
+
+
+def test_trying_the_order_of_blocks_changes_nothing():
+    gpt, config = models.from_file(str(ROOT / "tests" / "models" / "uneven.py"))
+    running, drops = (models.build(gpt, config, dict(kind=kind)) for kind in ("running", "layer_drop"))
+    before, drawn = {name: t.clone() for name, t in running.state_dict().items()}, torch.get_rng_state()
+    sharding._require_fixed_order(running)
+    assert all(torch.equal(t, before[name]) for name, t in running.state_dict().items())
+    with pytest.raises(UsageError, match="doesn't call the same blocks in each pass"):
+        sharding._require_fixed_order(drops)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not any("forward" in vars(block) for model in (running, drops) for block in model.transformer.h)
 
 
 SCRIPT = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun, train, train_on_ranks, weights_of_ranks
+from conftest import torchrun, train, train_on_ranks
 
 from nanofit.errors import UsageError
 from nanofit.ranks import ALONE, World
@@ -52,6 +52,11 @@ def test_torchruns_variables_tell_which_rank_this_is(monkeypatch):
     world = World.of_torchrun()
     assert world.local_size == 4
     assert (world.rank, world.local_rank, world.size, world.is_main) == (5, 1, 8, False)
+
+
+def test_without_a_rank_a_process_is_alone_whatever_else_is_set(monkeypatch):
+    pretend(monkeypatch, WORLD_SIZE=4, LOCAL_RANK=2)
+    assert World.of_torchrun() == ALONE
 
 
 def test_accumulation_that_the_ranks_cannot_share(monkeypatch):
@@ -99,7 +104,10 @@ from nanofit.errors import UsageError
 world = World.of_torchrun()
 device = world.init("nccl", "cpu")
 weights, gradients = torch.full((3,), float(world.rank + 1)), [torch.tensor(float(world.rank)), torch.ones(2) * 4]
-world.broadcast([weights])
+mine = float(world.rank)
+kinds = [torch.tensor([True, mine > 0]), torch.tensor(1j + mine), torch.ones(2, 3).t() * mine, torch.ones(0),
+         torch.tensor(mine, dtype=torch.bfloat16).expand(3), torch.tensor(mine < 1)]
+world.broadcast([weights, *kinds])
 world.all_reduce_mean(gradients)
 
 def attempt():
@@ -114,6 +122,7 @@ except UsageError as e:
 told = dict(
     device=str(device), weights=weights.tolist(), gradients=[g.tolist() for g in gradients],
     most=world.all_reduce_max(10 * world.rank), all=world.all_gather({"rank": world.rank}),
+    kinds=[str(tensor.tolist()) for tensor in kinds], any=world.any_of([False, world.rank == 1]),
     agreed=world.agree(lambda: world.rank), sentence=sentence,
 )
 Path(f"told-{world.rank}.json").write_text(json.dumps(told))
@@ -130,18 +139,10 @@ def test_what_ranks_tell_each_other(workplace):
     assert told[0] == told[1]
     assert told[0] == {
         "device": "cpu", "weights": [1.0] * 3, "gradients": [0.5, [4.0, 4.0]], "most": 10,
+        "kinds": ["[True, False]", "1j", "[[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]", "[]", "[0.0, 0.0, 0.0]", "True"],
+        "any": [False, True],
         "all": [{"rank": 0}, {"rank": 1}], "agreed": [0, 1], "sentence": "rank 1: no room",
     }  # fmt: skip
-
-
-@pytest.mark.proof
-def test_two_ranks_hold_the_same_weights():
-    run, _, _ = train_on_ranks(2, batch_size=4, gradient_accumulation_steps=4)
-    weights = weights_of_ranks()
-    assert [w["rank"] for w in weights] == [0, 1]
-    assert weights[0]["sum"] == weights[1]["sum"]
-    assert weights[0]["digest"] == weights[1]["digest"]
-    assert run.text.count("tokens per iteration will be: 512") == 1, "one rank speaks"
 
 
 @pytest.mark.slow

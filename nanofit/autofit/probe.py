@@ -88,7 +88,7 @@ def make(job, levers, device):
 
     A GPU draws them in no time; its clock may mind zeros.
     """
-    world = World.imagined(job.ranks) if levers.shard else ALONE
+    world = World.imagined(job.ranks, sharded=True) if levers.shard else ALONE
     made_on = torch.device("cpu") if levers.shard else device  # one that can't be built empty may not fit the device
     with made_on, WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
         model = models.build(*models.from_file(job.model_file), job.model_args, empty=levers.shard)
