@@ -39,7 +39,7 @@ def with_mask(model):
 
 def with_odd_parameters(model):
     model.scale = torch.nn.Parameter(torch.tensor(1.0))  # of no dimensions
-    model.double = torch.nn.Parameter(torch.ones(3, dtype=torch.double))
+    model.wide = torch.nn.Parameter(torch.ones(3, dtype=torch.double))
     model.frozen = torch.nn.Parameter(torch.full((2, 2), -math.inf), requires_grad=False)
     for p in model.transformer.ln_f.parameters():
         p.data = p.data.to(torch.bfloat16)
