@@ -1,17 +1,22 @@
-"""AdamW, and two that keep its state elsewhere than in the device's memory in float32.
+"""The optimizer that a model configures, whatever it is; and AdamW with its state elsewhere than on the device.
 
-Whatever the kind, state_dict() is that of torch.optim.AdamW with float32 moments: a checkpoint can be resumed with
-another optimizer_state, and by nanoGPT.
+These are AdamW in 8 bits and AdamW in the machine's memory. Their state_dict() is that of torch.optim.AdamW with
+float32 moments: a checkpoint can be resumed with another optimizer_state, and by nanoGPT.
 """
 
 import importlib.util
+from functools import partial
 
 import torch
 
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, first_line, is_out_of_memory
+from nanofit.sharding import share_like
 
 OPTIMIZER_STATES = ("float32", "8bit", "offload")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
+IMPLEMENTATION = ("fused", "foreach", "capturable")  # how this machine computes a step
+SHARE = "lr_share"  # a group's key: its learning rate over the schedule's
+OF_THIS_RUN = (*IMPLEMENTATION, SHARE)  # a group's keys that no checkpoint brings
 
 
 def require(kind):
@@ -21,32 +26,166 @@ def require(kind):
 
 
 def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
-    """The optimizer of a model that is on its device already, its groups as in GPT.configure_optimizers.
+    """What configure_optimizers gives for a model that is on its device already.
 
-    kind: 'float32'; '8bit' (state of two bytes a parameter instead of eight; Dettmers et al. 2022,
-    arXiv:2110.02861), which needs torchao: see require; or 'offload' (no state on the device).
+    kind: how AdamW keeps its state, if that is what it is. 'float32'; '8bit' (two bytes a parameter instead of eight;
+    Dettmers et al. 2022, arXiv:2110.02861), which needs torchao: see require; or 'offload' (none on the device).
     """
-    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device.type)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device.type)
+    rates = [float(group.get("lr", learning_rate)) for group in optimizer.param_groups]
+    if len(set(rates)) > 1 and learning_rate > 0:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group[SHARE] = rate / learning_rate
     if kind == "float32":
-        return adamw
-    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in adamw.param_groups]
+        return optimizer
+    if not _is_plain_adamw(optimizer):
+        own = type(optimizer).__name__
+        print(f"optimizer_state={kind!r} is for plain AdamW: model.py's own optimizer ({own}) is used as it is")
+        return optimizer
     print(f"AdamW's state: {kind}")
+    dropped = (*IMPLEMENTATION, "amsgrad", "maximize", "differentiable")
+    groups = [{k: v for k, v in group.items() if k not in dropped} for group in optimizer.param_groups]
     return (_eight_bit if kind == "8bit" else OffloadedAdamW)(groups, lr=learning_rate, betas=betas)
+
+
+def _is_plain_adamw(optimizer):
+    is_adamw = type(optimizer) is torch.optim.AdamW
+    return is_adamw and not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
+
+
+def set_learning_rate(optimizer, lr):
+    """Give each group the schedule's learning rate, as nanoGPT does; or its share of it, where groups' rates differ."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(SHARE, 1.0)
+
+
+def leaves_out_by_tensor(optimizer):
+    """Whether a step is left out where the optimizer's found_inf, a tensor on the device, is 1: nobody waits for it."""
+    of_torch = type(optimizer).__module__.startswith("torch.optim.")
+    return of_torch and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def may_step_again(optimizer):
+    """Whether a step in which memory ran out has moved nothing, and can be made again.
+
+    Fused, all steps of a group are counted before one of its weights moves: where all counts are alike, none moved.
+    """
+    if not leaves_out_by_tensor(optimizer):
+        return False
+    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return len({float(optimizer.state[p]["step"]) for p in moved if "step" in optimizer.state.get(p, {})}) == 1
 
 
 def allocate_state(optimizer):
     """Make the state of torch's AdamW at once, as its first step would: after that, a step takes no memory.
 
     Each parameter's state is there whole or not at all, so that it can be called again after running out of memory.
+    Of another optimizer, the first step makes it.
     """
     if type(optimizer) is not torch.optim.AdamW:
         return
     for group in optimizer.param_groups:
         on_device = group["fused"] or group["capturable"]
+        names = (*MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else MOMENTS
         for p in group["params"]:
-            if not optimizer.state[p]:
+            if p.requires_grad and not optimizer.state[p]:
                 step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in MOMENTS}}
+                optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in names}}
+
+
+# ---- a checkpoint's state ----------------------------------------------------------------------------------
+
+
+def load(optimizer, state):
+    """Let an optimizer go on from a checkpoint's state, what its state_dict gave, in tensors of its own.
+
+    The state of weights that a smaller block_size has cropped is cropped, and shared out where the weights are. How a
+    step is computed stays as it is on this machine. Raises UsageError where load_state_dict refuses the state.
+    """
+    parts = _torch_optimizers(optimizer)
+    groups = {part: part.param_groups for part in parts}
+    adapted = {}
+    hooks = [part.register_load_state_dict_pre_hook(partial(_adapt, adapted)) for part in parts]
+    try:
+        # An optimizer that isn't torch's may keep what it is given: that must not be the checkpoint's file.
+        optimizer.load_state_dict(state if optimizer in parts else _changed(state, torch.clone))
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
+        raise UsageError(
+            f"the checkpoint's optimizer does not belong to its model: {type(e).__name__}: {first_line(e)}"
+        ) from e
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for part, saved in adapted.items():
+        _keep_precision(part, saved)
+        # An object of several optimizers may have listed their groups, which load_state_dict has replaced by others.
+        for group, loaded in zip(groups[part], part.param_groups, strict=True):
+            group.clear()
+            group.update(loaded)
+        part.param_groups = groups[part]
+
+
+def _torch_optimizers(whole):
+    """torch's optimizers in what configure_optimizers returned: itself, and those that it holds."""
+    found, looking = [], [whole]
+    for held in looking:
+        if held is whole or isinstance(held, torch.optim.Optimizer):
+            attributes = getattr(held, "__dict__", {})
+            if "_optimizer_load_state_dict_pre_hooks" in attributes and held not in found:
+                found.append(held)
+            looking.extend(v for k, v in attributes.items() if k not in ("state", "param_groups"))
+        elif isinstance(held, (dict, list, tuple)):
+            looking.extend(held.values() if isinstance(held, dict) else held)
+    return found
+
+
+def _changed(value, change):
+    """A copy of dicts in lists in dicts, in which each tensor is changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _changed(one, change) for key, one in value.items()}
+    return type(value)(_changed(one, change) for one in value) if type(value) in (list, tuple) else value
+
+
+def _with_parameters(optimizer, saved):
+    """[(parameter, its index, its state)] of what an optimizer's state_dict gave."""
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    pairs = zip(params, indices, strict=False)  # load_state_dict refuses other numbers
+    return [(p, index, saved["state"][index]) for p, index in pairs if index in saved["state"]]
+
+
+def _adapt(adapted, optimizer, saved):
+    """A saved state as this run needs it, for load_state_dict, which looks whether groups and weights are as many."""
+    state = dict(saved["state"])
+    for p, index, values in _with_parameters(optimizer, saved):
+        state[index] = _changed(values, partial(_share_of, p))
+    groups = [{k: v for k, v in group.items() if k not in OF_THIS_RUN} for group in saved["param_groups"]]
+    if len(groups) == len(optimizer.param_groups):  # what a group has now that it lacked then stays
+        groups = [{**ours, **theirs} for ours, theirs in zip(optimizer.param_groups, groups, strict=True)]
+    adapted[optimizer] = {**saved, "state": state, "param_groups": groups}
+    return adapted[optimizer]
+
+
+def _share_of(p, value):
+    """A copy of a tensor of p's state: its rows that p has, and of a sharded p this rank's share."""
+    if value.dim() == p.dim() > 0 and all(n in (1, m) for n, m in zip(value.shape[1:], p.shape[1:], strict=True)):
+        value = value[: len(p)]  # a smaller block_size has cropped p since
+    return (share_like(value, p) if value.shape == p.shape else value).clone()
+
+
+def _keep_precision(optimizer, saved):
+    """Give back to single numbers, as ASGD's eta, the dtype that load_state_dict has made their weight's."""
+    for p, _, values in _with_parameters(optimizer, saved):
+        for name, value in values.items():
+            if p.dim() and isinstance(value, torch.Tensor) and not value.dim():
+                optimizer.state[p][name] = value.to(optimizer.state[p][name].device)
+
+
+# ---- AdamW's state elsewhere -------------------------------------------------------------------------------
 
 
 class OffloadedAdamW(torch.optim.Optimizer):
@@ -114,9 +253,7 @@ def _eight_bit(groups, lr, betas):
 
         @torch.no_grad()
         def load_state_dict(self, state_dict):
-            params = [p for group in self.param_groups for p in group["params"]]
-            for index, saved in state_dict["state"].items():
-                p = params[index]
+            for p, index, saved in _with_parameters(self, _adapt({}, self, state_dict)):
                 state = self.state[p] = {"step": torch.as_tensor(saved["step"]).cpu()}
                 for name, signed in MOMENTS.items():
                     value, state[name] = saved[name].to(p.device), self._new_buffer(p, signed)

@@ -12,6 +12,7 @@ from nanofit import machine
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
+from nanofit.optimizers import leaves_out_by_tensor
 from nanofit.progress import bar
 from nanofit.ranks import ALONE
 
@@ -63,9 +64,8 @@ def update(optimizer, scaler, norm):
     """Move the weights by the gradients, which are dropped. Where norm isn't finite, the weights stay as they are."""
     if scaler.is_enabled():
         scaler.step(optimizer)
-    elif optimizer.defaults.get("fused"):
-        # Told by a tensor, as GradScaler does it, fused AdamW leaves the step out without waiting for the GPU.
-        optimizer.found_inf = (norm * 0).ne_(0)  # 1.0 where the norm isn't finite, else 0.0
+    elif leaves_out_by_tensor(optimizer):
+        optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         optimizer.step()
         del optimizer.found_inf
     elif torch.isfinite(norm):

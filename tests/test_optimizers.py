@@ -1,4 +1,6 @@
-"""Where AdamW keeps its state: the same numbers offloaded, nearly the same in 8 bits, one format of checkpoint."""
+"""Whatever optimizer a model configures; and where AdamW keeps its state: the same numbers offloaded, nearly the same
+in 8 bits, one format of checkpoint.
+"""
 
 import copy
 import importlib.util
@@ -7,11 +9,13 @@ import io
 import pytest
 import torch
 from conftest import train
+from tiny import LEARNING_RATE, iterations, made, resumed
 
 from model import GPT, GPTConfig
-from nanofit import checkpoint as checkpoints
+from nanofit import optimizers
 from nanofit.errors import UsageError
-from nanofit.optimizers import OPTIMIZER_STATES, make_optimizer
+from nanofit.optimizers import OPTIMIZER_STATES, make_optimizer, set_learning_rate
+from nanofit.step import clip, update
 
 CPU = torch.device("cpu")
 
@@ -30,12 +34,11 @@ def make(kind, model=None):
     return model, make_optimizer(model, kind, 0.1, 1e-3, (0.9, 0.95), CPU)
 
 
-def step(model, optimizer, steps, seed=0, scaler=None):
+def step(model, optimizer, steps, seed=0):
     """Steps with a learning rate that changes, clipping and accumulation; returns the last loss."""
     g = torch.Generator().manual_seed(seed)
     for i in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 / (i + 1)
+        set_learning_rate(optimizer, 1e-3 / (i + 1))
         for _ in range(2):
             idx = torch.randint(64, (4, 16), generator=g)
             loss = model(idx, idx, return_logits=False)[1]
@@ -56,6 +59,112 @@ def saved_and_loaded(state):
 def needs(kind):
     if kind == "8bit":
         pytest.importorskip("torchao")
+
+
+# ---- any optimizer -----------------------------------------------------------------------------------------
+
+NEEDS_MORE = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # a closure, sparse gradients, matrices alone
+OF_TORCH = [
+    name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in NEEDS_MORE
+]  # fmt: skip
+ANY = [*OF_TORCH, "momentum", "AMSGrad", "factors", "two", *(["Muon"] if hasattr(torch.optim, "Muon") else [])]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bfloat16"])
+@pytest.mark.parametrize("name", ANY)
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(name, kind):
+    same = dict(optimizer=name, kind=kind)
+    whole, parts = made(**same), made(**same)
+    losses = iterations(*whole, 0, 30)
+    iterations(*parts, 0, 20)
+    rest = resumed(*parts, **same)
+    assert iterations(*rest, 20, 30) == losses[20:]
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), rest[0].parameters(), strict=True))
+    with open("/proc/self/maps") as maps:
+        assert "checkpoint.pt" not in maps.read(), "the file is let go of, so that removing it makes room"
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_a_step_without_a_finite_gradient_is_left_out(name):
+    model, optimizer = made(optimizer=name)
+    iterations(model, optimizer, 0, 2)
+    before = [p.clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    update(optimizer, scaler, clip(model, optimizer, scaler, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    iterations(model, optimizer, 2, 3)
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "rate", "shares"), [
+    ("SGD", 1, {1.0}), ("factors", 1, {1.0, 0.1}), ("factors", 0.1, {1.0}), ("two", 1, {1.0, 10.0}),
+])  # fmt: skip
+def test_each_group_keeps_its_share_of_the_schedules_learning_rate(name, rate, shares):
+    """Where groups have one rate, that is the schedule's, as in nanoGPT, whatever it was."""
+    same = dict(optimizer=name, rate=rate)
+    model, optimizer = made(**same)
+    for lr in (LEARNING_RATE, 0.5, 0.0):
+        set_learning_rate(optimizer, lr)
+        assert {group["lr"] for group in optimizer.param_groups} == {lr * share for share in shares}
+    iterations(model, optimizer, 0, 1)
+    state = optimizer.state_dict()
+    for part in state.values() if name == "two" else [state]:
+        for group in part["param_groups"]:
+            group.pop(optimizers.SHARE, None)  # as nanoGPT saves it
+    optimizers.load(optimizer, state)
+    set_learning_rate(optimizer, 2.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {2.0 * share for share in shares}
+
+
+@pytest.mark.parametrize("name", ["AMSGrad", "momentum", "Adafactor", "Adagrad", "two"])
+def test_a_cropped_model_goes_on_with_the_state_of_its_rows(name):
+    model, optimizer = made(optimizer=name)
+    iterations(model, optimizer, 0, 3)
+    shorter, its_optimizer = made(optimizer=name, block_size=6)
+    optimizers.load(its_optimizer, optimizer.state_dict())
+    parts = getattr(its_optimizer, "both", [its_optimizer])
+    state = next(part.state[shorter.transformer.wpe.weight] for part in parts if part.state)
+    wide = {key: value.shape for key, value in state.items() if value.dim() and len(value) > 1}
+    assert wide
+    assert {shape[0] for shape in wide.values()} == {6}
+
+
+def test_state_is_made_whole_before_the_first_step():
+    model, optimizer = made(optimizer="AMSGrad")
+    names = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    assert all(set(optimizer.state[p]) == names for p in model.parameters())
+
+
+def test_how_a_step_is_computed_stays_as_it_is_here():
+    model, optimizer = made(optimizer="two")
+    iterations(model, optimizer, 0, 2)
+    state = optimizer.state_dict()
+    state["optimizer1"]["param_groups"][0].update(fused=None, foreach=True, weight_decay=0.25)
+    optimizers.load(optimizer, state)
+    group = optimizer.param_groups[1]
+    assert (group["fused"], group["foreach"], group["weight_decay"]) == (True, None, 0.25)
+    assert group is optimizer.both[1].param_groups[0]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "two"])
+def test_a_state_that_load_state_dict_refuses_is_a_sentence(name):
+    _, optimizer = made(optimizer=name)
+    for damaged in ({}, None, made(optimizer="Adam")[1].state_dict()):
+        with pytest.raises(UsageError, match="the checkpoint's optimizer does not belong to its model: "):
+            optimizers.load(optimizer, damaged)
+
+
+def test_where_adamw_keeps_its_state_is_told_to_be_of_no_use_to_another(capsys):
+    model, _ = made(optimizer="AMSGrad")
+    optimizer = make_optimizer(model, "offload", 0.1, 1e-3, (0.9, 0.95), CPU)
+    assert type(optimizer) is torch.optim.AdamW
+    assert "optimizer_state='offload' is for plain AdamW: model.py's own" in capsys.readouterr().out
+
+
+# ---- AdamW's state elsewhere -------------------------------------------------------------------------------
 
 
 def test_an_offloaded_state_changes_no_bit():
@@ -100,7 +209,7 @@ def test_a_saved_state_goes_on_bit_for_bit(kind):
     again, _ = make(kind)
     again.load_state_dict(weights)
     again, resumed = make(kind, again)
-    checkpoints.load_optimizer(resumed, state)
+    optimizers.load(resumed, state)
     assert step(again, resumed, 6, seed=1) == whole
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -115,7 +224,7 @@ def test_a_checkpoint_can_be_resumed_with_another_state(before, after):
     state = saved_and_loaded(optimizer.state_dict())
     assert {s["exp_avg"].dtype for s in state["state"].values()} == {torch.float32}
     twin, other = make(after, copy.deepcopy(model))
-    checkpoints.load_optimizer(other, state)
+    optimizers.load(other, state)
     assert step(twin, other, 4, seed=1) == pytest.approx(step(model, optimizer, 4, seed=1), abs=0.01)
     assert {float(s["step"]) for s in other.state_dict()["state"].values()} == {10.0}
 

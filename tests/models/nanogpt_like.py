@@ -76,6 +76,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    block = Block
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -83,7 +85,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            h=nn.ModuleList(self.block(config) for _ in range(config.n_layer)),
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
         )
         self.transformer = nn.ModuleDict(modules)
