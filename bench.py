@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
 from nanofit.step import dry_step, train_step, try_compile
+from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
@@ -50,8 +51,8 @@ model_args = models.sizes_of("scratch", {**config, "dropout": 0.0}, None, None, 
 models.config_of(GPTConfig, model_args)  # which may refuse them
 
 if real_data:
-    batches = Batches(os.path.join("data", "openwebtext"), batch_size=batch_size, block_size=block_size, device=device)
-    batches.start(model_args["vocab_size"])
+    data = open_data(os.path.join("data", "openwebtext"), block_size, model_args["vocab_size"])
+    batches = Batches(data, batch_size=batch_size, device=device)
 else:
     batches = RandomBatch(batch_size, block_size, 50257, device)
 

@@ -22,7 +22,7 @@ from configurator import configure, keys_of
 from model import GPT, GPTConfig
 from nanofit import autofit, gradients, machine, models, optimizers, settings, sharding
 from nanofit.batches import Batches
-from nanofit.codec import load_meta
+from nanofit.codec import differs, load_meta
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
@@ -31,6 +31,7 @@ from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.run import Run
 from nanofit.step import accumulate, clip, evaluate, mean_losses, try_compile, update
+from nanofit.tokens import open_data
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
 # files and evaluation
@@ -119,12 +120,11 @@ if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size  # of all ranks together
 opening = settings.opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num, meta)
-print(*opening, *settings.without_effect(config, given, GPTConfig, world.size), *models.lacks(GPT), sep="\n")
-per_rank = gradient_accumulation_steps // world.size
+without_effect = settings.without_effect(config, given, GPTConfig, world.size)
+print(*opening, *without_effect, *models.lacks(GPT), *differs(meta, model_args["vocab_size"]), sep="\n")
 if not dry_run:  # which needs no data and writes nothing
     require_readers(config, world)
-    shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size)
-    batches = Batches(data_dir, batch_size=batch_size, block_size=block_size, device=device, **shares)
+    data = open_data(data_dir, block_size, model_args["vocab_size"])
     if not eval_only:  # which changes no file
         folder.take()
 
@@ -165,7 +165,10 @@ optimizer = optimizers.make_optimizer(
 )
 scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
-batches.start(model_args["vocab_size"], plan.micro_batch_size, world.all_gather(torch.get_rng_state())[0])
+per_rank = gradient_accumulation_steps // world.size
+shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size, micro_batch_size=plan.micro_batch_size)
+random_state = world.all_gather(torch.get_rng_state())[0]  # where nanoGPT draws its first batch
+batches = Batches(data, batch_size=batch_size, device=device, state=random_state, **shares)
 own_gradients = gradients.of(model, world, levers)
 peak_flops, note = machine.peak_flops(device, dtype)
 if note:

@@ -27,6 +27,7 @@ from nanofit import ALLOCATOR_VARIABLES, machine, models, settings
 from nanofit.batches import Batches
 from nanofit.optimizers import allocate_state
 from nanofit.step import train_step
+from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -90,9 +91,8 @@ class Ours:
         self.autocast, self.scaler = machine.autocast(device, dtype), machine.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         allocate_state(self.optimizer)
-        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device)
         torch.manual_seed(1)  # as theirs
-        self.batches.start(VOCAB_SIZE)
+        self.batches = Batches(open_data(folder, block_size, VOCAB_SIZE), batch_size=batch_size, device=device)
 
     def step(self):
         return train_step(self.model, self.optimizer, self.scaler, self.batches, self.autocast, grad_clip=1.0)

@@ -28,6 +28,7 @@ from nanofit.metrics import Metrics, open_readers
 from nanofit.ranks import ALONE
 from nanofit.recovery import Recovery, StopSignals, Watch
 from nanofit.step import accumulate, clip, update
+from nanofit.tokens import open_data
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
 batch_size = 8
@@ -58,9 +59,8 @@ class Bare:
         self.model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False)).to(device)
         self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         self.scaler = machine.grad_scaler(device, dtype)
-        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
-                               per_iter=MICRO_STEPS)  # fmt: skip
-        self.batches.start(vocab_size)
+        data = open_data(folder, block_size, vocab_size)
+        self.batches = Batches(data, batch_size=batch_size, device=device, per_iter=MICRO_STEPS)
         self.gradients = partial(accumulate, self.model, self.scaler, self.batches, autocast)
 
     def iteration(self):

@@ -30,6 +30,7 @@ from nanofit.batches import Batches
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopSignals
 from nanofit.step import accumulate, clip, update
+from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -65,9 +66,8 @@ class Ours:
         sharding.place(model, world, device, dtype, self.levers)
         self.autocast, self.scaler = machine.autocast(device, dtype), machine.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-        self.batches = Batches(folder, batch_size=batch_size, block_size=block_size, device=device,
-                               per_iter=micro_steps)  # fmt: skip
-        self.batches.start(vocab_size)
+        data = open_data(folder, block_size, vocab_size)
+        self.batches = Batches(data, batch_size=batch_size, device=device, per_iter=micro_steps)
         self.prepare()
 
     def prepare(self):

@@ -1,64 +1,111 @@
-"""Text to token ids and back: a data set's own symbols where it has a meta.pkl, else GPT-2's BPE."""
+"""Text to token ids and back: a data set's own symbols where its meta.pkl has them, else GPT-2's BPE."""
 
-import io
 import os
 import pickle
-import pickletools
+from numbers import Integral
 
 from nanofit.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
-LARGEST_META = 2**26  # bytes: some millions of symbols
+GPT2_SYMBOLS = 50257
 
-# The opcodes that strings, numbers, lists and dicts are pickled with. The others import, call, or build tuples, of
-# which a few bytes make a key that takes forever to hash.
-_PLAIN = {
-    "PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG",
-    "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "LIST", "APPEND",
-    "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET",
-    "LONG_BINGET",
-}  # fmt: skip
+# ---- meta.pkl ----------------------------------------------------------------------------------------------
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """The second lock: should pickle read other opcodes than pickletools did, it still can't import anything."""
+def _stand_in(module, name):
+    """An empty class in the place of one that a pickle names: nothing is imported, and what it held is dropped.
+
+    It is a dict, so that an OrderedDict, a Counter or a defaultdict keeps what is in it.
+    """
+    nothing = {name: lambda self, *args, **keys: None for name in ("__init__", "__setstate__", "append", "extend")}
+    return type(name, (dict,), {"__module__": module, "__hash__": object.__hash__, **nothing})
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain values and numpy's numbers. Of all else it makes stand-ins, so that a pickle can't run anything."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+        if (module, name) == ("numpy", "dtype"):
+            import numpy as np
+
+            return np.dtype
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            import numpy as np
+
+            if name == "scalar":
+                return np.int64(0).__reduce__()[0]  # the same function, wherever this numpy has it
+            return _stand_in("numpy", "ndarray")
+        return _stand_in(module, name)
 
 
-def _unpickle(data):
-    """The value that was pickled, where it is made of strings, numbers, lists and dicts alone."""
-    for opcode, argument, position in pickletools.genops(data):
-        if opcode.name not in _PLAIN:
-            raise pickle.UnpicklingError(f"it wants to run opcode {opcode.name} at byte {position}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > position:
-            # The number of a place in a table, which pickle makes as long as that: up to 64 GiB.
-            raise pickle.UnpicklingError(f"it wants a table of {argument:,} places at byte {position}")
-    return _PlainUnpickler(io.BytesIO(data)).load()
+def _type_of(value):
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def load_meta(folder):
-    """meta.pkl of a data set as a dict with vocab_size, stoi and itos; None where there is none."""
+    """meta.pkl of a data set as a dict whose vocab_size is an int above zero; None where there is none.
+
+    Training needs no more of it. Raises UsageError.
+    """
     path = os.path.join(folder, "meta.pkl")
     if not os.path.exists(path):
         return None
     if not os.path.isfile(path):
         raise UsageError(f"{path} is not a file: prepare the data again")
     try:
-        if (size := os.path.getsize(path)) > LARGEST_META:
-            raise ValueError(f"it has {size:,} bytes")
         with open(path, "rb") as f:
-            meta = _unpickle(f.read())
+            meta = _Unpickler(f).load()
     except Exception as e:  # a damaged pickle can raise almost anything
+        raise UsageError(f"{path} can't be read, it is damaged or no pickle ({e}): prepare the data again") from e
+    if not isinstance(meta, dict) or "vocab_size" not in meta:
+        raise UsageError(f"{path} must hold a dict with vocab_size, not a {_type_of(meta)}: prepare the data again")
+    vocab_size = meta["vocab_size"]
+    if not isinstance(vocab_size, Integral) or isinstance(vocab_size, bool):
+        raise UsageError(f"{path}: vocab_size is a {_type_of(vocab_size)}: write int(...)")
+    if vocab_size < 1:
+        raise UsageError(f"{path}: vocab_size must be at least 1, not {vocab_size}: prepare the data again")
+    return {**meta, "vocab_size": int(vocab_size)}
+
+
+def symbols_of(folder):
+    """(stoi, itos) of a data set's meta.pkl: {symbol: id} and {id: symbol}; one is made from the other if need be.
+
+    Raises UsageError for what can't be: training doesn't ask for symbols, so that this comes to light here.
+    """
+    path, meta = os.path.join(folder, "meta.pkl"), load_meta(folder)
+    stoi, itos = meta.get("stoi"), meta.get("itos")
+    for name, value in (("stoi", stoi), ("itos", itos)):
+        if value is not None and (not isinstance(value, (dict, list) if name == "itos" else dict) or not value):
+            raise UsageError(f"{path}: {name} is a {_type_of(value)}: write a dict that is not empty")
+    if stoi is None and itos is None:
+        raise UsageError(f"{path} has neither stoi nor itos: training needs neither, but text does; add one of them")
+    itos = dict(enumerate(itos)) if isinstance(itos, list) else itos
+    itos = itos or {i: symbol for symbol, i in stoi.items()}
+    stoi = stoi or {symbol: i for i, symbol in itos.items()}
+    pairs = [*stoi.items(), *((symbol, i) for i, symbol in itos.items())]
+    if not all(isinstance(s, str) and isinstance(i, Integral) and 0 <= i < meta["vocab_size"] for s, i in pairs):
         raise UsageError(
-            f"{path} can't be read ({e}): expected a dict of strings, numbers, lists and dicts; prepare the data again"
-        ) from e
-    fits = isinstance(meta, dict) and type(meta.get("vocab_size")) is int and meta["vocab_size"] > 0
-    if not fits or not isinstance(meta.get("stoi"), dict) or not isinstance(meta.get("itos"), (dict, list)):
-        raise UsageError(f"{path} must hold a dict with vocab_size (a number), stoi and itos: prepare the data again")
-    return meta
+            f"{path}: stoi must give the id of each symbol, a whole number from 0 to vocab_size - 1, and itos the "
+            "symbol of each id, a string: prepare the data again"
+        )
+    return {s: int(i) for s, i in stoi.items() if s}, {int(i): s for i, s in itos.items()}
+
+
+def differs(meta, vocab_size):
+    """Lines, one or none, for data whose symbols can't be the model's.
+
+    meta: the data set's, or None. vocab_size: the model's.
+    """
+    if meta is None or meta["vocab_size"] == vocab_size:
+        return []
+    return [
+        f"warning: meta.pkl of the data names {meta['vocab_size']:,} symbols, and the model has a vocabulary of "
+        f"{vocab_size:,}: to the model, these ids may stand for other symbols"
+    ]
+
+
+# ---- text --------------------------------------------------------------------------------------------------
 
 
 def gpt2_bpe():
@@ -74,41 +121,50 @@ def gpt2_bpe():
         ) from e
 
 
-def codec_of(folder):
+def codec_of(folder, vocab_size=None):
     """(encode, decode, name) for the data set in folder; None stands for no data set: GPT-2's BPE.
 
-    encode: str to list of int, a UsageError for a character that the data set lacks. decode: list of int to str.
+    encode: str to list of int, a UsageError for a character that the data set lacks. decode: list of int to str; an id
+    that stands for nothing, as those of a padded vocabulary, gives nothing. vocab_size: of a model, which the symbols
+    must fit, else a UsageError.
     """
     meta = load_meta(folder) if folder else None
+    name, size = (os.path.join(folder, "meta.pkl"), meta["vocab_size"]) if meta else ("GPT-2 BPE", GPT2_SYMBOLS)
+    if vocab_size is not None and size > vocab_size:
+        lacking = f": {os.path.join(folder, 'meta.pkl')} is not in this folder" if folder and not meta else ""
+        raise UsageError(
+            f"the model has a vocabulary of {vocab_size:,}, and {name} has {size:,} symbols{lacking}; start in the "
+            "folder whose data/ has the meta.pkl that the model was trained with"
+        )
     if meta is None:
         bpe = gpt2_bpe()
 
         def decode(ids):
-            # A padded vocabulary has ids that stand for nothing; an untrained model may draw them.
             return bpe.decode([i for i in ids if i < bpe.n_vocab])
 
-        return lambda text: bpe.encode(text, allowed_special={END_OF_TEXT}), decode, "GPT-2 BPE"
+        return lambda text: bpe.encode(text, allowed_special={END_OF_TEXT}), decode, name
 
-    path, stoi, vocab_size = os.path.join(folder, "meta.pkl"), meta["stoi"], meta["vocab_size"]
-    itos = dict(enumerate(meta["itos"])) if isinstance(meta["itos"], list) else meta["itos"]
-    pairs = [*stoi.items(), *((symbol, i) for i, symbol in itos.items())]
-    if not all(type(symbol) is str and type(i) is int and 0 <= i < vocab_size for symbol, i in pairs):
+    stoi, itos = symbols_of(folder)
+    return lambda text: _encode(text, stoi, name), lambda ids: "".join(itos.get(i, "") for i in ids), name
+
+
+def _encode(text, stoi, name):
+    """The ids of a text, of which each time the longest symbol is taken that fits."""
+    longest = max(map(len, stoi))
+    ids, unknown, place = [], set(), 0
+    while place < len(text):
+        pieces = (text[place : place + size] for size in range(longest, 0, -1))
+        symbol = next((piece for piece in pieces if piece in stoi), None)
+        if symbol is None:
+            unknown.add(text[place])
+        else:
+            ids.append(stoi[symbol])
+        place += len(symbol or text[place])
+    if unknown:
+        unknown = sorted(unknown)
+        several = f"characters {', '.join(map(repr, unknown[:20]))}, which are" if unknown[1:] else ""
         raise UsageError(
-            f"{path}: stoi must give the id of each symbol, a whole number from 0 to vocab_size - 1, and itos the "
-            "symbol of each id, a string: prepare the data again"
+            f"the prompt has the {several or f'character {unknown[0]!r}, which is'} not among the {len(stoi)} "
+            f"symbols of {name}: use only {''.join(stoi)[:300]!r}"
         )
-
-    def encode(text):
-        unknown = sorted(set(text) - set(stoi))
-        if unknown:
-            several = f"characters {', '.join(map(repr, unknown[:20]))}, which are" if unknown[1:] else ""
-            raise UsageError(
-                f"the prompt has the {several or f'character {unknown[0]!r}, which is'} not among the {len(stoi)} "
-                f"symbols of {path}: use only {''.join(stoi)[:300]!r}"
-            )
-        return [stoi[c] for c in text]
-
-    def decode(ids):
-        return "".join(itos.get(i, "") for i in ids)  # as with GPT-2's BPE, the padding stands for nothing
-
-    return encode, decode, path
+    return ids

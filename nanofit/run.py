@@ -76,7 +76,8 @@ class Run:
             if ranks:
                 place = ranks[0]["data"]  # the stream is one, of however many ranks
                 # Version 0.1 kept a bare tensor.
-                self.batches.load_state_dict(place if isinstance(place, dict) else {"before": place})
+                place = place if isinstance(place, dict) else {"before": place}
+                self.batches.load_state_dict(place, drawn=saved["config"].get("batch_size"))
 
     def rehearse(self):
         """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again."""

@@ -1,7 +1,10 @@
 """The stream of batches: nanoGPT's order, micro-batches, going on, and bad files."""
 
+import json
 import os
 import pickle
+import shutil
+from collections import OrderedDict
 from itertools import chain
 
 import numpy as np
@@ -9,18 +12,17 @@ import pytest
 import torch
 
 from nanofit.batches import Batches, RandomBatch
-from nanofit.codec import codec_of, load_meta
+from nanofit.codec import codec_of, differs, load_meta
 from nanofit.errors import UsageError
+from nanofit.tokens import TokenFile, open_data, token_type
 
 CPU = torch.device("cpu")
 
 
-def stream(folder="data/markov", start=True, vocab_size=65, micro_batch_size=None, **sizes):
-    batches = Batches(folder, **{**dict(batch_size=8, block_size=32, device=CPU), **sizes})
-    if start:
-        torch.manual_seed(1337)
-        batches.start(vocab_size, micro_batch_size=micro_batch_size)
-    return batches
+def stream(folder="data/markov", vocab_size=65, seed=1337, **sizes):
+    data = open_data(folder, 32, vocab_size)
+    torch.manual_seed(seed)
+    return Batches(data, **{**dict(batch_size=8, device=CPU), **sizes})
 
 
 def nanogpts_batch(split, batch_size, block_size):
@@ -65,9 +67,7 @@ def test_micro_batches_are_the_configured_batch_cut_up(micro):
 
 
 def test_joined_batches_are_those_that_come_one_by_one_with_evaluations_in_between():
-    apart, joined = stream(), stream(start=False, per_iter=4)
-    torch.manual_seed(1337)
-    joined.start(65, micro_batch_size=16)
+    apart, joined = stream(), stream(per_iter=4, micro_batch_size=16)
     assert joined.micro_steps == 2
     for _ in range(3):
         place = joined.state_dict()
@@ -77,7 +77,7 @@ def test_joined_batches_are_those_that_come_one_by_one_with_evaluations_in_betwe
         after = joined.state_dict()
         for again in range(2):
             if again:  # as after an iteration that is dropped
-                assert not same(place.values(), after.values())
+                assert not torch.equal(place["generator"], after["generator"])
                 joined.load_state_dict(after)
             found = []
             for _ in range(2):
@@ -145,9 +145,7 @@ def test_a_stream_goes_on_from_its_state():
     a.advance()
     expected.append(a.current)
 
-    b = stream(start=False)
-    torch.manual_seed(5)
-    b.start(65)
+    b = stream(seed=5)
     b.load_state_dict(state)
     found = [b.current, *chain(*b.evaluation("val", 2))]
     b.advance()
@@ -172,7 +170,7 @@ def write(folder, train=None, val=None):
 def test_files_that_cannot_be_tokens(tmp_path, content, sentence):
     write(tmp_path, content)
     with pytest.raises(UsageError, match=sentence):
-        stream(str(tmp_path), start=False)
+        stream(str(tmp_path))
 
 
 def test_the_shortest_file_that_will_do(tmp_path):
@@ -190,13 +188,93 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
         stream(str(tmp_path))
 
 
-def test_missing_data_names_what_to_run(tmp_path):
+def test_missing_data_names_what_to_run_or_what_was_meant(tmp_path):
     (tmp_path / "data" / "mine").mkdir()
     (tmp_path / "data" / "mine" / "prepare.py").touch()
-    with pytest.raises(UsageError, match="data/mine/train.bin does not exist: run: python data/mine/prepare.py"):
-        stream("data/mine", start=False)
-    with pytest.raises(UsageError, match="did you mean --dataset=markov"):
-        stream("data/markow", start=False)
+    (tmp_path / "data" / "noval").mkdir()
+    shutil.copy("data/markov/train.bin", "data/noval")
+    for folder, sentence in (
+        ("data/mine", "data/mine/train.bin does not exist: run: python data/mine/prepare.py"),
+        ("data/markow", "did you mean --dataset=markov"),
+        ("data/data/markov", "did you mean --dataset=markov"),
+        ("data/noval", "data/noval/val.bin does not exist: there is no data/noval/prepare.py that could make it"),
+        ("data/novel", "data/novel/train.bin does not exist: there is no data/novel/prepare.py"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            stream(folder)
+
+
+# ---- ids of other widths -----------------------------------------------------------------------------------
+
+
+def write_ids(folder, kind, ids):
+    for split in ("train", "val"):
+        np.asarray(ids, kind).tofile(folder / f"{split}.bin")
+    return str(folder)
+
+
+def ids_below(vocab_size, count=4000, least=0):
+    return np.random.default_rng(0).integers(least, vocab_size, count)
+
+
+@pytest.mark.parametrize("kind", ["<u2", "<u4", "<i4", "<i8"])
+@pytest.mark.parametrize("vocab_size", [2, 65, 50257, 65536])
+def test_ids_of_any_width_are_read_as_what_they_are(tmp_path, kind, vocab_size):
+    ids = ids_below(vocab_size)
+    folder = write_ids(tmp_path, kind, ids)
+    data = open_data(folder, 32, vocab_size)["val"]
+    assert data.tokens == 4000
+    assert data.read(torch.tensor([7])).tolist() == [ids[7:40].tolist()]
+
+
+@pytest.mark.parametrize("kind", ["<u4", "<i8"])
+def test_a_large_vocabulary_needs_four_bytes(tmp_path, kind):
+    ids = ids_below(100_277)
+    folder = write_ids(tmp_path, kind, ids)
+    assert open_data(folder, 32, 100_277)["train"].read(torch.tensor([0])).tolist() == [ids[:33].tolist()]
+    assert token_type(write_ids(tmp_path, "<u2", ids_below(300)) + "/train.bin", 100_277) == np.dtype("<u2")
+
+
+@pytest.mark.parametrize("named", ["uint8", "int32", np.uint32, np.dtype("int64")], ids=str)
+@pytest.mark.parametrize("name", ["meta.pkl", "prepared.json"])
+def test_the_type_that_the_data_set_names_is_believed(tmp_path, named, name):
+    folder = write_ids(tmp_path, named, ids_below(65, least=1))
+    if name == "meta.pkl":
+        write_meta(tmp_path, vocab_size=65, dtype=named)
+    else:
+        (tmp_path / name).write_text(json.dumps({"dtype": np.dtype(named).name}))
+    assert open_data(folder, 32, 65)["train"].tokens == 4000
+
+
+def test_a_type_that_is_none(tmp_path):
+    for named in ("float32", "uint23"):
+        with pytest.raises(UsageError, match="dtype in its meta.pkl or prepared.json must be a type of whole numbers"):
+            open_data(write_meta(tmp_path, vocab_size=65, dtype=named), 32, 65)
+
+
+def test_single_digits_with_spaces_between_them_are_read_as_nanogpt_does(tmp_path, capsys):
+    ids = ids_below(11, least=1)
+    ids[1::2] = 0
+    file = open_data(write_ids(tmp_path, "<u2", ids), 32, 11)["train"]
+    assert file.tokens == 4000
+    assert "warning: every second id" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids", "named", "says"),
+    [
+        ("<u4", ids_below(100_277), None, "it looks like uint32"),  # of another tokenizer
+        ("<u2", ids_below(65), "uint32", "it looks like uint16"),
+        ("<u4", ids_below(65)[:1999], "int64", "it looks like uint32"),
+    ],
+    ids=["larger than the vocabulary", "narrower than named", "of another size than named"],
+)
+def test_a_file_that_cannot_be_what_it_is_taken_for(tmp_path, kind, ids, named, says):
+    folder = write_ids(tmp_path, kind, ids)
+    if named:
+        write_meta(tmp_path, vocab_size=65, dtype=named)
+    with pytest.raises(UsageError, match=f"train.bin h.*{says}"):
+        stream(folder, vocab_size=50304 if named is None else 65)
 
 
 class Evil:
@@ -204,14 +282,43 @@ class Evil:
         return (open, ("ran", "w"))
 
 
-def test_a_meta_file_that_wants_to_run_code_is_refused(tmp_path):
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Evil()}))
-    with pytest.raises(UsageError, match="meta.pkl can't be read .it wants to run"):
-        load_meta(str(tmp_path))
-    assert not (tmp_path / "ran").exists()
+class Tokenizer:
+    """Somebody's, which this project can't import."""
+
+    def __init__(self):
+        self.table, self.rules = {"a": 1}, [Evil()]
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1]), pickle.dumps({"vocab_size": "65"})])
+def write_meta(folder, **meta):
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return str(folder)
+
+
+def test_training_needs_vocab_size_alone_whatever_else_there_is(tmp_path):
+    for vocab_size in (65, np.int64(65), np.uint16(65)):
+        meta = load_meta(write_meta(tmp_path, vocab_size=vocab_size, tokenizer=Tokenizer(), table=np.arange(3)))
+        assert type(meta["vocab_size"]) is int
+        assert meta["vocab_size"] == 65
+    assert not (tmp_path / "ran").exists(), "nothing in it is run"
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "kind"),
+    [
+        ("65", "str"),
+        (65.0, "float"),
+        (np.float64(65), "numpy.float64"),
+        (np.arange(1), "numpy.ndarray"),
+        (Evil(), "open"),
+    ],
+    ids=str,
+)
+def test_the_type_that_stands_in_the_way_is_named(tmp_path, vocab_size, kind):
+    with pytest.raises(UsageError, match=rf"meta.pkl: vocab_size is a .*{kind}: write int\(...\)"):
+        load_meta(write_meta(tmp_path, vocab_size=vocab_size))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1]), pickle.dumps({"stoi": {}})])
 def test_a_meta_file_that_is_none(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UsageError, match="meta.pkl"):
@@ -223,6 +330,43 @@ def test_symbols_there_and_back():
     assert decode(encode("HELLO!")) == "HELLO!"
     with pytest.raises(UsageError, match="'é', which is not among the 65 symbols of data/markov/meta.pkl"):
         encode("Hé")
+
+
+def test_the_longest_symbol_that_fits_is_taken(tmp_path):
+    stoi = OrderedDict({"a": np.int64(0), "ab": 1, "b": 2, "abcd": 3, "<end>": 4, "<": 5, "c": 6})
+    encode, decode, _ = codec_of(write_meta(tmp_path, vocab_size=7, stoi=stoi))
+    assert encode("abcabcd<<end>ba") == [1, 6, 3, 5, 4, 2, 0]
+    assert decode(encode("abcabcd<<end>ba")) == "abcabcd<<end>ba"
+    with pytest.raises(UsageError, match="the characters 'd', 'e', which are not among the 7 symbols"):
+        encode("ade")
+
+
+@pytest.mark.parametrize(
+    ("symbols", "sentence"),
+    [
+        ({}, "has neither stoi nor itos"),
+        ({"stoi": Tokenizer()}, "stoi is a .*Tokenizer: write a dict"),
+        ({"stoi": {"a": 0}, "itos": np.array(["a"])}, "itos is a numpy.ndarray: write a dict"),
+        ({"stoi": {"a": 7}}, "from 0 to vocab_size - 1"),
+    ],
+    ids=str,
+)
+def test_what_sampling_lacks_is_told_at_sampling(tmp_path, symbols, sentence):
+    folder = write_meta(tmp_path, vocab_size=7, **symbols)
+    assert load_meta(folder)["vocab_size"] == 7
+    with pytest.raises(UsageError, match=sentence):
+        codec_of(folder)
+
+
+def test_symbols_must_fit_the_model(tmp_path):
+    assert codec_of("data/markov", 65)
+    assert codec_of("data/markov", 128), "padded"
+    with pytest.raises(UsageError, match="vocabulary of 64, and data/markov/meta.pkl has 65 symbols"):
+        codec_of("data/markov", 64)
+    with pytest.raises(UsageError, match="vocabulary of 65, and GPT-2 BPE has 50,257 symbols: data/x/meta.pkl is not"):
+        codec_of("data/x", 65)
+    assert differs(load_meta("data/markov"), 65) == differs(None, 65) == []
+    assert "names 65 symbols, and the model has a vocabulary of 50,257" in differs({"vocab_size": 65}, 50257)[0]
 
 
 def test_bpe_there_and_back(bpe):
@@ -246,6 +390,85 @@ def test_going_back_to_a_state_repeats_the_batches_that_follow():
         a.advance()
     whole = [tuple(torch.cat(pair) for pair in zip(*found[i : i + 2], strict=True)) for i in (0, 2, 4)]
     assert all(same(p, q) for p, q in zip(whole, expected, strict=True))
+
+
+class Noted(TokenFile):
+    """A file that keeps where the sequences begin that are drawn from it."""
+
+    def draw(self, count, generator):
+        starts = super().draw(count, generator)
+        self.drawn = [*getattr(self, "drawn", []), *starts.tolist()]
+        return starts
+
+
+def iteration(parts):
+    """What ranks train on in an iteration: where each sequence begins, in the order in which batches are dealt."""
+    seen = []
+    for part in parts:
+        list(part.evaluation("val", 2))  # which draws from the same stream
+        taken = []
+        for _ in range(part.micro_steps):
+            taken.append(part.current[0][:, 0].tolist())
+            part.advance()
+        seen.append(taken)
+    return [start for together in zip(*seen, strict=True) for batch in together for start in batch]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (4, 8, 2, 16), (6, 4, 12), (12, 5, 8)], ids=str)
+def test_each_sequence_is_trained_on_once_however_batches_are_cut_on_resuming(tmp_path, sizes, ranks):
+    """Twice 4 go on as once 8, and so on."""
+    folder = write_ids(tmp_path, "<u2", np.arange(60_000))  # a sequence's first token tells where it begins
+    drawn, trained, state = [], [], None
+    for size in sizes:
+        parts = []
+        for rank in range(ranks):
+            data = {split: Noted(f"{folder}/{split}.bin", 32, 65536) for split in ("train", "val")}
+            torch.manual_seed(1337)
+            parts.append(Batches(data, batch_size=size, device=CPU, per_iter=4 // ranks, rank=rank, ranks=ranks))
+            if state:
+                data["train"].drawn = []
+                parts[-1].load_state_dict(state)
+        for _ in range(3):
+            trained += iteration(parts)
+            state = parts[0].state_dict()
+            assert all(same(part.state_dict().values(), state.values()) for part in parts)
+        drawn += parts[0].data["train"].drawn
+    assert trained + state["starts"].tolist() == drawn
+
+
+def test_a_state_of_older_versions_goes_on_exactly():
+    a = stream()
+    for _ in range(3):
+        a.advance()
+    before = a.generator.get_state()
+    a.advance()
+    after, expected = a.generator.get_state(), []
+    for _ in range(3):
+        expected.append(a.current)
+        a.advance()
+    for state in ({"before": before, "after": after}, {"before": before}):
+        b = stream(seed=5)
+        b.load_state_dict(state)
+        for batch in expected:
+            assert same(b.current, batch)
+            b.advance()
+    halves = stream(seed=5, batch_size=4)
+    halves.load_state_dict({"before": before, "after": after}, drawn=8)
+    for batch in expected:
+        for rows in (slice(4), slice(4, 8)):
+            assert same(halves.current, [part[rows] for part in batch])
+            halves.advance()
+
+
+def test_a_shorter_file_than_the_state_was_saved_of(tmp_path):
+    folder = write_ids(tmp_path, "<u2", np.arange(60_000))
+    state = stream(folder, 65536).state_dict()
+    write_ids(tmp_path, "<u2", np.arange(50))
+    a = stream(folder, 65536)
+    a.load_state_dict(state)
+    a.advance()
+    assert a.current[0].max() < 50
 
 
 def test_ranks_share_the_batches_that_one_would_draw():
@@ -291,7 +514,7 @@ def test_data_that_changes_in_mid_run(tmp_path, monkeypatch, change):
         path.unlink()
         sentence = "train.bin does not exist"
     elif change == "cut while it is read":
-        monkeypatch.setattr("nanofit.batches._count_tokens", lambda *_: a._files["train"][:2])
+        monkeypatch.setattr(TokenFile, "_look", lambda file: (file.tokens, file._changed))
         path.write_bytes(b"")
         sentence = r"train.bin ends before token [\d,]+: it was cut short in mid-run"
     else:

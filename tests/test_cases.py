@@ -567,16 +567,16 @@ row("other data of the same size", a_run, file("data/markov/train.bin", bytes(12
     code=0, changes=SAVED, says="train.bin is not what it was when the checkpoint was saved")
 row("other data of another size", a_run, cut("data/markov/val.bin", 8000), init_from="resume", max_iters=6, code=0,
     changes=SAVED, says="val.bin is not what it was")
-row("data on a disk that fails", fails("nanofit.batches._fingerprint", errno.EIO), says="Input/output error")
+row("data on a disk that fails", fails("nanofit.tokens._fingerprint", errno.EIO), says="Input/output error")
 row("meta.pkl is a pipe", pipe("data/markov/meta.pkl"), says="meta.pkl is not a file")
 row("meta.pkl is a folder", gone("data/markov/meta.pkl"), folder("data/markov/meta.pkl"), says="meta.pkl is not a file")
 row("meta.pkl is empty", cut("data/markov/meta.pkl", 0), says="meta.pkl can't be read")
 row("meta.pkl is damaged", cut("data/markov/meta.pkl", 99), says="meta.pkl can't be read")
-row("meta.pkl holds code", file("data/markov/meta.pkl", pickle.dumps(print)), says="it wants to run")
+row("meta.pkl holds code", file("data/markov/meta.pkl", pickle.dumps(print)), says="must hold a dict with vocab_size")
 row("meta.pkl holds a list", file("data/markov/meta.pkl", pickle.dumps([])), says="must hold a dict with vocab_size")
 row("meta.pkl as large as a disk", cut("data/markov/meta.pkl", 2**40), says="meta.pkl can't be read")
-row("a vocabulary of none", meta(vocab_size=0), says="must hold a dict with vocab_size")
-row("a vocabulary that is true", meta(vocab_size=True), says="must hold a dict with vocab_size")
+row("a vocabulary of none", meta(vocab_size=0), says="vocab_size must be at least 1")
+row("a vocabulary that is true", meta(vocab_size=True), says="vocab_size is a bool: write int(...)")
 row("a vocabulary too small for the data", meta(vocab_size=3), says="but the vocabulary has 3", changes=("out",
     *STARTED))
 
@@ -710,7 +710,7 @@ sample("lines that Windows wrote", a_run, lambda patch: patch.setattr(sys, "stdi
     says="---------------")
 sample("a file with a byte order mark", a_run, file("p", b"\xef\xbb\xbfa"), start="FILE:p", code=0)
 sample("symbols of another data set", a_run, meta(vocab_size=200, stoi={"a": 150}, itos={150: "a"}),
-    says="token 150 of data/markov/meta.pkl, and the model has a vocabulary of 65: bring the meta.pkl")
+    says="the model has a vocabulary of 65, and data/markov/meta.pkl has 200 symbols")
 sample("a vocabulary beyond reason", a_run, size(vocab_size=2**42), says="memory ran out")
 sample("dropout beyond one", a_run, size(dropout=2.0), says="dropout must be")
 sample("ids beyond the symbols", a_run, meta(itos={i: 7 for i in range(65)}), says="itos the symbol of each id")

@@ -25,6 +25,7 @@ from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
+from nanofit.tokens import TokenFile, open_data
 
 CPU = torch.device("cpu")
 
@@ -717,16 +718,16 @@ def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace
     whole = train(**{**RUN, "max_iters": 12}, dropout=0.2, out_dir="whole")
     path = workplace / "data" / "markov" / "train.bin"
     content = path.read_bytes()
-    draw, drawn = Batches._draw_starts, []
+    draw, drawn = TokenFile.draw, []
 
-    def draw_starts(batches, split):
-        drawn.append(split)
+    def draw_and_cut(file, count, generator):
+        drawn.append(count)
         if len(drawn) == 20:
             path.write_bytes(content[:1000])
-        return draw(batches, split)
+        return draw(file, count, generator)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "_draw_starts", draw_starts)
+        patch.setattr(TokenFile, "draw", draw_and_cut)
         sentence = "train.bin has changed since the run began.*; checkpoint saved to out, --init_from=resume goes on"
         with pytest.raises(UsageError, match=sentence):
             train(**{**RUN, "max_iters": 12}, dropout=0.2)
@@ -753,8 +754,7 @@ def tried(recovery, *parts):
 
 
 def test_what_is_no_lack_of_memory_is_passed_on():
-    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
-    batches.start(65)
+    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
     made = recovery_of(batches)
 
     def bug():
@@ -768,8 +768,7 @@ def test_what_is_no_lack_of_memory_is_passed_on():
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 12, 30, 45])
 def test_smaller_micro_batches_keep_the_effective_batch(batch_size):
     """Down to one sequence, through sizes such as 15, of which the next, 6, is no divisor."""
-    batches = Batches("data/markov", batch_size=batch_size, block_size=8, device=CPU, per_iter=3)
-    batches.start(65)
+    batches = Batches(open_data("data/markov", 8, 65), batch_size=batch_size, device=CPU, per_iter=3)
     made = recovery_of(batches)
     seen = []
 
@@ -792,8 +791,7 @@ def test_memory_is_not_held_by_the_error_that_told_of_its_end():
     """The traceback holds the frames, and they the tensors: only behind the except block they are gone."""
     import weakref
 
-    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
-    batches.start(65)
+    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
     made = recovery_of(batches)
     held = []
 
@@ -808,8 +806,7 @@ def test_memory_is_not_held_by_the_error_that_told_of_its_end():
 
 
 def test_the_parts_before_are_done_again_with_the_same_batches_and_random_numbers():
-    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
-    batches.start(65)
+    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
     made = recovery_of(batches)
     seen = []
 
@@ -828,8 +825,7 @@ def test_the_parts_before_are_done_again_with_the_same_batches_and_random_number
 
 
 def test_what_was_stopped_leaves_batches_and_random_numbers_where_they_were():
-    batches = Batches("data/markov", batch_size=4, block_size=8, device=CPU)
-    batches.start(65)
+    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
     made = recovery_of(batches)
     before = batches.state_dict(), torch.get_rng_state()
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from nanofit.codec import END_OF_TEXT, codec_of, gpt2_bpe, load_meta
+from nanofit.codec import END_OF_TEXT, codec_of, gpt2_bpe, load_meta, symbols_of
 from nanofit.errors import UsageError, first_line, usage_errors
 from nanofit.files import whole_or_not_at_all
 from nanofit.tools.weights import activation_of, figures_of
@@ -34,9 +34,8 @@ def tokenizer_of(data_dir):
     meta = load_meta(data_dir) if data_dir else None
     if meta is None:
         return _bpe_tokenizer()
-    codec_of(data_dir)  # which checks the types of what is in there
-    stoi, itos = meta["stoi"], meta["itos"]
-    if {symbol: i for i, symbol in (enumerate(itos) if isinstance(itos, list) else itos.items())} != stoi:
+    stoi, itos = symbols_of(data_dir)
+    if {symbol: i for i, symbol in itos.items()} != stoi:
         raise UsageError(
             f"{data_dir}/meta.pkl: stoi and itos are not each other's inverse, which no tokenizer can express: "
             "prepare the data again"
@@ -79,11 +78,11 @@ def _parts(token, ranks):
     return parts
 
 
-def codec_of_folder(folder):
+def codec_of_folder(folder, vocab_size=None):
     """(encode, decode, name) by a Hugging Face folder's tokenizer.json, as codec_of; GPT-2's BPE where it has none."""
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path):
-        return codec_of(None)
+        return codec_of(None, vocab_size)
     with usage_errors(ImportError, prefix=f"{path} needs a package: pip install tokenizers. "):
         from tokenizers import Tokenizer
     with usage_errors(Exception, prefix=f"{path} can't be read, it is damaged or not a tokenizer: "):
