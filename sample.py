@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
@@ -56,7 +56,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper, cuDNN's attention plan
 if start.startswith("FILE:"):
     if os.path.exists(start[5:]) and not os.path.isfile(start[5:]):
         raise UsageError(f"the prompt can't be read: {start[5:]} is not a file")
-    with usage_errors(OSError, UnicodeDecodeError, prefix="the prompt can't be read: "):
+    with usage_errors(OSError, ValueError, prefix="the prompt can't be read: "):
         start = Path(start[5:]).read_text(encoding="utf-8-sig")
 if not start:
     raise UsageError("start is empty: a sample goes on from at least one token, for example --start='\\n'")
@@ -80,7 +80,8 @@ else:
     model = models.pretrained(GPT, init_from, dropout=0.0)
 model.eval().to(device)
 is_folder = init_from != "resume" and os.path.isdir(init_from)
-encode, decode, symbols = codec_of_folder(init_from) if is_folder else codec_of(data_dir)
+vocab_size = model.config.vocab_size
+encode, decode, symbols = codec_of_folder(init_from, vocab_size) if is_folder else codec_of(data_dir, vocab_size)
 print(f"symbols: {symbols}")
 
 
@@ -122,26 +123,37 @@ class Shown:
         self.show()
 
 
-streams = num_samples == 1 and sys.stdout.isatty() and "on_token" in inspect.signature(GPT.generate).parameters
+is_ours = "on_token" in inspect.signature(GPT.generate).parameters  # others may take one sequence alone, as nanoGPT's
+streams = is_ours and num_samples == 1 and sys.stdout.isatty()
 last_texts = deque(maxlen=10)  # which the report shows
+drawn_ids = Counter()
+
+
+def check_numbers(prompt):
+    """Raise a UsageError where the model computes what no token can be drawn from."""
+    logits, _ = model(prompt[:, -model.config.block_size :])
+    if logits.isnan().any() or logits.isposinf().any():
+        raise UsageError("the model's numbers are not finite: its weights are spoilt, or too large for this dtype")
 
 
 def draw(text):
     """Print num_samples texts that go on from this one."""
     tokens = encode(text)
-    if (largest := max(tokens)) >= model.config.vocab_size:
+    if (largest := max(tokens)) >= vocab_size:
         raise UsageError(
-            f"the prompt has the token {largest} of {symbols}, and the model has a vocabulary of "
-            f"{model.config.vocab_size}: bring the meta.pkl of the data set that it was trained with"
+            f"the prompt has the token {largest} of {symbols}, and the model has a vocabulary of {vocab_size:,}: bring "
+            "the symbols that it was trained with"
         )
     prompt = torch.tensor([tokens], device=device)  # (1, T)
-    rows, left = min(num_samples, rows_that_fit(prompt)), num_samples
+    check_numbers(prompt)
+    rows, left = min(num_samples, rows_that_fit(prompt)) if is_ours else 1, num_samples
     while left:
         batch = prompt.expand(min(rows, left), -1)
         options = dict(on_token=Shown(tokens).on_token) if streams else {}
         # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
         drawn = GPT.generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
         for row in drawn:
+            drawn_ids.update(row[len(tokens) :].tolist())
             last_texts.append(decode(row.tolist()))
             print("" if streams else last_texts[-1])
             print("---------------")
@@ -165,6 +177,8 @@ with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
     for line in lines_of_standard_input() if start == "-" else [start]:
         if line:
             draw(line)
+if left_out := sum(count for i, count in drawn_ids.items() if not decode([i])):
+    print(f"warning: {left_out:,} of {drawn_ids.total():,} tokens stand for nothing in {symbols}, and are left out")
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
     with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be somebody else's

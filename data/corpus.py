@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project, for nanofit
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # this project's nanofit, no other
 
 import nanofit
 
@@ -35,7 +35,6 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 SEED = 2357  # nanoGPT's, for the order of the documents and so for which of them are val
 VAL_SHARE = 0.0005  # of the documents: nanoGPT's too
 SMALL_VAL_BLOCKS = 16  # what val should hold where that share of the documents is shorter than one block
-MOST_SYMBOLS = 2**16  # what a uint16 token can name
 MOST_SPACES = 500_000  # white space in a row that tiktoken's regular expression surely takes: at a million it panics
 MOST_VAL = 10_000_000  # tokens, where val is 10% of a text
 BATCH_CHARACTERS = 1_000_000  # what is tokenised at a time
@@ -138,10 +137,13 @@ class DataSet:
     """A data set in the making, whose files take the places of the old ones together when the with block ends well.
 
     Until then they lie in a folder of their own beside them. One prepare.py at a time may work on a data set.
+
+    vocab_size: of the tokenizer. kind: the numpy dtype of its ids, uint16 as nanoGPT's or, for a larger one, uint32.
     """
 
-    def __init__(self, folder, force=False):
+    def __init__(self, folder, force=False, vocab_size=codec.GPT2_SYMBOLS):
         self.folder, self.force = Path(folder), force
+        self.kind = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.name = self.folder.resolve().name
         self.record = {}  # goes into prepared.json, with the tokens
         self.open = ExitStack()  # what is closed however it ends
@@ -202,27 +204,22 @@ class DataSet:
         return self._parts / name
 
     def write(self, split, ids):
-        """Write token ids (below 65,536) to split.bin."""
+        """Write token ids to split.bin."""
         with self.writing(), open(self.part(f"{split}.bin"), "wb") as f:
-            f.write(np.ascontiguousarray(ids, dtype="<u2"))
+            f.write(np.ascontiguousarray(ids, dtype=self.kind))
 
-    def write_symbols(self, symbols):
-        """Write meta.pkl for a list of characters, each of which is the token of its place."""
-        meta = {
-            "vocab_size": len(symbols),
-            "itos": dict(enumerate(symbols)),
-            "stoi": {c: i for i, c in enumerate(symbols)},
-        }
-        self.record["encoding"] = "characters"
+    def write_meta(self, vocab_size, **more):
+        """Write meta.pkl. more: stoi and itos, without which there is training, but no sampling."""
         with self.writing(), open(self.part("meta.pkl"), "wb") as f:
-            pickle.dump(meta, f)
+            pickle.dump({"vocab_size": vocab_size, **more}, f)
 
     def _finish(self):
         """Check what was made, and let it take the place of what was there."""
-        self.tokens = {split: os.path.getsize(self.part(f"{split}.bin")) // 2 for split in ("train", "val")}
+        sizes = {split: os.path.getsize(self.part(f"{split}.bin")) for split in ("train", "val")}
+        self.tokens = {split: size // self.kind.itemsize for split, size in sizes.items()}
         self._check_lengths()
         with self.writing():
-            record = {"encoding": "GPT-2 BPE", **self.record, "tokens": self.tokens}
+            record = {"encoding": "GPT-2 BPE", **self.record, "dtype": self.kind.name, "tokens": self.tokens}
             self.part("prepared.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             for path in self._parts.iterdir():
                 with open(path, "rb") as f:
@@ -248,7 +245,7 @@ class DataSet:
             return
         sentence = f"{split} has {shortest:,} tokens, too few for block_size={', '.join(map(str, too_long))} in config/"
         old = self.folder / "train.bin"
-        there = old.stat().st_size // 2 if old.exists() else 0
+        there = old.stat().st_size // self.kind.itemsize if old.exists() else 0
         if too_long == sizes and there > self.tokens["train"] and not self.force:
             raise UsageError(
                 f"{sentence}, so that it doesn't replace the {there:,} tokens of {old}, which are as they were: give "
@@ -340,22 +337,23 @@ def write_bpe(made, text):
 
 
 def characters(made, symbols, count):
-    """Write meta.pkl for a set of characters, of a text of so many; returns what turns text into uint16 ids."""
+    """Write meta.pkl for a set of characters, of a text of so many; returns what turns text into ids."""
     symbols = sorted(symbols)
-    if len(symbols) > MOST_SYMBOLS:
-        raise UsageError(f"the text has {len(symbols):,} different characters, more than a uint16 token can name")
+    made.kind = np.dtype("<u2" if len(symbols) <= 2**16 else "<u4")
     shown = "".join(symbols[:200])
     say(f"{count:,} characters, {len(symbols):,} of them different: {shown!r}{' ...' if len(symbols) > 200 else ''}")
-    made.write_symbols(symbols)
-    table = np.full(sys.maxunicode + 1, MOST_SYMBOLS, dtype="<u4")  # an id by code point
+    made.record["encoding"] = "characters"
+    stoi = {c: i for i, c in enumerate(symbols)}
+    made.write_meta(len(symbols), itos=dict(enumerate(symbols)), stoi=stoi)
+    table = np.full(sys.maxunicode + 1, len(symbols), dtype="<u4")  # an id by code point
     table[[ord(c) for c in symbols]] = range(len(symbols))
 
     def encode(text):
         # An array of code points, looked up in one go: a Python list of ids would take 30 times the text.
         ids = table[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
-        if len(ids) and ids.max() == MOST_SYMBOLS:
+        if len(ids) and ids.max() == len(symbols):
             raise UsageError("the text has changed while it was read: prepare it again")
-        return ids.astype("<u2")
+        return ids.astype(made.kind)
 
     return encode
 
@@ -373,7 +371,7 @@ def check_spaces(text, name):
 
 
 def tokenised(pieces, threads):
-    """(text, whether a document ends with it) to (uint16 ids, the same), in GPT-2's BPE, many at a time.
+    """(text, whether a document ends with it) to (ids, the same), in GPT-2's BPE, many at a time.
 
     A document's end is followed by the token <|endoftext|>.
     """
@@ -438,7 +436,7 @@ class Documents:
         return len(self._ends)
 
     def add(self, ids, ends=True):
-        """Append uint16 ids to the document that is open; ends: it ends with them."""
+        """Append ids, of the data set's kind, to the document that is open; ends: it ends with them."""
         with self._made.writing():
             self._file.write(ids)
         self.tokens += len(ids)
@@ -486,7 +484,7 @@ class Documents:
 
     def _write(self, starts, lengths, tokens):
         """Deal the documents, one after the other, to a file for each split of so many tokens."""
-        path = self._made.part("documents")
+        path, width = self._made.part("documents"), self._made.kind.itemsize
         documents = zip(starts, lengths, strict=True)
         start = left = 0  # where the rest of a document is, and how long
         with self._made.writing(), open(path, "rb", buffering=0) as file, _progress("writing", self.tokens) as bar:
@@ -496,8 +494,8 @@ class Documents:
                         if not left:
                             start, left = map(int, next(documents))
                         count = min(left, room, COPIED_TOKENS)
-                        file.seek(2 * start)
-                        out.write(file.read(2 * count))
+                        file.seek(width * start)
+                        out.write(file.read(width * count))
                         bar.update(count)
                         start, left, room = start + count, left - count, room - count
         os.unlink(path)

@@ -17,7 +17,7 @@ def _stand_in(module, name):
 
     It is a dict, so that an OrderedDict, a Counter or a defaultdict keeps what is in it.
     """
-    nothing = {name: lambda self, *args, **keys: None for name in ("__init__", "__setstate__", "append", "extend")}
+    nothing = {method: lambda self, *args, **keys: None for method in ("__init__", "__setstate__", "append", "extend")}
     return type(name, (dict,), {"__module__": module, "__hash__": object.__hash__, **nothing})
 
 

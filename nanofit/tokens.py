@@ -110,7 +110,7 @@ def token_type(path, vocab_size):
         ids = _ids_at_ends(path, kind)
         if not _are_of(ids, vocab_size):
             continue
-        if vocab_size > FEW_SYMBOLS or not ids.all():
+        if kind.itemsize == 8 or vocab_size > FEW_SYMBOLS or not ids.all():
             return kind
         # As uint16, symbol 0 would be every second one, and nowhere else: as likely, and how nanoGPT reads it.
         print(f'warning: every second id in {path} is 0; if they are {kind} ids, say "dtype": "{kind}" in meta.pkl')
@@ -177,9 +177,8 @@ class TokenFile:
                 if f.readinto(memoryview(row).cast("B")) != row.nbytes:
                     raise UsageError(f"{self.path} ends before token {start + len(row):,}: it was cut short in mid-run")
         rows = rows.astype(np.int64)
-        beyond = (rows < 0) | (rows >= self.vocab_size)
-        if beyond.any():
-            row, column = np.argwhere(beyond)[0]
+        if rows.min() < 0 or rows.max() >= self.vocab_size:
+            row, column = np.argwhere((rows < 0) | (rows >= self.vocab_size))[0]
             raise UsageError(
                 f"{self.path} holds token {rows[row, column]} at position {starts[row] + column:,}, but the vocabulary "
                 f"has {self.vocab_size} (0 to {self.vocab_size - 1}){self._hint()}: prepare the data for this model, "

@@ -10,6 +10,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from conftest import train
 
 from nanofit.batches import Batches, RandomBatch
 from nanofit.codec import codec_of, differs, load_meta
@@ -252,6 +253,10 @@ def test_a_type_that_is_none(tmp_path):
             open_data(write_meta(tmp_path, vocab_size=65, dtype=named), 32, 65)
 
 
+def test_eight_bytes_an_id_are_known_without_an_id_of_0(tmp_path):
+    assert open_data(write_ids(tmp_path, "<i8", ids_below(65, least=1)), 32, 65)["train"].tokens == 4000
+
+
 def test_single_digits_with_spaces_between_them_are_read_as_nanogpt_does(tmp_path, capsys):
     ids = ids_below(11, least=1)
     ids[1::2] = 0
@@ -435,6 +440,18 @@ def test_each_sequence_is_trained_on_once_however_batches_are_cut_on_resuming(tm
             assert all(same(part.state_dict().values(), state.values()) for part in parts)
         drawn += parts[0].data["train"].drawn
     assert trained + state["starts"].tolist() == drawn
+
+
+@pytest.mark.parametrize(("first", "then"), [((4, 2), (8, 1)), ((8, 1), (2, 4))], ids=str)
+def test_a_run_goes_on_with_batches_cut_otherwise(first, then):
+    def run(cut, **keys):
+        return train(batch_size=cut[0], gradient_accumulation_steps=cut[1], eval_interval=100, **keys).iter_loss
+
+    whole = run(first, max_iters=9, out_dir="whole")
+    run(first, max_iters=5)
+    rest = run(then, max_iters=9, init_from="resume")
+    assert list(rest) == [6, 7, 8, 9]
+    assert rest == pytest.approx({i: whole[i] for i in rest}, abs=1e-3)
 
 
 def test_a_state_of_older_versions_goes_on_exactly():

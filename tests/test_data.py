@@ -20,11 +20,13 @@ import numpy as np
 import pyarrow
 import pytest
 import tiktoken
+import torch
 from conftest import ROOT, environment, flags, run_script
 from pyarrow.parquet import write_table
 
 from nanofit.codec import load_meta
 from nanofit.errors import UsageError
+from nanofit.tokens import open_data
 
 DOCUMENTS = [f"Document number {i}: " + "word " * i for i in range(40)]
 
@@ -107,7 +109,7 @@ def test_shakespeare_in_bpe(project, shared, bpe):
     assert (len(tokens("shakespeare", "train")), len(tokens("shakespeare", "val"))) == (301_966, 36_059)
     assert set(contents("shakespeare")) == {"train.bin", "val.bin", "prepared.json"}
     record = json.loads(contents("shakespeare")["prepared.json"])
-    assert record == {"encoding": "GPT-2 BPE", "tokens": {"train": 301_966, "val": 36_059}}
+    assert record == {"encoding": "GPT-2 BPE", "dtype": "uint16", "tokens": {"train": 301_966, "val": 36_059}}
 
 
 def test_any_text_of_ones_own(project):
@@ -466,7 +468,7 @@ def test_a_folder_becomes_a_data_set(project, tales, bpe, capsys):
     both = np.concatenate([tokens("my_tales", "train"), tokens("my_tales", "val")])
     assert sorted(gpt2.decode(both.tolist()).split("<|endoftext|>")) == sorted(["", *tales])
     assert len(tokens("my_tales", "train")) == int(0.9 * len(both))
-    assert "left out, because not UTF-8 text: my tales/picture.jpg, my tales/utf16.txt (2 of " in said.err
+    assert "left out, because not UTF-8 text: my tales/picture.jpg, my tales/utf16.txt (it holds a NUL" in said.err
     command = said.out.splitlines()[-1].removeprefix("to train on it: python train.py ")
     size = min(256, len(tokens("my_tales", "val")) - 1)
     expected = "config/train_shakespeare_char.py --dataset=my_tales --out_dir=out-my_tales"
@@ -491,6 +493,37 @@ def test_one_file_by_characters_is_split_as_shakespeare(project, shared):
     prepare("from_text", text, "--characters")
     ours, theirs = contents("tinyshakespeare"), contents("shakespeare_char")
     assert all(ours[name] == theirs[name] for name in ("train.bin", "val.bin", "meta.pkl"))
+
+
+def test_more_characters_than_two_bytes_can_number(project):
+    text = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x14000)])) * 2
+    (project / "all.txt").write_text(text, encoding="utf-8", newline="")
+    prepare("from_text", "all.txt", "--characters")
+    assert json.loads(contents("all")["prepared.json"])["dtype"] == "uint32"
+    ids = np.concatenate([np.fromfile(f"data/all/{split}.bin", "<u4") for split in ("train", "val")])
+    itos = load_meta("data/all")["itos"]
+    assert "".join(itos[i] for i in ids.tolist()) == text.replace("\r", "\n")
+    assert open_data("data/all", 8, len(itos))["train"].tokens == int(0.9 * len(text))
+
+
+def test_a_prepare_script_of_ones_own_with_a_large_tokenizer(project, corpus):
+    ids = np.arange(100_277)
+    with corpus.DataSet("data/large", vocab_size=100_277) as made:
+        made.write_meta(100_277)
+        for split in ("train", "val"):
+            made.write(split, ids)
+    assert open_data("data/large", 8, 100_277)["val"].read(torch.tensor([90_000])).tolist() == [
+        [*range(90_000, 90_009)]
+    ]
+
+
+def test_the_projects_own_nanofit_is_taken(project):
+    (project / "another" / "nanofit").mkdir(parents=True)
+    (project / "another" / "nanofit" / "__init__.py").write_text("raise SystemExit('another')")
+    (project / "mine.txt").write_text("to be or not to be\n" * 500)
+    command = [sys.executable, "data/shakespeare_char/prepare.py", "--input=mine.txt"]
+    done = subprocess.run(command, env=environment(PYTHONPATH=str(project / "another")), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -555,7 +588,7 @@ def test_a_kill_between_any_two_files_leaves_old_or_new_or_nothing_to_train_on(c
     def make(kind):
         with corpus.DataSet("data/mine") as made:
             if kind == "characters":
-                made.write_symbols(["a", "b"])
+                made.write_meta(2, stoi={"a": 0, "b": 1})
             for split in ("train", "val"):
                 made.write(split, np.full(2000, len(kind)))
 

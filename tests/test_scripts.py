@@ -1,7 +1,7 @@
 """sample.py and bench.py as their users meet them."""
 
 import json
-import os
+import pickle
 import re
 
 import pytest
@@ -161,10 +161,50 @@ def test_no_bpe_without_a_network(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    train(max_iters=10)
-    os.remove("data/markov/meta.pkl")
     with pytest.raises(UsageError, match="GPT-2's BPE can't be fetched .ConnectionError.*TIKTOKEN_CACHE_DIR"):
-        sample(start="A")
+        codec_of(None)
+
+
+def test_from_another_folder_no_other_alphabet_is_printed(workplace, monkeypatch):
+    train(max_iters=1)
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    sentence = "vocabulary of 65, and GPT-2 BPE has 50,257 symbols: data/markov/meta.pkl is not in this folder"
+    with pytest.raises(UsageError, match=sentence):
+        sample(out_dir="../out", start="A")
+
+
+def test_a_brought_generate_gets_one_sequence_at_a_time(monkeypatch):
+    train(max_iters=1)
+    seen, ours = [], GPT.generate
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        seen.append(tuple(idx.shape))
+        return ours(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert sample(num_samples=3, max_new_tokens=4, start="AB").count("---------------") == 3
+    assert seen == [(1, 2)] * 3
+
+
+def test_ids_that_stand_for_nothing_are_counted(workplace):
+    train(max_iters=1)
+    (workplace / "data" / "markov" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65, "stoi": {"A": 7}}))
+    text = sample(num_samples=2, max_new_tokens=50, start="A", temperature=5.0)
+    left_out, of = re.search(r"warning: (\d+) of (\d+) tokens stand for nothing in data/markov/meta.pkl", text).groups()
+    assert int(of) == 100
+    assert int(left_out) == 100 - (text.count("A") - 2)
+
+
+def test_weights_too_large_to_compute_with_are_told():
+    train(max_iters=1)
+    saved = torch.load("out/ckpt.pt")
+    saved["model"]["transformer.h.0.mlp.c_proj.weight"].fill_(1e30)
+    saved["model"]["transformer.h.1.mlp.c_proj.weight"].fill_(1e30)
+    saved["model"]["transformer.ln_f.weight"].fill_(1e38)
+    torch.save(saved, "out/ckpt.pt")
+    with pytest.raises(UsageError, match="the model's numbers are not finite"):
+        sample(num_samples=1, max_new_tokens=4, start="A")
 
 
 BENCH = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False, device="cpu")

@@ -14,7 +14,7 @@ import shlex
 import sys
 
 folder = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(folder))
+sys.path.insert(0, os.path.dirname(folder))
 
 import corpus  # noqa: E402
 from corpus import UsageError, usage_errors  # noqa: E402
@@ -49,7 +49,7 @@ def pieces(path):
     with open(path, encoding="utf-8-sig") as file:
         while chunk := file.read(PIECE):
             if "\0" in chunk:
-                raise UnicodeError("it holds a character 0")
+                raise UnicodeError("it holds a NUL, a character of code 0")
             if cut := _safe_cut(chunk):
                 yield "".join([*held, chunk[:cut]]), False
                 held = []
@@ -67,7 +67,7 @@ def _safe_cut(text):
 
 
 def survey(paths):
-    """(the files that hold text, their characters as a set, how many there are), told of files that aren't UTF-8."""
+    """(the files that hold text, their characters as a set, how many there are), told of those that are no text."""
     found, symbols, count, left_out = [], set(), 0, []
     for path in paths:
         here, length, is_blank = set(), 0, True
@@ -76,8 +76,8 @@ def survey(paths):
                 here.update(text)
                 length += len(text)
                 is_blank = is_blank and (not text or text.isspace())
-        except UnicodeError:
-            left_out.append(path)
+        except UnicodeError as e:
+            left_out.append(path if isinstance(e, UnicodeDecodeError) else f"{path} ({e})")
             continue
         if not is_blank:
             found.append(path)

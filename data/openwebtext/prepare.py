@@ -19,7 +19,7 @@ import zlib
 from contextlib import contextmanager
 
 folder = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(folder))
+sys.path.insert(0, os.path.dirname(folder))
 
 import corpus  # noqa: E402
 from corpus import UsageError, first_line, usage_errors  # noqa: E402

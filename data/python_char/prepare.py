@@ -11,7 +11,7 @@ import sys
 import sysconfig
 
 folder = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(folder))
+sys.path.insert(0, os.path.dirname(folder))
 
 import corpus  # noqa: E402
 
