@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from nanofit import autofit, machine, models, settings
-from nanofit.batches import Batches
 from nanofit.codec import load_meta
 from nanofit.errors import UsageError, first_line
 from nanofit.folder import LOCK, RunFolder
 from nanofit.metrics import require_readers
 from nanofit.ranks import ALONE
+from nanofit.tokens import open_data
 from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict, size_of
-from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, memory_limit
+from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, PADDED_VOCAB_SIZE, memory_limit
 
 LOOKED_AT = 8  # batches of each split whose tokens are looked at
 CHECKPOINTS_AT_ONCE = 3  # the last, the one before, and the one that is being written
@@ -39,7 +39,7 @@ class Run:
         self.model_class, self.config_class = model_class, config_class
         self.folder = RunFolder(config["out_dir"])
         self.data_dir = os.path.join("data", config["dataset"])
-        self.of_checkpoint = self.meta = self.batches = self.sizes = None  # as the steps find them out
+        self.of_checkpoint = self.meta = self.data = self.sizes = None  # as the steps find them out
 
     def look(self):
         """Take the steps in turn. One that needs what another has failed to find out has nothing to say."""
@@ -84,9 +84,11 @@ class Run:
             return None
         own = self.of_checkpoint and "block_size" not in self.given
         block_size = (self.of_checkpoint["model_args"] if own else self.config)["block_size"]
-        sizes = {"batch_size": self.config["batch_size"], "block_size": block_size}
-        self.batches = Batches(self.data_dir, **sizes, device=machine.find_device("cpu"))
-        counts = ", ".join(f"{tokens:,} {split} tokens" for split, (tokens, _) in self.batches.fingerprints.items())
+        vocab_size = self.meta["vocab_size"] if self.meta else PADDED_VOCAB_SIZE
+        if self.of_checkpoint:
+            vocab_size = self.of_checkpoint["model_args"]["vocab_size"]
+        self.data = open_data(self.data_dir, block_size, vocab_size)
+        counts = ", ".join(f"{file.tokens:,} {split} tokens" for split, file in self.data.items())
         return Verdict(OK, f"{self.config['dataset']}: {counts}")
 
     def _model(self):
@@ -101,13 +103,11 @@ class Run:
 
     def _vocabulary(self):
         """Whether the tokens of some batches are the model's, by the look that a run takes at each."""
-        if not (self.batches and self.sizes):
+        if not (self.data and self.sizes):
             return None
         model_has = self.sizes["vocab_size"]
-        self.batches.start(model_has)
-        for split in ("train", "val"):
-            for _ in self.batches.evaluation(split, LOOKED_AT):
-                """It was read, and its tokens were looked at."""
+        for file in open_data(self.data_dir, self.sizes["block_size"], model_has).values():
+            file.read(file.draw(LOOKED_AT * self.config["batch_size"], torch.Generator()))
         has = self.meta["vocab_size"] if self.meta else model_has
         if has == model_has:
             return Verdict(OK, f"the model's vocabulary has {model_has}")
