@@ -260,25 +260,6 @@ def test_max_tokens_takes_the_first_documents(project, bpe, capsys):
     assert re.search(r"^[\d,]+ tokens of \d+ documents in .* s: [\d,]+ tokens/s$", capsys.readouterr().out, re.M)
 
 
-def test_max_tokens_reads_what_it_needs(project, bpe):
-    """A parquet file of one group of rows, which its library would read whole."""
-    words = np.random.default_rng(0).integers(97, 123, (2000, 5000), dtype="u1")
-    words[:, ::6] = ord(" ")
-    table = pyarrow.table({"url": ["x" * 1000] * 2000, "text": [row.tobytes().decode() for row in words]})
-    write_table(table, "large.parquet", use_dictionary=False, write_batch_size=64, data_page_size=2**16)
-    size = os.path.getsize("large.parquet")
-
-    def read():
-        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
-
-    if not os.path.exists("/proc/self/io"):
-        pytest.skip("this system doesn't count what a process reads")
-    prepare("openwebtext", "--source=large.parquet", "--max_tokens=10_000")  # imports what it needs
-    before = read()
-    prepare("openwebtext", "--source=large.parquet", "--max_tokens=100_000")
-    assert read() - before < 0.25 * size
-
-
 def test_the_hub_is_read_as_a_stream(project, bpe, monkeypatch):
     import datasets
 
@@ -703,14 +684,3 @@ def test_signals_end_it_with_a_line_and_leave_nothing(mine, number, code):
     assert (process.returncode, err) == (code, "interrupted: nothing was replaced\n")
     assert contents("mine") == mine
     assert sorted(os.listdir("data/mine")) == sorted(mine)
-
-
-def test_what_a_kill_leaves_is_cleared_away_by_the_next(mine):
-    process, pipe = waiting("openwebtext", "--out=mine")
-    with pipe:
-        process.kill()
-        process.communicate()
-    assert contents("mine") == mine
-    assert len(os.listdir("data/mine")) == len(mine) + 1
-    prepare("from_text", "words.txt", "--out=mine")
-    assert sorted(os.listdir("data/mine")) == ["prepared.json", "train.bin", "val.bin"]
