@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
 from configurator import configure
+from nanofit.batches import Batches
 from nanofit.errors import UsageError
 
 
@@ -131,12 +132,23 @@ def test_a_compiled_models_prefix_is_taken_off():
     assert 10 in train(init_from="resume", max_iters=10).eval_loss
 
 
-def as_saved_by_version_0_1(saved):
-    """Where the data stood was a bare tensor; no memory lever, no mark of the data and no run's id was kept."""
-    saved = {entry: value for entry, value in saved.items() if entry not in ("data", "run_id")}
-    saved["rng"] = [{**rank, "data": rank["data"]["before"]} for rank in saved["rng"]]
+def as_version_0_1(patch, **keys):
+    """The checkpoint of a run that saves as version 0.1: no memory lever, no mark of the data and no run's id was kept.
+
+    Where the data stood was the generator's state before the batch that is drawn.
+    """
+    take = Batches._take
+
+    def note_and_take(batches):
+        batches.before = batches.generator.get_state()
+        take(batches)
+
+    patch.setattr(Batches, "_take", note_and_take)
+    patch.setattr(Batches, "state_dict", lambda batches: batches.before)
+    train(**keys)
+    saved = torch.load("out/ckpt.pt", weights_only=True)
     del saved["split"]["levers"]
-    return saved
+    return {entry: value for entry, value in saved.items() if entry not in ("data", "run_id")}
 
 
 def test_auto_begins_and_goes_on_by_the_same_command():
@@ -159,8 +171,8 @@ def test_auto_does_not_begin_anew_over_a_checkpoint_that_is_damaged():
 def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(monkeypatch):
     keys = dict(dropout=0.2, gradient_accumulation_steps=2)
     whole = train(max_iters=20, out_dir="whole", **keys)
-    train(max_iters=10, **keys)
-    saved = as_saved_by_version_0_1(torch.load("out/ckpt.pt", weights_only=True))
+    with monkeypatch.context() as patch:
+        saved = as_version_0_1(patch, max_iters=10, **keys)
     saved["split"]["into"] = [4, 4]
     torch.save(saved, "out/ckpt.pt")
     rest = train(max_iters=20, init_from="resume", **keys)
