@@ -17,6 +17,7 @@ from nanofit.batches import Batches
 from nanofit.errors import UsageError
 from nanofit.ranks import ALONE, World
 from nanofit.step import accumulate, clip, update
+from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def train(world, kind, batches_per_iter, levers):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     scaler, autocast = machine.grad_scaler(CPU, "float32"), machine.autocast(CPU, "float32")
     shares = dict(per_iter=batches_per_iter // world.size, rank=world.rank, ranks=world.size)
-    batches = Batches("data/markov", batch_size=2, block_size=16, device=CPU, **shares)
-    batches.start(65, state=torch.Generator().manual_seed(0).get_state())
+    state = torch.Generator().manual_seed(0).get_state()
+    batches = Batches(open_data("data/markov", 16, 65), batch_size=2, device=CPU, state=state, **shares)
     own, losses = gradients.of(model, world, levers), []
     for _ in range(int(sys.argv[3])):
         loss = accumulate(model, scaler, batches, autocast, own)
