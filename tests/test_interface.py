@@ -127,7 +127,7 @@ COMMANDS = {
     BY_CHARACTERS: How(SHORT, TRAINED),
     LAPTOP: How(SHORT, TRAINED),
     "python train.py --out_dir=out-shakespeare-char --init_from=resume": How(
-        ("--max_iters=2",), r"^resuming from \S+ at iteration 2\n(.*\n)*iter 2: loss \d", BY_CHARACTERS
+        ("--max_iters=2",), r"^resuming from \S+ at iteration 1\n(.*\n)*iter 2: loss \d", BY_CHARACTERS
     ),
     "python train.py config/finetune_shakespeare.py --auto_fit=True": Cannot(
         "it wants weights: the next row is like it"
