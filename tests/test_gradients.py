@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, torchrun, train_on_ranks, weights_of_ranks
+from conftest import RANK, torchrun, train_on_ranks
 
 from model import GPT, GPTConfig
 from nanofit import gradients
@@ -156,8 +156,10 @@ def test_ranks_of_which_not_every_one_uses_every_weight_learn_like_one_process()
 
 @pytest.mark.proof
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_learn_like_one_process_whatever_a_model_leaves_out_draws_or_changes(ranks):
-    kinds = ("experts", "layer_drop", "dropout", "random_buffers", "running", "unused", "frozen", "rare")
+@pytest.mark.parametrize(
+    "kinds", [("experts", "layer_drop", "dropout", "random_buffers"), ("running", "unused", "frozen", "rare")]
+)
+def test_ranks_learn_like_one_process_whatever_a_model_leaves_out_draws_or_changes(kinds, ranks):
     for case, differences in uneven(ranks, kinds, (ranks, 6), 30).items():
         assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case
 
@@ -199,20 +201,3 @@ def test_messages_of_an_iteration_of_gpt2(workplace):
     beside = each.pop() - 1  # the toy's gradients are one bucket
     assert beside > 0
     assert len(buckets) + beside <= 24
-
-
-@pytest.mark.proof
-def test_gradients_that_leave_early_are_the_same(workplace):
-    keys = dict(gradient_accumulation_steps=4, dropout=0.1, max_iters=6)
-    weights = []
-    for name, overlap, size in (("one", False, 2**30), ("early", True, 20_000), ("late", False, 20_000)):
-        (workplace / f"{name}.py").write_text(
-            "import runpy, sys\nfrom nanofit import gradients\n"
-            f"gradients.BUCKET_BYTES = {size}\n"
-            f"gradients.AveragedGradients.__init__.__defaults__ = ({overlap},)\n"
-            f"sys.argv[0] = {str(RANK)!r}\nrunpy.run_path({str(RANK)!r}, run_name='__main__')\n"
-        )
-        train_on_ranks(2, script=f"{name}.py", **keys, out_dir=name)
-        assert weights_of_ranks()[0]["digest"] == weights_of_ranks()[1]["digest"]
-        weights.append(weights_of_ranks()[0]["digest"])
-    assert weights[0] == weights[1] == weights[2]

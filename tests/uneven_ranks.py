@@ -75,6 +75,7 @@ if __name__ == "__main__":
     kinds, counts = sys.argv[1].split(","), [int(count) for count in sys.argv[2].split(",")]
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # AdamW makes much of the rounding of a gradient that is nearly 0
+    gradients.BUCKET_BYTES = 20_000  # several, of which some wait for weights that aren't used
     world, found = World.of_torchrun(), {}
     world.init("gloo", "cpu")
     for kind in kinds:

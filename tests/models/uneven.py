@@ -9,8 +9,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-KINDS = ("experts", "layer_drop", "dropout", "random_buffers", "running", "unused", "frozen", "rare")
-
 
 @dataclass
 class GPTConfig:
