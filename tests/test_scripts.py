@@ -200,9 +200,7 @@ def test_ids_that_stand_for_nothing_are_counted(workplace):
 def test_weights_too_large_to_compute_with_are_told():
     train(max_iters=1)
     saved = torch.load("out/ckpt.pt")
-    saved["model"]["transformer.h.0.mlp.c_proj.weight"].fill_(1e30)
-    saved["model"]["transformer.h.1.mlp.c_proj.weight"].fill_(1e30)
-    saved["model"]["transformer.ln_f.weight"].fill_(1e38)
+    saved["model"]["transformer.ln_f.weight"].fill_(3e38)  # finite, and what it is multiplied with isn't small
     torch.save(saved, "out/ckpt.pt")
     with pytest.raises(UsageError, match="the model's numbers are not finite"):
         sample(num_samples=1, max_new_tokens=4, start="A")
