@@ -145,17 +145,18 @@ import torch
 from nanofit.batches import Batches
 
 torch.set_default_dtype(torch.float64)
-start = Batches.start
-def joined(self, vocab_size, micro_batch_size=None, *more, **options):
-    start(self, vocab_size, {micro_batch_size} or micro_batch_size, *more, **options)
-Batches.start = joined
+made = Batches.__init__
+def cut(self, *arguments, **options):
+    made(self, *arguments, **{{**options, **{cut}}})
+Batches.__init__ = cut
 sys.argv[0] = {rank!r}
 runpy.run_path({rank!r}, run_name="__main__")
 """
 
 
 def train(ranks=1, micro_batch_size=0, **keys):
-    Path("doubled.py").write_text(IN_FLOAT64.format(rank=str(RANK), micro_batch_size=micro_batch_size))
+    cut = dict(micro_batch_size=micro_batch_size) if micro_batch_size else {}
+    Path("doubled.py").write_text(IN_FLOAT64.format(rank=str(RANK), cut=cut))
     return train_on_ranks(ranks, script="doubled.py", **{**KEYS, "bias": False, "dtype": "float32", **keys})
 
 
