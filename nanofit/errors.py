@@ -5,18 +5,22 @@ import errno
 import json
 import os
 import re
+import select
 import signal
 import sys
 import textwrap
 import time
+import traceback
 
 # What torch and the libraries below it say, in a plain RuntimeError, where memory ran out.
-_OUT_OF_MEMORY = (
-    "out of memory",  # CUDA, MPS and NCCL
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "can't allocate memory",  # the CPU's allocator, on Linux and macOS
-    "not enough memory",  # and on Windows
+_OUT_OF_MEMORY = re.compile(
+    "out of memory"  # CUDA, MPS and NCCL
+    "|CUBLAS_STATUS_ALLOC_FAILED"
+    "|CUDNN_STATUS_ALLOC_FAILED"
+    "|can't allocate memory"  # the CPU's allocator, on Linux and macOS
+    "|not enough memory"  # and on Windows
+    "|Cannot allocate memory"  # Linux
+    "|could not create a (primitive(?! descriptor)|memory object)"  # oneDNN
 )
 
 _LOST_RANK = ("gloo/transport", "Gloo connectFullMesh", "Connection closed by peer", "Connection reset by peer")
@@ -62,7 +66,9 @@ def is_out_of_memory(error):
     """Whether an exception says that the memory of a device or of the machine ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def is_lost_rank(error):
@@ -72,20 +78,12 @@ def is_lost_rank(error):
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_RANK)
 
 
-def is_old_driver(error):
-    """Whether an exception says that the NVIDIA driver is older than torch's CUDA needs."""
-    return any(words in str(error) for words in ("driver on your system is too old", "driver version is insufficient"))
-
-
 def memory_sentence(error):
     """What an out-of-memory error tells, in a few words: torch's own message goes on with advice that is in force."""
-    asked = re.search(r"ried to allocate ([\d.]+ [KMGT]?i?B|\d+ bytes)", str(error))
-    return f"memory ran out{f' on asking for {_rounded(asked[1])}' if asked else ''}"
-
-
-def _rounded(amount):
-    number, unit = amount.split()
-    return f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else amount
+    asked = re.search(r"ried to allocate ([\d.]+ [KMGT]?i?B|(\d+) bytes)", str(error))
+    if not asked:
+        return "memory ran out"
+    return f"memory ran out on asking for {f'{int(asked[2]) / 2**30:.2f} GiB' if asked[2] else asked[1]}"
 
 
 def lost_sentence(rank, error):
@@ -101,6 +99,10 @@ def lost_sentence(rank, error):
 OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
 ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if another has failed as well: then that one has told already
 LONGEST = 1000  # characters of a sentence; a name in it may be longer
+PACKAGE = os.path.dirname(os.path.realpath(__file__))
+SCRIPTS = ("train.py", "sample.py", "bench.py", "export.py", "report.py", "doctor.py", "configurator.py")
+OURS = (PACKAGE, *(os.path.join(os.path.dirname(PACKAGE), name) for name in (*SCRIPTS, "data", "benchmarks")))
+LIBRARY = re.compile(re.escape(os.path.dirname(os.__file__)) + r"|.*[/\\](site|dist)-packages[/\\]")
 
 
 # ---- the top frame -----------------------------------------------------------------------------------------
@@ -109,46 +111,73 @@ LONGEST = 1000  # characters of a sentence; a name in it may be longer
 def show_errors_as_sentences():
     """From here on, what a user's input, files, disk, terminal or memory can cause ends the program with a sentence.
 
-    The exit code is 1, or 130 after Ctrl-C. An error of any other kind is our own mistake: it keeps its traceback.
+    The exit code is 1, or 130 after Ctrl-C. An error of any other kind keeps its traceback; the sentence says in which
+    file of the user's it came up, or that the mistake is the program's.
     """
 
     def show(kind, error, trace):
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
-        rank, follows = os.environ.get("RANK", "?"), False  # follows: another rank has failed before
         if issubclass(kind, KeyboardInterrupt):
             if speaks:
                 _tell("interrupted")
             _flush()
             os._exit(128 + signal.SIGINT)
-        if issubclass(kind, UsageError):
-            sentence = f"error: {error}"
-            if not speaks and not error.of_rank:
-                time.sleep(ONE_VOICE_SECONDS)
-                sentence = f"error: rank {rank}: {error}"
-        elif issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "numpy"):
-            sentence = (
-                f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more"
-            )
-        elif is_out_of_memory(error):
-            sentence = f"error: {memory_sentence(error)}\n{_when_memory_ends(vars(sys.modules['__main__']))}"
-        elif is_lost_rank(error):
-            follows = True
-            sentence = lost_sentence(rank, error)
-        elif issubclass(kind, BrokenPipeError):
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what reads us is gone, and isn't told again at the end
-            sentence = "error: standard output was closed before all of it was written"
-        elif issubclass(kind, OSError) and error.errno:
-            where = f" ({error.filename})" if error.filename else ""
-            sentence = f"error: {os.strerror(error.errno)}{where}"
-        else:
-            sys.__excepthook__(kind, error, trace)
-            sentence = OUR_MISTAKE
-        _tell(sentence)
-        if follows:
+        sentence = _sentence_on(error)
+        if issubclass(kind, UsageError) and not speaks and not error.of_rank:
             time.sleep(ONE_VOICE_SECONDS)
-        _tell_torchrun(sentence)  # last: of those that told it, torchrun takes the first for the cause
+            sentence = f"error: rank {os.environ.get('RANK', '?')}: {error}"
+        _tell(sentence)
+        if is_lost_rank(error):
+            time.sleep(ONE_VOICE_SECONDS)  # torchrun names the first that tells it: that should be the one that is lost
+        _tell_torchrun(sentence)
 
     sys.excepthook = show
+
+
+def _sentence_on(error):
+    """What to tell of an error; before one that this doesn't explain, its traceback is printed."""
+    if isinstance(error, UsageError):
+        return f"error: {error}"
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy"):
+        return f"error: {error.name} is not installed: pip install {error.name}; python doctor.py looks for more"
+    if is_out_of_memory(error):
+        return f"error: {memory_sentence(error)}\n{_when_memory_ends(vars(sys.modules['__main__']))}"
+    if is_lost_rank(error):
+        return lost_sentence(os.environ.get("RANK", "?"), error)
+    if isinstance(error, BrokenPipeError) and _has_no_reader(1):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that Python doesn't tell it again at its end
+        return "error: standard output was closed before all of it was written"
+    place = _place_of_users(error)
+    # A connection that fails, and isn't standard output, is some library's: the traceback says which.
+    if not place and isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return f"error: {os.strerror(error.errno)}{f' ({error.filename})' if error.filename else ''}"
+    sys.__excepthook__(type(error), error, error.__traceback__)
+    return f"error: in your {place}: {type(error).__name__}: {first_line(error)}" if place else OUR_MISTAKE
+
+
+def _place_of_users(error):
+    """'model.py, line 5' where the innermost file, libraries aside, isn't ours; else ''."""
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    elif isinstance(error, ImportError) and error.path:  # of the module that lacks a name
+        places.append((error.path, None))
+    for path, line in reversed(places):
+        real = os.path.realpath(path)
+        if os.path.isfile(real) and not LIBRARY.match(real):
+            if any(real == own or real.startswith(own + os.sep) for own in OURS):
+                return ""
+            return os.path.basename(path) + (f", line {line}" if line else "")
+    return ""
+
+
+def _has_no_reader(descriptor):
+    """Whether what is written to this pipe or terminal goes nowhere, as far as the system tells."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    watch = select.poll()
+    watch.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def _when_memory_ends(keys):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nanofit.errors import UsageError, first_line, is_old_driver, is_out_of_memory
+from nanofit.errors import UsageError, first_line, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 A100_FLOPS = 312e12
@@ -102,7 +102,7 @@ def _why_no_gpu():
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
-        if is_old_driver(e):
+        if "too old" in str(e) or "driver version is insufficient" in str(e):
             return (
                 f"its driver is too old for torch {torch.__version__}, which {build}: install a newer NVIDIA driver, "
                 "or a torch that is built for an older CUDA (pytorch.org/get-started/previous-versions)"

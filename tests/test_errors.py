@@ -1,8 +1,15 @@
 """What users read when something goes wrong, and which errors say that memory ran out."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import environment
+from test_models import Checkout, training
 
+from nanofit import errors
 from nanofit.errors import UsageError, is_lost_rank, is_out_of_memory, lost_sentence, memory_sentence
 
 
@@ -39,11 +46,13 @@ MPS = "MPS backend out of memory (MPS allocated: 17.93 GiB, max allowed: 18.13 G
         (RuntimeError(MPS), "memory ran out on asking for 500.00 MiB"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8589934592 bytes."),
          "memory ran out on asking for 8.00 GiB"),
+        (RuntimeError("could not create a primitive"), "memory ran out"),
+        (RuntimeError("unable to mmap 512 bytes from file <x>: Cannot allocate memory (12)"), "memory ran out"),
+        (OSError(12, "Cannot allocate memory"), "memory ran out"),
         (MemoryError(), "memory ran out"),
         (torchs_own_on_a_cpu(), "memory ran out on asking for 1073741824.00 GiB"),
         (pythons_own(), "memory ran out"),
     ],
-    ids=["torch", "cuda", "driver", "cublas", "cudnn", "mps", "windows", "python", "the-cpu", "python-itself"],
 )  # fmt: skip
 def test_a_want_of_memory_is_known_and_told_in_one_short_line(error, sentence):
     assert is_out_of_memory(error)
@@ -62,7 +71,8 @@ def test_a_want_of_memory_is_known_and_told_in_one_short_line(error, sentence):
         RuntimeError(),
         UsageError("out of memory"),
         ValueError("out of memory"),
-        OSError(12, "Cannot allocate memory"),
+        OSError(28, "No space left on device"),
+        RuntimeError("could not create a primitive descriptor for the matmul primitive"),
         KeyboardInterrupt("out of memory"),
         raised(lambda: torch.zeros(2) @ torch.zeros(3)),
     ],
@@ -94,3 +104,90 @@ def test_a_lost_rank_is_told_in_words_that_help(error, words):
     sentence = lost_sentence("0", error)
     assert sentence.startswith("error: rank 0 has lost another, which has ended or can't be reached")
     assert sentence.endswith(f"--init_from=auto, or resume, goes on from the last checkpoint ({words})")
+
+
+# ---- whose mistake -----------------------------------------------------------------------------------------
+
+
+def sentence_on_running(path, text):
+    """What is told of the error that a file with this text raises."""
+    Path(path).write_text(text)
+    error = raised(lambda: exec(compile(text, path, "exec"), {}))
+    return errors._sentence_on(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("x = 1\nx.shape", "line 2: AttributeError: 'int' object has no attribute 'shape'"),
+        ("import torch\n\ntorch.ones(2) @ torch.ones(3)", "line 3: RuntimeError: "),
+        ("import einops_which_is_not_there", "line 1: ModuleNotFoundError: "),
+        ("open('nowhere')", "line 1: FileNotFoundError: "),
+        ("import json\njson.loads('{')", "line 2: JSONDecodeError: "),  # the library's frame is within
+        ("from nanofit.errors import shown\nshown(1, lambda x: 1 / 0)", "line 2: ZeroDivisionError"),
+    ],
+)
+@pytest.mark.parametrize("path", ["model.py", "attention.py"])
+def test_a_mistake_in_a_file_of_the_users_names_the_line_and_keeps_its_traceback(capsys, path, text, place):
+    assert sentence_on_running(path, text).startswith(f"error: in your {path}, {place}")
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_mistake_within_our_code_is_ours_wherever_it_was_called_from(capsys):
+    assert sentence_on_running("model.py", "from nanofit.errors import shown\nshown(1, None)") == errors.OUR_MISTAKE
+    assert "TypeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("x = self.transformer.drop(", "x = oops(", "error: in your model.py, line {line}: NameError: name 'oops' is"),
+        ("class GPT(nn.Module):", "class GPT(nn.Module:", "error: in your model.py, line {line}: SyntaxError: "),
+        ("class GPTConfig:", "class Config:", "error: in your model.py: ImportError: cannot import name 'GPTConfig'"),
+    ],
+)
+def test_a_mistake_in_model_py_is_told_as_the_users(tmp_path, old, new, sentence):
+    checkout = Checkout(tmp_path / "checkout", "nanogpt_like.py")
+    lines = (checkout.folder / "model.py").read_text().splitlines()
+    [line] = [i for i, text in enumerate(lines) if old in text]
+    lines[line] = lines[line].replace(old, new)
+    (checkout.folder / "model.py").write_text("\n".join(lines))
+    command = [sys.executable, *training()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkout.folder, env=environment(PYTHONPATH=""))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(sentence.format(line=line + 1)), done.stderr
+    assert "mistake of the program's" not in done.stderr
+
+
+PIPES = """
+import nanofit, os, socket, sys
+nanofit.start()
+print("as usual", flush=True)
+{act}
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "flags", "says_pipe"),
+    [
+        ("os.read(0, 1); print('x' * 9, flush=True)", [], True),
+        ("os.read(0, 1); print('x' * 9, flush=True)", ["-u"], True),
+        ("a, b = socket.socketpair(); b.close(); a.send(b'x')", [], False),
+        ("raise ConnectionResetError(104, 'Connection reset by peer')", [], False),
+    ],
+)
+def test_a_broken_pipe_is_standard_outputs_where_that_has_no_reader(act, flags, says_pipe):
+    Path("ours.py").write_text(PIPES.format(act=act))
+    child = subprocess.Popen(
+        [sys.executable, *flags, "ours.py"], env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    child.stdout.readline()
+    if says_pipe:
+        child.stdout.close()
+    child.stdin.write("go")
+    child.stdin.close()
+    said = child.stderr.read()
+    assert child.wait() == 1
+    assert (said == "error: standard output was closed before all of it was written\n") == says_pipe
+    assert ("Traceback" in said) != says_pipe
