@@ -5,7 +5,6 @@ torch releases live here too, one place each.
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import re
@@ -14,10 +13,10 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 
+from nanofit import host
 from nanofit.errors import UsageError, first_line, is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,7 +137,9 @@ def set_device(device, limit_bytes=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where products stay in float32
     elif device.type == "cpu":
-        _keep_host_memory()
+        host.keep_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's processors, not the container's
+            torch.set_num_threads(min(torch.get_num_threads(), host.processors()))
     if limit_bytes:
         cap_memory(device, limit_bytes)
 
@@ -284,25 +285,17 @@ def synchronize(device):
 
 
 def total_memory_bytes(device):
-    """All memory of the device; on a CPU, the machine's."""
+    """All memory of the device; on a CPU, that of the machine or of the container."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return host_memory_bytes()  # where there is no /proc, too
-
-
-def host_memory_bytes():
-    """All memory of this machine; a number that nothing exceeds where the system doesn't tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has other ways
-        return sys.maxsize
+    return min(host.machine_memory(), host.group_memory()[0] or sys.maxsize)
 
 
 def process_bytes(device):
     """What this process alone takes of what a limit counts: on a CPU Python, torch and libraries; nothing of a GPU."""
-    return _proc("self/status", "VmHWM") if device.type == "cpu" else 0
+    return host.proc("self/status", "VmHWM") if device.type == "cpu" else 0
 
 
 def free_memory_bytes(device):
@@ -311,37 +304,7 @@ def free_memory_bytes(device):
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(_proc("meminfo", "MemAvailable"), _container_free_bytes())
-
-
-def _proc(file, name):
-    """A figure of Linux's /proc, in bytes."""
-    try:
-        with open(f"/proc/{file}") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(f"{name}:"))
-    except (OSError, StopIteration) as e:
-        raise UsageError("auto_fit measures memory on a CPU by Linux's /proc, which isn't here: set batch_size") from e
-
-
-def _container_free_bytes():
-    """What the control group leaves of memory, where there is one that limits it."""
-    try:
-        folder = Path("/sys/fs/cgroup")
-        most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
-        cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-        return int(most) - int(used) + int(cached[1])
-    except (OSError, ValueError, TypeError):
-        return sys.maxsize  # no group, or one without a limit ('max')
-
-
-def host_memory_facts():
-    """(all memory of this machine, what is free of it for us, the container's limit) in bytes, None for the unknown."""
-    total, free, limit = host_memory_bytes(), None, None
-    with contextlib.suppress(UsageError):
-        free = free_memory_bytes(torch.device("cpu"))
-    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ('max')
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    return total if total < sys.maxsize else None, free, limit
+    return host.free_memory()
 
 
 def memory_now(device):
@@ -361,35 +324,6 @@ def cap_memory(device, limit_bytes):
         torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
-def cap_host_memory(limit_bytes):
-    """Let this process's allocations in the machine's memory fail beyond about limit_bytes, where Linux can."""
-    if sys.platform == "linux":
-        import resource
-
-        # What is asked for counts here, used or not: threads' stacks and libraries get room beside the limit.
-        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes + 2**30, resource.RLIM_INFINITY))
-
-
-MALLOC_NAMES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt
-
-
-def _of_glibc(name):
-    """A function of the C library, or one that does nothing where it is another library."""
-    return getattr(ctypes.CDLL(None), name, lambda *_: 0) if sys.platform == "linux" else lambda *_: 0
-
-
-def _keep_host_memory():
-    """Let this process keep what it has freed of the machine's memory for what it needs next, as torch does on GPUs.
-
-    glibc would give back blocks of some MiB at once, and in each step of training on a CPU the system would have to
-    find and clear gigabytes anew. What the user has set stands.
-    """
-    if not set(MALLOC_NAMES) & set(os.environ):
-        _of_glibc("mallopt")(MMAP_MAX, 0)
-        _of_glibc("mallopt")(TRIM_THRESHOLD, -1)
-
-
 def empty_cache(device):
     """Give back to the device what the allocator keeps without need."""
     if device.type == "cuda":
@@ -397,7 +331,7 @@ def empty_cache(device):
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
-        _of_glibc("malloc_trim")(0)
+        host.give_back_memory()
 
 
 def reset_peak_memory(device):
@@ -413,7 +347,7 @@ def peak_reserved_bytes(device):
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return torch.mps.driver_allocated_memory() if device.type == "mps" else _proc("self/status", "VmHWM")
+    return torch.mps.driver_allocated_memory() if device.type == "mps" else host.proc("self/status", "VmHWM")
 
 
 def peak_allocated_bytes(device):
@@ -437,10 +371,8 @@ def memory_in_use(device):
     if device.type == "mps":
         return None, torch.mps.driver_allocated_memory()
     try:
-        with open("/proc/self/status") as f:
-            status = dict(line.split(":", 1) for line in f)
-        return tuple(int(status[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
-    except (OSError, LookupError, ValueError):
+        return host.proc("self/status", "VmHWM"), host.proc("self/status", "VmRSS")
+    except UsageError:
         return None, None
 
 

@@ -1,12 +1,7 @@
 """Facts about the machine, with torch's answers put in its place where there is no such machine."""
 
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, environment
 
 from nanofit import machine
 from nanofit.errors import UsageError
@@ -165,48 +160,3 @@ def test_a_gpu_for_which_torch_has_no_kernels_is_named(monkeypatch, capability, 
         return
     with pytest.raises(UsageError, match=f"a card has compute capability {advice}"):
         machine.require_kernels(torch.device("cuda"))
-
-
-GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
-TWICE = """
-import resource, sys
-sys.path.insert(0, {root!r})
-from nanofit import machine
-import torch
-
-device = torch.device("cpu")
-machine.set_device(device)
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def taken():
-    before = faults()
-    torch.ones(2**24)  # 64 MiB, freed at once
-    return faults() - before
-
-
-torch.ones(2**25)
-again = taken()
-machine.empty_cache(device)
-print(again, taken())
-"""
-
-
-def faults(**variables):
-    """(pages that the system had to find for 64 MiB where 128 were freed, and after memory was given back)."""
-    done = subprocess.run(
-        [sys.executable, "-c", TWICE.format(root=str(ROOT))],
-        capture_output=True, text=True, env={**environment(), **variables}, check=True,
-    )  # fmt: skip
-    return tuple(map(int, done.stdout.split()))
-
-
-@pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
-def test_a_cpu_keeps_its_memory_until_it_is_asked_for():
-    again, given_back = faults()
-    assert again < 20
-    assert given_back > again + 50  # of 4 KiB or, as huge ones, of 2 MiB
-
-
-@pytest.mark.skipif(not GLIBC, reason="another C library than glibc")
-def test_what_the_user_tells_the_c_library_stands():
-    again, _ = faults(MALLOC_TRIM_THRESHOLD_="131072")
-    assert again > 50  # a page may have 2 MiB

@@ -22,7 +22,7 @@ nanofit.start()
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanofit import gradients, machine, models, sharding
+from nanofit import gradients, host, machine, models, sharding
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line, is_out_of_memory
@@ -74,7 +74,7 @@ def measure(job, made):
     levers = job.levers.within(limit, device.type)
     machine.cap_memory(device, limit)
     if device.type == "cpu":
-        machine.cap_host_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
+        host.cap_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
     try:
         made[:] = made or make(job, levers, device)
         figures = run(job, *made, device)

@@ -4,6 +4,7 @@ A check is a function of what facts() gives and of the keys of the run that is a
 to look at. TROUBLES.md has a row for each.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -12,8 +13,9 @@ import shutil
 import sys
 from dataclasses import dataclass
 
+from nanofit import host
 from nanofit.autofit.compiling import TRITON_CAPABILITY
-from nanofit.errors import first_line
+from nanofit.errors import UsageError, first_line
 from nanofit.units import GIB
 
 OK, WARNING, STOP = "ok", "warning", "stop"
@@ -50,7 +52,9 @@ def facts():
         return {**known, "torch": None, "torch_failure": f"{type(e).__name__}: {first_line(e)}"}
     from nanofit import machine
 
-    memory = dict(zip(("memory", "free", "container"), machine.host_memory_facts(), strict=True))  # bytes or None
+    memory = {"memory": host.machine_memory(), "free": None, "container": host.group_memory()[0]}  # bytes or None
+    with contextlib.suppress(UsageError):  # where the system doesn't tell
+        memory["free"] = host.free_memory()
     return {**known, "torch": torch.__version__, **machine.cuda_facts(), **memory}
 
 
