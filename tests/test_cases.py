@@ -714,8 +714,6 @@ sample("symbols of another data set", a_run, meta(vocab_size=200, stoi={"a": 150
 sample("a vocabulary beyond reason", a_run, size(vocab_size=2**42), says="memory ran out")
 sample("dropout beyond one", a_run, size(dropout=2.0), says="dropout must be")
 sample("ids beyond the symbols", a_run, meta(itos={i: 7 for i in range(65)}), says="itos the symbol of each id")
-sample("output that nobody reads", a_run, output(lambda: Broken(errno.EPIPE, 2)), says="standard output was closed")
-sample("output on a full disk", a_run, output(lambda: Broken(errno.ENOSPC, 2)), says="No space left on device")
 
 # ---- the benchmark -----------------------------------------------------------------------------------------
 row("bench: a batch beyond reason", script="bench.py", batch_size=10**13, says="memory ran out")
