@@ -131,7 +131,7 @@ if not dry_run:  # which needs no data and writes nothing
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
 plan = autofit.as_configured(config)
 if dry_run or (auto_fit and settings.anything_left(config, iter_num)):
-    plan = autofit.fit(world, device, config, given, model_args, GPT, max_iters + 1 - iter_num)
+    plan = autofit.fit(world, device, config, given, model_args, (GPT, GPTConfig), max_iters + 1 - iter_num)
 elif saved:
     plan = autofit.as_saved(saved, plan, config, given, world.size)
 if dry_run:

@@ -8,6 +8,8 @@ fastest is the best that the cell could have. Then what auto-fit chose runs conf
 the limit, with evaluations. Prints a table, and one line of JSON last.
 """
 
+import contextlib
+import io
 from dataclasses import replace
 
 from common import finish, keep
@@ -15,11 +17,11 @@ from common import finish, keep
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import machine, settings
-from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import Job
-from nanofit.autofit.trial import run_trial
+from nanofit.autofit.fit import Fitter
+from nanofit.autofit.plan import Job, Plan
+from nanofit.autofit.trials import Trials
 from nanofit.errors import UsageError, usage_errors
-from nanofit.models import GPT2_SIZES, file_of
+from nanofit.models import GPT2_SIZES, source_of
 from nanofit.units import divisors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -52,8 +54,13 @@ def shape_of(model):
         return vars(GPTConfig(block_size=block_size, vocab_size=vocab_size, dropout=0.0, bias=False, **sizes))
 
 
+def run_trial(job, seconds=None):
+    with Trials() as run:
+        return run(job, seconds=seconds)
+
+
 def job_of(shape, limit, **more):
-    return Job(file_of(GPT), shape, str(device), dtype, grad_clip=1.0, memory_limit_gb=limit, **more)
+    return Job(source_of(GPT, GPTConfig), shape, str(device), dtype, grad_clip=1.0, memory_limit_gb=limit, **more)
 
 
 def exhaustive(shape):
@@ -77,11 +84,13 @@ def cell(model, shape, every, limit):
     if fitting:
         best = max(fitting, key=lambda t: t.tokens_per_second)
         row["best"], row["best_tokens_per_second"] = best.micro_batch_size, best.tokens_per_second
-    fitter = Fitter(job_of(shape, limit), batch_size, 1, say=lambda line: None, advises=False)
-    try:
-        plan = fitter.plan()
-    except UsageError:
-        return row
+    asked = Plan(batch_size, 1, batch_size)
+    with Trials() as trials, contextlib.redirect_stdout(io.StringIO()):
+        fitter = Fitter(job_of(shape, limit), asked, {"recompute", "loss_chunk_mb"}, 68, 1, trials)
+        try:
+            plan = fitter.plan()
+        except UsageError:
+            return row
     row.update(choice=plan.micro_batch_size, peak_bytes=plan.peak_bytes, probes=len(plan.trials))
     if plan.micro_batch_size in every and fitting:
         row["ratio"] = every[plan.micro_batch_size].tokens_per_second / best.tokens_per_second

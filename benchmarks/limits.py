@@ -12,9 +12,9 @@ from common import finish, keep
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import machine, models, settings
-from nanofit.autofit.fitter import Fitter
-from nanofit.autofit.plan import Job
-from nanofit.autofit.trial import Trials
+from nanofit.autofit.fit import Fitter
+from nanofit.autofit.plan import Job, Plan
+from nanofit.autofit.trials import Trials
 from nanofit.errors import UsageError, usage_errors
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -44,15 +44,15 @@ peak_flops, note = machine.peak_flops(device, dtype)
 
 def row_of(limit):
     """What auto-fit chose under a limit (0 for none), and how fast that is."""
-    job = Job(models.file_of(GPT), vars(shape), str(device), dtype, grad_clip=1.0, memory_limit_gb=limit)
+    job = Job(models.source_of(GPT, GPTConfig), vars(shape), str(device), dtype, grad_clip=1.0, memory_limit_gb=limit)
     with Trials() as run_trial:
-        options = dict(asked_compile=compile, iterations_left=iterations, advises=False, run_trial=run_trial)
-        fitter = Fitter(job, batch_size, 1, **options)
+        asked = Plan(batch_size, 1, batch_size, compile=compile)
+        fitter = Fitter(job, asked, {"recompute", "loss_chunk_mb"}, 68, iterations, run_trial)
         try:
             plan = fitter.plan()
         except UsageError as e:
             return {"limit_gb": limit, "failure": str(e)}
-        trial = fitter.measure(plan.micro_batch_size, plan.compile, plan.levers)
+        trial = fitter.measure(plan.micro_batch_size, plan.levers, plan.compile)
     if not trial.fits:
         return {"limit_gb": limit, "failure": f"the choice did not fit again: {trial.failure}"}
     seconds = batch_size * block_size / trial.tokens_per_second

@@ -22,7 +22,7 @@ from nanofit import machine, settings
 from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
 from nanofit.errors import UsageError, usage_errors
-from nanofit.models import GPT2_SIZES, file_of
+from nanofit.models import GPT2_SIZES
 from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -74,7 +74,7 @@ def numbers(key, kind, what):
 def simulated(batch_size, model_class, recompute):
     """Bytes at the peak of a step, by part."""
     sizes = dict(block_size=block_size, vocab_size=50304, dropout=0.0, bias=False, **GPT2_SIZES[model])
-    job = Job(file_of(GPT), sizes, "cuda", dtype, grad_clip=1.0, micro_batch_size=batch_size, micro_steps=2)
+    job = Job({}, sizes, "cuda", dtype, grad_clip=1.0, micro_batch_size=batch_size, micro_steps=2)
     with contextlib.redirect_stdout(io.StringIO()):  # every model tells its number of parameters
         return step_memory(model_class, GPTConfig, job, MemoryLevers(recompute=recompute).within(0))
 

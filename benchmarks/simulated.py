@@ -11,12 +11,12 @@ from dataclasses import replace
 from common import finish, keep
 
 from configurator import configure
-from model import GPT
+from model import GPT, GPTConfig
 from nanofit import machine, settings
 from nanofit.autofit.plan import Job
-from nanofit.autofit.trial import Trials
+from nanofit.autofit.trials import Trials
 from nanofit.errors import UsageError, usage_errors
-from nanofit.models import GPT2_SIZES, file_of
+from nanofit.models import GPT2_SIZES, source_of
 from nanofit.units import MemoryLevers
 
 # ---- keys: --key=value overrides them ----------------------------------------------------------------------
@@ -35,7 +35,7 @@ if device.type != "cuda":
     raise UsageError("only a GPU's allocator counts what tensors take")
 
 SIZES = dict(block_size=block_size, bias=False, vocab_size=50304, dropout=0.0, **GPT2_SIZES[model])
-PLAIN = Job(file_of(GPT), SIZES, str(device), "bfloat16", grad_clip=1.0, micro_steps=2, brief=True)
+PLAIN = Job(source_of(GPT, GPTConfig), SIZES, str(device), "bfloat16", grad_clip=1.0, micro_steps=2, brief=True)
 CASES = {
     "bfloat16": PLAIN,
     "float16": replace(PLAIN, dtype="float16"),

@@ -15,6 +15,7 @@ import sys
 import traceback
 import typing
 import warnings
+from operator import attrgetter
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -141,9 +142,21 @@ def is_finite(model):
     return True
 
 
-def file_of(model_class):
-    """Where a model was written, for a process that must build it again."""
-    return os.path.abspath(inspect.getfile(model_class))
+def source_of(*classes):
+    """Where GPT and GPTConfig come from, as JSON can hold it: for a process that must import them as this one did."""
+    for cls in classes:
+        if cls.__module__ == "__main__":
+            raise UsageError(
+                f"{cls.__name__} must be in a module of its own, such as model.py: auto_fit's trials import it"
+            )
+    path = [os.path.abspath(entry) for entry in sys.path]  # an entry '' is the current folder
+    return {"path": path, "classes": [[cls.__module__, cls.__qualname__] for cls in classes]}
+
+
+def from_source(source):
+    """The classes of which source_of gave this."""
+    sys.path[:] = source["path"]
+    return tuple(attrgetter(name)(importlib.import_module(module)) for module, name in source["classes"])
 
 
 def from_file(path):

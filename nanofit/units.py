@@ -66,7 +66,7 @@ class MemoryLevers:
         return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
 
 
-FITTED = ("recompute", "loss_chunk_mb", "shard", "gather_once")  # levers that auto-fit may move, where the user doesn't
+FITTED = ("recompute", "loss_chunk_mb", "shard")  # levers that auto-fit may move, where the user doesn't
 
 
 def memory_limit(free_bytes, memory_limit_gb):

@@ -120,7 +120,7 @@ def probes():
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if b"nanofit.autofit.probe" in (process / "cmdline").read_bytes() and (process / "cwd").samefile("."):
+            if b"nanofit.autofit.child" in (process / "cmdline").read_bytes() and (process / "cwd").samefile("."):
                 found.append(process.name)
     return found
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, train
 
-from model import GPT
+from model import GPT, GPTConfig
 from nanofit import autofit
-from nanofit.autofit import trial as trial_room
-from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.fit import Fitter, smallest
 from nanofit.autofit.plan import Facts, Plan, Trial, from_dict
 from nanofit.errors import UsageError
 from nanofit.ranks import ALONE, World
 from nanofit.units import GIB, MemoryLevers
 
+fit_room = sys.modules["nanofit.autofit.fit"]  # the package's own fit is the function
 CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at
     "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False,
@@ -41,37 +41,37 @@ def trials(monkeypatch):
         size, levers = job.micro_batch_size, job.levers.within(5 * GIB)
         peak = size * GIB // (2 if job.levers.recompute else 1)
         speed = (0.5 if job.levers.recompute else 1.0) * size
-        return Trial(size, levers, job.compile, peak, speed, limit_bytes=5 * GIB, parts={"weights": GIB})
+        return Trial(
+            size, levers, job.compile, peak, tokens_per_second=speed, limit_bytes=5 * GIB, parts={"weights": GIB}
+        )
 
-    monkeypatch.setattr(trial_room, "Trials", lambda: nullcontext(run_trial))
+    monkeypatch.setattr(fit_room, "Trials", lambda: nullcontext(run_trial))
     return jobs
 
 
 def fit(world=ALONE, device=CPU, given=(), **changes):
-    return autofit.fit(world, device, {**CONFIG, **changes}, set(given), SIZES, GPT, 20)
+    return autofit.fit(world, device, {**CONFIG, **changes}, set(given), SIZES, (GPT, GPTConfig), 20)
 
 
 def test_the_plan_is_kept_and_a_second_run_confirms_it(trials, capsys):
     plan = fit()
     assert str(plan) == "batch_size 8 -> 4, gradient_accumulation_steps 1 -> 2, effective batch 8"
     assert plan.levers == MemoryLevers(loss_chunk_mb=128), "settled"
-    assert capsys.readouterr().out.splitlines()[-1] == f"auto-fit: {plan}, found in 0 s"
+    last = f"auto-fit: {plan}, found in 0 s: the largest that was tried and fits"
+    assert capsys.readouterr().out.splitlines()[-1] == last
     tried = len(trials)
     assert fit() == plan
     assert len(trials) == tried + 1
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["auto-fit: the answer kept beside the run holds", f"auto-fit: {plan}, found in 0 s"]
+    assert said[-2:] == ["auto-fit: the answer kept beside the run holds (4 tok/s when it was found)", last]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (dict(batch_size=16), "batch_size 8 (now 16)"),
-        (dict(grad_clip=0.0), "grad_clip 1.0 (now 0.0)"),
-        (dict(optimizer_state="offload"), "optimizer_state float32 (now offload)"),
-        (dict(loss_chunk_mb=3), "loss_chunk_mb 0 (now 3)"),
-        (dict(given=["recompute"]), "levers set by hand none (now recompute)"),
-        (dict(given=["shard"]), "levers set by hand none (now shard)"),
+        (dict(batch_size=16, grad_clip=0.5), "batch_size"),
+        (dict(optimizer_state="offload"), "optimizer_state"),
+        (dict(given=["recompute"]), "levers set by hand"),
     ],
 )
 def test_an_answer_for_other_keys_is_looked_for_again(trials, capsys, change, told):
@@ -80,14 +80,15 @@ def test_an_answer_for_other_keys_is_looked_for_again(trials, capsys, change, to
     capsys.readouterr()
     fit(**change)
     assert len(trials) > tried + 1
-    assert capsys.readouterr().out.startswith(f"auto-fit: out/auto_fit.json was found with {told}: looking again\n")
+    first = f"auto-fit: out/auto_fit.json was found for another run ({told} differs): looking again\n"
+    assert capsys.readouterr().out.startswith(first)
 
 
 def test_a_job_says_all_that_the_run_asked_for(trials):
     fit(optimizer_state="offload", loss_chunk_mb=3, grad_clip=0.5, compile_mode="reduce-overhead", memory_limit_gb=4.5)
     for job in trials:
         assert replace(job.levers, recompute=False) == MemoryLevers(optimizer_state="offload", loss_chunk_mb=3)
-        assert job.model_file == str(ROOT / "model.py")
+        assert job.source["classes"] == [["model", "GPT"], ["model", "GPTConfig"]]
         assert job.model_args == SIZES
         assert (job.device, job.dtype, job.grad_clip, job.simulate) == ("cpu", "float32", 0.5, False)
         assert (job.compile_mode, job.memory_limit_gb) == ("reduce-overhead", 4.5)
@@ -96,9 +97,8 @@ def test_a_job_says_all_that_the_run_asked_for(trials):
 def test_a_dry_run_tells_where_memory_goes_and_keeps_nothing(trials, workplace, capsys):
     plan = fit(dry_run=True)
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == ["auto-fit: of 1.00 GiB (simulated): weights 1.00", f"auto-fit: {plan}, found in 0 s"]
-    assert trials[-1].simulate
-    assert (trials[-1].micro_batch_size, trials[-1].levers) == (4, plan.levers)
+    assert said[-2] == "auto-fit: of 1.00 GiB (simulated): weights 1.00"
+    assert said[-1].startswith(f"auto-fit: {plan}, found in 0 s: ")
     assert not (workplace / "out").exists()
 
 
@@ -112,7 +112,7 @@ def test_an_answer_that_cannot_be_kept_is_told_and_taken(trials, workplace, caps
     plan = fit()
     said = capsys.readouterr().out.splitlines()
     assert said[-2].startswith("auto-fit: out/auto_fit.json can't be written (")
-    assert said[-1] == f"auto-fit: {plan}, found in 0 s"
+    assert said[-1].startswith(f"auto-fit: {plan}, found in 0 s")
 
 
 def test_a_device_that_is_elsewhere_is_simulated(trials):
@@ -144,9 +144,13 @@ def test_all_ranks_stop_with_the_sentence_of_the_one_that_failed():
 def test_the_plan_of_all_ranks_fits_each_of_them(compiles):
     own = Plan(64, 2, 16, MemoryLevers(loss_chunk_mb=256), compile=True, limit_bytes=9, peak_bytes=7, reasons=("a",))
     others = Plan(64, 2, 4, MemoryLevers(recompute=True, loss_chunk_mb=128), compile=compiles, limit_bytes=5)
-    plan = autofit.smallest([own, others], own)
+    plan = smallest([own, others], own)
     assert plan == replace(
-        own, micro_batch_size=4, levers=MemoryLevers(recompute=True, loss_chunk_mb=256), compile=compiles
+        own,
+        micro_batch_size=4,
+        levers=MemoryLevers(recompute=True, loss_chunk_mb=256),
+        compile=compiles,
+        reasons=("what each rank can take",),
     )
 
 
@@ -156,15 +160,6 @@ def test_ranks_of_one_machine_share_the_memory_of_its_cpu(trials):
         world.local_size = local_size
         fit(world, gradient_accumulation_steps=2)
         assert trials[-1].sharers == local_size
-
-
-def test_ranks_gather_once_where_each_of_them_can():
-    once, each = (Plan(64, 2, 4, MemoryLevers(shard=True, gather_once=able)) for able in (True, False))
-    assert autofit.smallest([once, once], once).levers.gather_once
-    for own in (once, each):
-        assert not autofit.smallest([once, each], own).levers.gather_once, "or some would wait for the others"
-    whole = Plan(64, 2, 4)  # on a larger card
-    assert autofit.smallest([whole, once], whole).levers == once.levers, "where it is to be tried first"
 
 
 def test_a_rank_tries_what_another_needs(trials, capsys):
@@ -256,7 +251,8 @@ def test_a_resumed_run_keeps_the_effective_batch_on_another_split(monkeypatch):
 
 def test_a_run_that_was_fitted_goes_on_in_the_same_split_until_it_is_fitted_anew_as_it_says(monkeypatch):
     def goes_on(best, **more):
-        monkeypatch.setattr(Fitter, "plan", lambda self, remembered: remembered or Plan(8, 1, best))
+        known = Plan(8, 1, best, reasons=("known",))
+        monkeypatch.setattr(Fitter, "plan", lambda self, kept, *_: kept or known)
         run = train(max_iters=2, eval_interval=2, **more)
         return run.text, run.names["batches"].micro_batch_size
 
@@ -298,15 +294,15 @@ def test_a_dry_run_for_a_card_that_is_elsewhere():
 RANK = """
 import os, sys, runpy
 sys.argv[0] = "train.py"
-from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import Facts, Trial
 LIMITS = {limits}
-def measure(self, size, compile=False, levers=None, note=""):
+def measure(self, size, levers, compile=False):
     limit = LIMITS[int(os.environ["RANK"])]
     if limit is None:
         return Trial(size, failure="the probe was killed by signal 9")
     self.facts = Facts("made up", limit_bytes=limit)
-    return Trial(size, levers or self.job.levers, peak_bytes=size, tokens_per_second=float(size), limit_bytes=limit)
+    return Trial(size, levers, peak_bytes=size, tokens_per_second=float(size), limit_bytes=limit)
 Fitter.measure = measure
 runpy.run_path({train!r}, run_name="__main__")
 """

@@ -27,7 +27,7 @@ import torch
 from conftest import REFERENCE, as_a_process, flags
 
 from nanofit import machine, step
-from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import Plan
 
 KEYS = {
@@ -629,8 +629,8 @@ row("an index of weights outside the folder", hugging_face(), file("theirs.safet
 
 def fitted(what, *given, **case):
     """A run that would fit the device, and whose search is known."""
-    answer = Plan(2, 1, 1)
-    known = lambda patch: patch.setattr(Fitter, "plan", lambda self, remembered: remembered or answer)  # noqa: E731
+    answer = Plan(2, 1, 1, reasons=("known",))
+    known = lambda patch: patch.setattr(Fitter, "plan", lambda self, kept, *_: kept or answer)  # noqa: E731
     case = {"code": 0, "changes": ("out", *SAVED, "out/auto_fit.json"), **case}
     row(f"an answer that {what}", known, *given, auto_fit=True, max_iters=1, says="batch_size 2 -> 1", **case)
 
@@ -644,10 +644,9 @@ fitted("is no JSON", file("out/auto_fit.json", "{"))
 fitted("is no text", file("out/auto_fit.json", b"\xff\xfe"))
 fitted("is a list", file("out/auto_fit.json", "[1]"))
 fitted("is deep", file("out/auto_fit.json", "[" * 200000))
-fitted("is as large as a disk", file("out/auto_fit.json", "{}"), cut("out/auto_fit.json", 2**40))
 fitted("can't be read", file("out/auto_fit.json", "{}"), fails("json.load", errno.EIO))
 fitted("can't be written", fails("tempfile.mkstemp", errno.ENOSPC), code=1, changes=("out", *STARTED))
-fitted("can't be renamed", fails("nanofit.autofit.cache.os.replace", errno.EIO), code=1, changes=("out", *STARTED))
+fitted("can't be renamed", fails("nanofit.files.os.replace", errno.EIO), code=1, changes=("out", *STARTED))
 # ---- ranks -------------------------------------------------------------------------------------------------
 row("a rank that is a word", environment(RANK="first"), says="are not what torchrun sets")
 row("a negative rank", environment(RANK="-1", WORLD_SIZE="2"), says="are not what torchrun sets")

@@ -16,7 +16,7 @@ from conftest import ROOT, TOY, environment, flags, run_script, torchrun, train,
 
 from model import GPTConfig
 from nanofit import settings
-from nanofit.autofit.fitter import Fitter
+from nanofit.autofit.fit import Fitter
 from nanofit.errors import UsageError
 from nanofit.settings import differences, without_effect
 

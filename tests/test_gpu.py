@@ -18,9 +18,9 @@ from conftest import ROOT, TOY, environment, flags, run_script, train
 
 import model as model_module
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, machine
+from nanofit import autofit, checkpoint, machine, models
 from nanofit.autofit.plan import OUT_OF_MEMORY, Job, Plan, from_dict
-from nanofit.autofit.trial import run_trial
+from nanofit.autofit.trials import Trials
 from nanofit.batches import Batches
 from nanofit.step import clip, dry_step, try_compile, update
 from nanofit.units import MemoryLevers
@@ -97,8 +97,13 @@ def test_a_cap_makes_an_overrun_an_error():
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def run_trial(job):
+    with Trials() as run:
+        return run(job)
+
+
 JOB = Job(
-    model_file=str(ROOT / "model.py"),
+    source=models.source_of(GPT, GPTConfig),
     model_args=dict(n_layer=3, n_head=4, n_embd=256, block_size=256, bias=False, vocab_size=8192, dropout=0.0),
     device="cuda", dtype="bfloat16", grad_clip=1.0, micro_batch_size=16, micro_steps=4, memory_limit_gb=2.0,
 )  # fmt: skip

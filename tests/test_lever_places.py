@@ -20,7 +20,7 @@ from nanofit.units import FITTED, MemoryLevers
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
-JOB = Job(str(ROOT / "model.py"), SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2, ranks=2)
+JOB = Job({}, SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2, ranks=2)
 MOVED = {
     "recompute": True,
     "optimizer_state": "offload",

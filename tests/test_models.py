@@ -565,7 +565,7 @@ def test_dropout_costs_a_plan_no_attention_matrices_in_any_model(brought, name):
     for dropout in (0.0, 0.2):
         sizes = dict(n_layer=2, n_head=4, n_embd=64, block_size=1024, vocab_size=65, bias=False, dropout=dropout)
         job = Job(
-            model_file="", model_args=sizes, device="cuda", dtype="bfloat16", grad_clip=1.0, micro_batch_size=2,
+            source={}, model_args=sizes, device="cuda", dtype="bfloat16", grad_clip=1.0, micro_batch_size=2,
             micro_steps=1,
         )  # fmt: skip
         peaks.append(sum(step_memory(*brought[name], job, MemoryLevers()).values()))
@@ -576,7 +576,7 @@ def test_dropout_costs_a_plan_no_attention_matrices_in_any_model(brought, name):
 def test_an_optimizer_that_is_not_fused_is_simulated(brought, state, share):
     sizes = dict(n_layer=1, n_head=2, n_embd=128, block_size=16, vocab_size=64, bias=False, dropout=0.0)
     job = Job(
-        model_file="", model_args=sizes, device="cuda", dtype="float32", grad_clip=1.0, micro_batch_size=1,
+        source={}, model_args=sizes, device="cuda", dtype="float32", grad_clip=1.0, micro_batch_size=1,
         micro_steps=1,
     )  # fmt: skip
     parts = step_memory(*brought["nanogpt_like"], job, MemoryLevers(optimizer_state=state))

@@ -1,28 +1,32 @@
 """The values that auto-fit's rooms hand to each other, and their way through JSON."""
 
 import json
+import os
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanofit.autofit.plan import Facts, Job, Plan, Trial, from_dict, from_json, to_json
+from nanofit import autofit
+from nanofit.autofit.plan import Facts, Job, Plan, Trial, from_dict, from_json, recall, remember, to_json
+from nanofit.ranks import ALONE
 from nanofit.units import GIB, MemoryLevers, divisors, memory_limit, micro_batch_sizes
 
 KINDS = (MemoryLevers, Job, Facts, Trial, Plan)
 
 # ---- values as they may be, and what JSON can hold ---------------------------------------------------------
 
-numbers = st.floats(allow_nan=False)
+whole = st.integers(1 - 2**63, 2**63 - 1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.none() | st.booleans() | st.integers() | numbers | st.text(max_size=8)
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
 BY_TYPE = {
     str: st.text(max_size=20),
-    int: st.integers(),
+    int: whole,
     bool: st.booleans(),
     float: numbers,
     dict: st.dictionaries(st.text(max_size=8), scalars, max_size=4),
@@ -105,6 +109,9 @@ def test_garbage_is_no_value(line):
         '{"kind": "Trial", "micro_batch_size": true}',
         '{"kind": "Trial", "micro_batch_size": 1, "tokens_per_second": 1' + 400 * "0" + "}",  # more than a float holds
         '{"kind": "Trial", "micro_batch_size": 1' + 5000 * "0" + "}",
+        '{"kind": "Trial", "micro_batch_size": 1, "peak_bytes": 1' + 400 * "0" + "}",
+        '{"kind": "Trial", "micro_batch_size": 1, "tokens_per_second": 1e999}',
+        '{"kind": "Trial", "micro_batch_size": 1, "tokens_per_second": NaN}',
         '{"kind": "Trial", "micro_batch_size": 1, "levers": {"recompute": 1}}',
         '{"kind": "Trial", "micro_batch_size": 1, "levers": {"recompute": true, "turbo": true}}',
         '{"kind": "Plan", "batch_size": 64, "gradient_accumulation_steps": 1, "micro_batch_size": 5}',
@@ -173,20 +180,20 @@ def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
 def can_be_planned(batch_size, accumulation, micro_batch_size):
     try:
         Plan(batch_size, accumulation, micro_batch_size)
-    except AssertionError:
+    except ValueError:
         return False
     return True
 
 
 @pytest.mark.parametrize("size", [5, 96, 192, 256])
 def test_a_split_that_drifts_cannot_be_planned(size):
-    with pytest.raises(AssertionError, match="a micro-batch divides the batch, or joins several"):
+    with pytest.raises(ValueError, match="a micro-batch divides the batch, or joins several"):
         Plan(64, 2, size)
 
 
 @pytest.mark.parametrize("sizes", [(64, 2, 0), (64, 2, -8), (-64, 2, 8), (64, 0, 8), (0, 2, 8)])
 def test_nothing_can_be_split_into_nothing(sizes):
-    with pytest.raises(AssertionError, match="all are at least 1"):
+    with pytest.raises(ValueError, match="are at least 1"):
         Plan(*sizes)
 
 
@@ -208,3 +215,131 @@ def test_the_limit():
     assert memory_limit(100 * GIB, 0.0) == 99 * GIB, "the margin is at most 1 GiB"
     assert memory_limit(100 * GIB, 12.0) == 12 * GIB
     assert memory_limit(10 * GIB, 12.0) == pytest.approx(9.5 * GIB, abs=1)
+
+
+# ---- the answer beside the run -----------------------------------------------------------------------------
+
+KEY = {"device": "GPU", "memory": 24 * GIB, "model": {"n_layer": 1}, "batch_size": 64, "recompute": False}
+ASKED = Plan(64, 4, 64, compile=True)
+LEVERS = MemoryLevers(recompute=True, loss_chunk_mb=128)
+FOUND = Plan(
+    64, 4, 8, LEVERS, compile=True, limit_bytes=10 * GIB, peak_bytes=7 * GIB, tokens_per_second=9.5, reasons=("so",),
+    trials=(Trial(8, LEVERS, compiled=True, peak_bytes=7 * GIB, tokens_per_second=1.0, limit_bytes=10 * GIB),),
+)  # fmt: skip
+IGNORED = "out/auto_fit.json can't be read: looking again"
+
+
+def recalled(key=KEY, asked=ASKED, free=("recompute", "loss_chunk_mb"), sizes=(1, 2, 4, 8, 64, 128)):
+    return recall("out", key, asked, free, sizes)
+
+
+def test_an_answer_is_kept_and_found_again(workplace):
+    assert recalled() == (None, ""), "where there is none there is nothing to say"
+    assert remember("out", KEY, FOUND) == ""
+    assert recalled() == (FOUND, "")
+    told = json.loads((workplace / "out" / "auto_fit.json").read_text())
+    assert told["trials"][0]["micro_batch_size"] == 8
+    assert told["plan"]["levers"] == asdict(LEVERS)
+    assert os.listdir("out") == ["auto_fit.json"], "and nothing half-written beside it"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"device": "GTX", "memory": 1}, "device"), ({"model": {"n_layer": 2}}, "model"), ({"new": 1}, "new")],
+)
+def test_an_answer_for_another_run_is_not_taken(workplace, change, told):
+    remember("out", KEY, FOUND)
+    assert recalled({**KEY, **change}) == (
+        None, f"out/auto_fit.json was found for another run ({told} differs): looking again",
+    )  # fmt: skip
+
+
+def rewritten(workplace, **changes):
+    """What is recalled of a kept answer whose plan was edited."""
+    remember("out", KEY, FOUND)
+    path = workplace / "out" / "auto_fit.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "plan": {**told["plan"], **changes}}))
+    return recalled()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(limit_bytes=10**400),
+        dict(tokens_per_second=float("inf")),
+        dict(micro_batch_size=5),  # doesn't divide
+        dict(micro_batch_size=256),  # too many batches for a rank
+        dict(batch_size=32),
+        dict(gradient_accumulation_steps=8),
+        dict(levers={**asdict(LEVERS), "shard": True}),  # not ours to choose
+        dict(levers={**asdict(LEVERS), "optimizer_state": "8bit"}),
+        dict(levers={**asdict(LEVERS), "turbo": True}),
+        dict(reasons="because"),
+    ],
+)
+def test_an_edited_answer_that_this_run_could_not_have_got_is_none(workplace, changes):
+    assert rewritten(workplace, **changes) == (None, "out/auto_fit.json holds no answer: looking again")
+
+
+def test_an_edited_answer_that_this_run_could_have_got_is_one(workplace):
+    assert rewritten(workplace, micro_batch_size=4)[0].micro_batch_size == 4
+    asked = replace(ASKED, compile=False)
+    assert recalled(asked=asked)[0] is None, "compiling wasn't asked for"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, '{"plan": {}}', '{"key": 3, "plan": 3}'])
+def test_what_is_no_answer_is_ignored(workplace, text):
+    (workplace / "out").mkdir()
+    (workplace / "out" / "auto_fit.json").write_text(text)
+    plan, why = recalled()
+    assert plan is None
+    assert why.endswith(": looking again")
+
+
+def test_an_answer_that_was_cut_anywhere_is_ignored(workplace):
+    remember("out", KEY, FOUND)
+    path = workplace / "out" / "auto_fit.json"
+    whole = path.read_text().rstrip()
+    for length in range(0, len(whole), 7):
+        path.write_text(whole[:length])
+        assert recalled() == (None, IGNORED)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([field.name for field in fields(Plan)]), json_values)
+def test_whatever_an_answer_was_changed_to_it_is_ignored_or_one_of_this_run(workplace, name, value):
+    found, _ = rewritten(workplace, **{name: value})
+    if found:
+        assert found.micro_batch_size * found.accumulation == 64 * 4
+
+
+def test_a_sharded_run_that_ran_out_of_memory_begins_smaller_whatever_is_kept(workplace):
+    sharded = Plan(64, 4, 64, MemoryLevers(shard=True))
+    autofit.note_smaller("out", 64, 8)
+    assert autofit.no_larger(sharded, "out", ALONE) == replace(sharded, micro_batch_size=8)
+    assert recalled() == (None, ""), "that is no answer of auto-fit's"
+    remember("out", KEY, FOUND)
+    assert autofit.no_larger(sharded, "out", ALONE).micro_batch_size == 8
+    autofit.note_smaller("out", 64, 4)
+    assert autofit.no_larger(sharded, "out", ALONE).micro_batch_size == 4
+    assert recalled() == (FOUND, "")
+    smaller = replace(sharded, micro_batch_size=2)
+    assert autofit.no_larger(smaller, "out", ALONE) == smaller
+    whole = Plan(64, 4, 64)
+    assert autofit.no_larger(whole, "out", ALONE) == whole
+    (workplace / "out" / "auto_fit.json").write_text('{"smaller": [64, -5]}')
+    assert autofit.no_larger(sharded, "out", ALONE) == sharded
+
+
+def test_a_resumed_run_is_cut_as_it_was(workplace, capsys):
+    config = {"out_dir": "out", "auto_fit": False}
+    split = {"of": [64, 4], "into": [128, 2], "levers": {**asdict(LEVERS), "gather_once": True}}
+    plan = Plan(64, 4, 64)
+    now = autofit.as_saved({"split": split}, plan, config, (), ranks=1)
+    assert (now.micro_batch_size, now.levers) == (128, LEVERS), "as gather_once is the user's"
+    assert "batch_size 64 -> 128, as when the checkpoint was saved" in capsys.readouterr().out
+    assert autofit.as_saved({"split": split}, plan, config, ("recompute",), ranks=4).micro_batch_size == 64, "one batch a rank"
+    assert not autofit.as_saved({"split": split}, plan, config, ("recompute",)).levers.recompute
+    for other in ({}, {**split, "of": [32, 8]}):
+        assert autofit.as_saved({"split": other}, plan, config, ()) == plan

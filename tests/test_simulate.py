@@ -24,7 +24,7 @@ def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None,
     """GiB by part for a step of a GPT-2 in bfloat16. levers: fields of MemoryLevers."""
     shape = dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False, **{**GPT2_SIZES[name], **sizes})
     job = Job(
-        model_file="model.py", model_args=shape, device="cuda", dtype="bfloat16", grad_clip=1.0,
+        source={}, model_args=shape, device="cuda", dtype="bfloat16", grad_clip=1.0,
         micro_batch_size=micro_batch_size, micro_steps=micro_steps, ranks=ranks,
     )  # fmt: skip
     levers = MemoryLevers(**levers or {}).within(0)

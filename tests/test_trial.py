@@ -1,5 +1,6 @@
 """Trials in real child processes: whatever becomes of one is a Trial."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,17 +10,25 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, environment
 
-from nanofit.autofit import trial
-from nanofit.autofit.plan import OUT_OF_MEMORY, Facts, Job, Trial, to_json
-from nanofit.autofit.trial import Trials, run_trial
+from model import GPT, GPTConfig
+from nanofit import models
+from nanofit.autofit import trials
+from nanofit.autofit.plan import OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Trial, to_json
+from nanofit.autofit.trials import Trials
+from nanofit.errors import UsageError
 from nanofit.units import GIB, MemoryLevers
 
 GOOD = to_json(Trial(1, peak_bytes=5, tokens_per_second=1.0))
 JOB = Job(
-    model_file=str(ROOT / "model.py"),
+    source=models.source_of(GPT, GPTConfig),
     model_args=dict(n_layer=2, n_head=2, n_embd=64, block_size=32, bias=False, vocab_size=65, dropout=0.1),
     device="cpu", dtype="float32", grad_clip=1.0, micro_batch_size=8, micro_steps=4, memory_limit_gb=4.0,
 )  # fmt: skip
+
+
+def run_trial(job, on_facts=lambda facts: None, seconds=None):
+    with Trials() as run:
+        return run(job, on_facts, seconds)
 
 
 @pytest.fixture
@@ -28,7 +37,7 @@ def child(workplace, monkeypatch):
 
     def be(script):
         (workplace / "fake.py").write_text(script)
-        monkeypatch.setattr(trial, "COMMAND", [sys.executable, str(workplace / "fake.py")])
+        monkeypatch.setattr(trials, "COMMAND", [sys.executable, str(workplace / "fake.py")])
 
     return be
 
@@ -124,7 +133,7 @@ def test_an_answer_that_is_whole_counts_and_a_child_that_died_is_replaced(child,
 
 
 def test_compiling_may_take_longer_than_a_trial(child, monkeypatch):
-    monkeypatch.setattr(trial, "TRIAL_SECONDS", 0.5)
+    monkeypatch.setattr(trials, "TRIAL_SECONDS", 0.5)
     child("import time; time.sleep(60)")
     assert run_trial(JOB).failure == "the probe took longer than 0 s"
     child(f"import time; time.sleep(1); print('''{GOOD}''', flush=True)")
@@ -140,21 +149,23 @@ def test_facts_are_told_at_once_and_their_limit_is_the_trials(child):
 
 
 def test_a_child_gets_the_job_the_project_and_no_rank(child, workplace, monkeypatch):
-    for name in trial.OF_RANKS:
+    for name in trials.OF_RANKS:
         monkeypatch.setenv(name, "error.json")
     monkeypatch.setenv("PYTHONPATH", "mine")
     child("import os, json, sys; open('got', 'w').write(json.dumps(dict(os.environ)) + '\\n' + sys.stdin.readline())")
     run_trial(JOB)
     environ, job = (workplace / "got").read_text().splitlines()
-    assert not set(trial.OF_RANKS) & set(json.loads(environ))
-    assert {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"} <= set(trial.OF_RANKS)
+    assert not set(trials.OF_RANKS) & set(json.loads(environ))
+    assert {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"} <= set(trials.OF_RANKS)
     assert f'"PYTHONPATH": "{ROOT}{os.pathsep}mine"' in environ
     assert job == to_json(JOB)
 
 
 def test_a_probe_ends_when_nobody_waits_any_more():
     """Its parent may be killed: then standard input ends."""
-    probe = subprocess.Popen(trial.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    probe = subprocess.Popen(
+        trials.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    )
     probe.stdin.write(to_json(replace(JOB, confirm_steps=10**9)) + "\n")
     probe.stdin.flush()
     assert '"kind": "Facts"' in probe.stdout.readline()
@@ -194,14 +205,14 @@ def test_one_process_tries_several_sizes():
 
 MADE = """
 import sys
-from nanofit.autofit import probe
+from nanofit.autofit import child
 from nanofit.autofit.plan import Job, from_json
 
 job = from_json(sys.stdin.readline(), Job)
-model, optimizer, _ = probe.make(job, job.levers, probe.torch.device("cpu"))
+model, optimizer, _ = child.make(job, job.levers, child.torch.device("cpu"))
 held = [p.to_local().numel() for p in model.parameters()]
 state = [moments["exp_avg"].to_local().numel() for moments in optimizer.state.values()]
-probe.REPORT.write(f"{sum(held)} {sum(state)} {sum(p.numel() for p in model.parameters())}")
+child.REPORT.write(f"{sum(held)} {sum(state)} {sum(p.numel() for p in model.parameters())}")
 """
 
 
@@ -215,6 +226,51 @@ def test_one_process_tries_the_share_of_a_rank():
     tried = run_trial(job)
     assert tried.failure == ""
     assert tried.fits
+
+
+# ---- the model that train.py imported ----------------------------------------------------------------------
+
+SPLIT = {
+    "parts/__init__.py": "",
+    "parts/sizes.py": "from model import GPTConfig as Theirs\n\nclass GPTConfig(Theirs):\n    pass\n",
+    "parts/net.py": "from .sizes import GPTConfig\nimport model\n\nclass GPT(model.GPT):\n"
+    "    def __init__(self, config):\n        assert type(config) is GPTConfig\n        super().__init__(config)\n",
+    "model.py": "raise SystemExit('the wrong one')",  # of the folder that the run is started in
+}
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_the_probe_imports_the_model_as_the_run_did(workplace, monkeypatch, simulate):
+    """GPT from one module of a package, GPTConfig from another, in a folder of sys.path that isn't the project's."""
+    for name, text in SPLIT.items():
+        (workplace / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workplace / "mine" / name if name != "model.py" else workplace / name).write_text(text)
+    monkeypatch.syspath_prepend(str(workplace / "mine"))
+    net, sizes = (importlib.import_module(f"parts.{name}") for name in ("net", "sizes"))
+    tried = run_trial(replace(JOB, source=models.source_of(net.GPT, sizes.GPTConfig), simulate=simulate, brief=True))
+    assert tried.failure == ""
+    assert tried.fits
+    for name in [name for name in sys.modules if name.partition(".")[0] == "parts"]:
+        del sys.modules[name]
+
+
+def test_a_model_that_only_the_script_itself_has_cannot_be_tried(monkeypatch):
+    monkeypatch.setattr(GPT, "__module__", "__main__")
+    with pytest.raises(UsageError, match="GPT must be in a module of its own"):
+        models.source_of(GPT, GPTConfig)
+
+
+def test_a_model_that_cannot_be_simulated_says_so(workplace, monkeypatch):
+    (workplace / "looks.py").write_text(
+        "import model\n\nclass GPT(model.GPT):\n    def forward(self, *given, **options):\n"
+        "        assert self.transformer.wte.weight.sum().item() < 1e9\n"
+        "        return super().forward(*given, **options)\n"
+    )
+    monkeypatch.syspath_prepend(str(workplace))
+    looks = importlib.import_module("looks")
+    tried = run_trial(replace(JOB, source=models.source_of(looks.GPT, GPTConfig), simulate=True))
+    assert tried.failure.startswith(f"{UNSIMULATED} (")
+    del sys.modules["looks"]
 
 
 @pytest.mark.slow

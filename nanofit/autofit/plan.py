@@ -1,24 +1,29 @@
-"""Values that auto-fit's rooms hand to each other, and to its child process as lines of JSON.
+"""Values that auto-fit hands on: to its child process as lines of JSON, to the next start as a file beside the run.
 
-Only units.py is imported here, so that both sides may import it.
+No torch is imported here.
 """
 
+import contextlib
 import json
-import sys
+import math
+import os
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 
-from nanofit.units import MemoryLevers, gib
+from nanofit.files import replacing
+from nanofit.units import FITTED, GIB, MemoryLevers, gib
 
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
+UNSIMULATED = "this model can't be simulated"  # how the failure begins of one whose steps don't run on fake tensors
+KEPT = "auto_fit.json"  # the answer beside the run, readable for people
 
 
 @dataclass(frozen=True)
 class Job:
     """All that a trial must know of the run."""
 
-    model_file: str  # the model.py that trains
+    source: dict  # where the model's classes are imported from, as models.source_of
     model_args: dict
     device: str
     dtype: str
@@ -101,16 +106,17 @@ class Plan:
     compile: bool = False
     limit_bytes: int = 0
     peak_bytes: int = 0
-    reasons: tuple = ()
+    tokens_per_second: float = 0.0  # of one rank; 0 where it wasn't measured
+    reasons: tuple = ()  # of the size first
     trials: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
         size, batch_size = self.micro_batch_size, self.batch_size
-        assert min(size, batch_size, self.gradient_accumulation_steps) > 0, "all are at least 1"
+        if min(size, batch_size, self.gradient_accumulation_steps) < 1:
+            raise ValueError("a batch, its parts and their number are at least 1")
         joined = size // batch_size if size % batch_size == 0 else 0
-        assert batch_size % size == 0 or (joined and self.gradient_accumulation_steps % joined == 0), (
-            "a micro-batch divides the batch, or joins several"
-        )
+        if batch_size % size and not (joined and self.gradient_accumulation_steps % joined == 0):
+            raise ValueError("a micro-batch divides the batch, or joins several")
 
     @property
     def accumulation(self):
@@ -123,6 +129,23 @@ class Plan:
             f"{self.gradient_accumulation_steps} -> {self.accumulation}, effective batch "
             f"{self.batch_size * self.gradient_accumulation_steps}"
         )
+
+
+def levers_of(config):
+    """The MemoryLevers among a run's keys."""
+    return MemoryLevers(**{lever.name: config[lever.name] for lever in fields(MemoryLevers)})
+
+
+def as_configured(config):
+    """The Plan of a run that nothing is chosen for."""
+    return Plan(
+        batch_size=config["batch_size"],
+        gradient_accumulation_steps=config["gradient_accumulation_steps"],
+        micro_batch_size=config["batch_size"],
+        levers=levers_of(config),
+        compile=config["compile"],
+        limit_bytes=int(config["memory_limit_gb"] * GIB),
+    )
 
 
 def to_json(value):
@@ -142,7 +165,10 @@ def from_json(line, *kinds):
 
 
 def from_dict(kind, read):
-    """The value of this kind of which asdict gave read, its types checked; None where read is anything else."""
+    """The value of this kind of which asdict gave read, its types checked; None where read is anything else.
+
+    Numbers are finite, and whole ones have 64 bits.
+    """
     wanted = typing.get_type_hints(kind)
     if not isinstance(read, dict) or not set(read) <= set(wanted):
         return None
@@ -152,12 +178,79 @@ def from_dict(kind, read):
             value = from_dict(MemoryLevers, value)
         elif wanted[name] is tuple and type(value) is list:
             value = tuple(tuple(v) if type(v) is list else v for v in value)  # neighbours are tuples in one
-        elif wanted[name] is float and type(value) is int and abs(value) <= sys.float_info.max:
+        if type(value) is int and abs(value) >= 2**63:
+            return None
+        if wanted[name] is float and type(value) is int:
             value = float(value)
-        if type(value) is not wanted[name]:
+        if type(value) is not wanted[name] or (type(value) is float and not math.isfinite(value)):
             return None
         given[name] = value
     try:
         return kind(**given)
-    except (TypeError, AssertionError):  # a field is missing, or a Plan's sizes don't divide
+    except (TypeError, ValueError):  # a field is missing, or a Plan's sizes don't divide
         return None
+
+
+# ---- the answer beside the run -----------------------------------------------------------------------------
+
+
+def recall(out_dir, key, asked, free, sizes):
+    """(the Plan kept in out_dir for a run of the same key, or None, and why not).
+
+    asked: the Plan as configured. free: names of the levers that may differ from it. sizes: those that may be chosen.
+    """
+    path = os.path.join(out_dir, KEPT)
+    kept = _read(path)
+    if "plan" not in kept:
+        return None, f"{path} can't be read: looking again" if os.path.lexists(path) and not kept else ""
+    before, now = kept.get("key"), json.loads(json.dumps(key))
+    before = before if isinstance(before, dict) else {}
+    if other := next((name for name, value in now.items() if before.get(name) != value), None):
+        return None, f"{path} was found for another run ({other} differs): looking again"
+    plan = from_dict(Plan, kept["plan"])
+    if not plan or plan.micro_batch_size not in sizes or plan.compile > asked.compile:
+        return None, f"{path} holds no answer: looking again"
+    chosen = {name: getattr(plan.levers, name) for name in FITTED if name in free}
+    same = replace(plan, batch_size=asked.batch_size, gradient_accumulation_steps=asked.gradient_accumulation_steps,
+                   levers=replace(asked.levers, **chosen))  # fmt: skip
+    return (plan, "") if plan == same else (None, f"{path} holds no answer: looking again")
+
+
+def remember(out_dir, key, plan):
+    """Keep a plan in out_dir, whole or not at all; '' or why that failed."""
+    kept = asdict(plan)
+    try:
+        _write(out_dir, {"key": key, "plan": kept, "trials": kept.pop("trials")})
+    except OSError as e:
+        return f"{os.path.join(out_dir, KEPT)} can't be written ({e.strerror}): the next start will look again"
+    return ""
+
+
+def note_smaller(out_dir, batch_size, size):
+    """Let the next start of this run begin with micro-batches of this size: for one that memory ended at a larger."""
+    with contextlib.suppress(OSError):  # a full disk: the message that ends this start says the same
+        _write(out_dir, {"smaller": [batch_size, size]})
+
+
+def noted_smaller(out_dir):
+    """[batch_size, size] as note_smaller was given them, or None."""
+    return _read(os.path.join(out_dir, KEPT)).get("smaller")
+
+
+def _read(path):
+    """What a file of JSON says by name; nothing where it can't be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if os.path.isfile(path):  # to open a pipe would wait
+            with open(path, encoding="utf-8") as f:
+                read = json.load(f)
+            return read if isinstance(read, dict) else {}
+    return {}
+
+
+def _write(out_dir, said):
+    """Add what is said to the file in out_dir."""
+    os.makedirs(out_dir, exist_ok=True)
+    path = os.path.join(out_dir, KEPT)
+    with replacing(path) as f:
+        json.dump({**_read(path), **said}, f, indent=2)
+        f.write("\n")

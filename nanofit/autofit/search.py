@@ -1,19 +1,24 @@
-"""Which micro-batch size to try next, and which wins. Pure: whoever calls it measures."""
+"""Which micro-batch size to try next, which wins, and whether to use torch.compile.
 
-import bisect
+Facts and measurements come in, decisions with their reasons go out: nothing is measured here.
+"""
+
 import math
 from operator import attrgetter
 
+from nanofit.units import duration
+
 MAX_TRIALS = 5
-NEAR_ENOUGH = 0.98  # of the fastest: headroom is worth more than 2% of speed
-LIKELY = 0.95  # of the fastest: what promises less is not tried
-LEVEL = 0.9  # of the fastest: too close to tell which size is the best
-JOINED_TIMES = 8  # a size beyond the configured one may be so many times the largest that was tried
-# Recomputing costs about a third more arithmetic. Where doubling the size gains so much speed, two doublings, for which
-# recomputing makes room, make up for it: 1.15 ** 2 = 1.32.
-WORTH_RECOMPUTING = 1.15
-RECOMPUTED_TIMES = 4  # as many sequences, at least, fit with recompute
+FASTER = 1.1  # what counts as faster: less may be noise
+TOKENS = 65_536  # of a micro-step, beyond which joining more batches gains nothing, as measured on an H200
+TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that Triton makes kernels for
+SHORT_RUN_SECONDS = 3000  # to try to compile takes a minute or so: more than 2% of a shorter run
+UNTRIED_SECONDS = 3600  # a GPU with enough SMs compiles without a trial in a run that takes less
+ROOMY = 0.75  # of the limit, for an eager peak: compiled it was 8 to 16% more on an H200
 size_of, speed_of = attrgetter("micro_batch_size"), attrgetter("tokens_per_second")
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------
 
 
 def line_through(trials):
@@ -26,99 +31,49 @@ def line_through(trials):
     return m1 - k * b1, k
 
 
-def expected_speed(fitting, size):
-    """Tokens per second at a size, were a micro-step's time a fixed part and one for each sequence.
-
-    By the trials around it, or the two that come nearest from below; inf where there aren't two that tell.
-    """
-    known = sorted((size_of(t), speed_of(t)) for t in fitting if speed_of(t))
-    if len(known) < 2:
-        return math.inf
-    at = min(max(1, bisect.bisect(known, (size,))), len(known) - 1)
-    (b0, v0), (b1, v1) = known[at - 1 : at + 1]
-    # A token takes its own time, and its share of what a micro-step takes at any size: a line over 1 / size.
-    slope = (1 / v0 - 1 / v1) / (1 / b0 - 1 / b1)
-    time = 1 / v1 + slope * (1 / size - 1 / b1)
-    return 1 / time if time > 0 else math.inf
-
-
-def next_size(sizes, trials, limit_bytes, batch_size=math.inf):
+def next_size(sizes, trials, limit_bytes, batch_size):
     """The micro-batch size to try next, or None where the trials so far suffice.
 
-    First the two smallest, for the line that memory follows; then upwards, as far as memory and speed promise; last,
-    where speed is measured, what may be as fast with less memory.
+    First the two smallest, for the line that memory follows; then the largest that should fit, at most batch_size;
+    where that doesn't fit, something between; where batch_size itself fits, the largest that joins batches.
     """
-    fitting = [t for t in trials if t.fits]
+    fitting = [size_of(t) for t in trials if t.fits]
     if trials and not fitting:
         return None
     tried = set(map(size_of, trials))
     untried = [s for s in sizes if s not in tried]
     if not tried.issuperset(sizes[:2]):
         return untried[0]
-    a, k = line_through(trials)
-    allowed = [s for s in untried if a + k * s <= limit_bytes]
-    if size := _upwards(untried, allowed, trials, _furthest(sizes, fitting, batch_size)):
-        return size
-    fastest = max(fitting, key=speed_of)
-    if not speed_of(fastest):
-        return None
-    return _beside(fastest, sizes, allowed, fitting) or _amid_level_speed(fastest, untried, fitting)
-
-
-def _furthest(sizes, fitting, batch_size):
-    """The largest size worth a trial: to join batches takes time to try, and buys speed alone."""
-    low, fastest = max(map(size_of, fitting)), max(map(speed_of, fitting))
-    if not fastest:
-        return math.inf  # it isn't measured: all that fits is joined
-    if low < batch_size:
-        return batch_size
-    step = max(JOINED_TIMES * low, min((s for s in sizes if s > low), default=low))
-    promised = expected_speed(fitting, step) if len(fitting) > 2 else math.inf  # two small ones can't tell
-    return step if NEAR_ENOUGH * promised > fastest else low
-
-
-def _upwards(untried, allowed, trials, furthest):
-    """Between what fits and what doesn't: the largest that is allowed, or the middle."""
-    low = max(size_of(t) for t in trials if t.fits)
-    too_large = [size_of(t) for t in trials if size_of(t) > low]
+    low = max(fitting)
+    furthest = batch_size if low < batch_size or not _may_gain(trials, sizes[-1]) else sizes[-1]
+    too_large = [size for size in tried if size > low]
     between = [s for s in untried if low < s <= furthest and s < min(too_large, default=math.inf)]
-    likely = [s for s in between if s in allowed]
+    a, k = line_through(trials)
+    likely = [s for s in between if a + k * s <= limit_bytes]
     if len(too_large) > 1 and likely:  # a line that has been wrong twice is no guide any more
         return between[len(between) // 2]
     return likely[-1] if likely else None
 
 
-def _beside(fastest, sizes, allowed, fitting):
-    """A neighbour of the fastest that promises to be about as fast. Above all that fit, none is looked for any more."""
-    low, at = max(map(size_of, fitting)), sizes.index(size_of(fastest))
-    near = (s for s in sizes[max(0, at - 1) : at + 2] if s in allowed and s < low)
-    return next((s for s in near if expected_speed(fitting, s) >= LIKELY * speed_of(fastest)), None)
+def _may_gain(trials, size):
+    """Whether this size may be faster than the largest that fits, by what that gained on the next smaller one.
 
-
-def _amid_level_speed(fastest, untried, fitting):
-    """The middle of the sizes below the fastest, where another comes so close to it that the best may be any."""
-    level = [t for t in fitting if speed_of(t) >= LEVEL * speed_of(fastest)]
-    below = [s for s in untried if s < size_of(fastest)]
-    return below[len(below) // 2] if below and len(level) > 1 else None
-
-
-def choose(trials):
-    """Of the trials that fit, the smallest within 2% of the fastest; the largest where speed wasn't measured.
-
-    None where nothing fits.
+    A micro-step's time is taken for a fixed part and one for each sequence.
     """
-    fitting = [t for t in trials if t.fits]
-    fastest = max(map(speed_of, fitting), default=0)
-    if not fastest:
-        return max(fitting, key=size_of, default=None)
-    return min((t for t in fitting if speed_of(t) >= NEAR_ENOUGH * fastest), key=size_of)
+    known = sorted((size_of(t), speed_of(t)) for t in trials if t.fits and speed_of(t))
+    if len(known) < 2:
+        return True  # it isn't measured
+    (b0, v0), (b1, v1) = known[-2:]
+    fixed = (1 / v0 - 1 / v1) / (1 / b0 - 1 / b1)
+    promised = 1 / v1 - fixed * (1 / b1 - 1 / size)  # seconds a token
+    return promised < 1 / v1 / FASTER
 
 
 def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size=math.inf):
-    """(choice, trials): at most MAX_TRIALS calls of measure(size), which gives a Trial.
+    """At most MAX_TRIALS Trials, as measure(size) gives them.
 
     sizes: ascending; those beyond batch_size join batches. limit_bytes: a function, as only the first trial finds it
-    out. affordable(size): whether there is time for it. The choice is a trial that was measured to fit, or None.
+    out. affordable(size): whether there is time for it.
     """
     trials = []
     while len(trials) < MAX_TRIALS:
@@ -129,20 +84,72 @@ def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size
         if size is None:
             break
         trials.append(measure(size))
-    return choose(trials), trials
+    return trials
 
 
-def size_to_try_recomputed(sizes, trials):
-    """The size at which recompute may be faster than the sizes that fit without it, or None.
+def choose(trials, batch_size):
+    """(choice, rival) of the trials: the configured batch_size, or else the largest that fits; and what is faster.
 
-    That can only be where memory, not batch_size, ends the search, and where speed was still growing with the size.
+    Where speed wasn't measured, the choice is the largest of all. Each is a Trial or None.
     """
-    known = sorted((size_of(t), speed_of(t)) for t in trials if t.fits and speed_of(t))
-    if not known:
-        return None
-    largest, speed = known[-1]
-    if len(known) > 1:
-        smaller, its_speed = known[-2]
-        if (speed / its_speed) ** (1 / math.log2(largest / smaller)) < WORTH_RECOMPUTING:
-            return None
-    return max((s for s in sizes if largest < s <= RECOMPUTED_TIMES * largest), default=None)
+    fitting = [t for t in trials if t.fits]
+    configured = [t for t in fitting if size_of(t) <= batch_size] if any(map(speed_of, fitting)) else fitting
+    choice = max(configured, key=size_of, default=None)
+    rival = max(fitting, key=speed_of, default=None)
+    return choice, rival if rival and is_faster(rival, choice) else None
+
+
+def is_faster(trial, other):
+    """Whether a Trial is faster than another by more than noise."""
+    return trial.fits and speed_of(trial) >= FASTER * speed_of(other) > 0
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------
+
+
+def may_compile(asked, facts, min_sms):
+    """(verdict, why): 'yes', 'no', or 'prove' where compiling must pay for itself in a trial.
+
+    facts: the device's. min_sms: Inductor tunes matrix products from 68 streaming multiprocessors on, and so do we
+    take it for granted from there that compiling pays.
+    """
+    if not asked:
+        return "no", "compile=False"
+    if facts.device_type == "mps":
+        return "no", "torch.compile on mps is a prototype"
+    if facts.device_type == "cpu":
+        return "prove", "on a CPU compiling pays in long runs alone"
+    if facts.capability < TRITON_CAPABILITY:
+        return "no", "Triton needs compute capability 7.0, this GPU has {}.{}".format(*facts.capability)
+    if not facts.has_triton:
+        return "no", "Triton is not installed"
+    if facts.sm_count < min_sms:
+        return "prove", f"{facts.sm_count} SMs are fewer than compile_min_sms={min_sms}"
+    return "yes", f"{facts.sm_count} SMs, compile_min_sms={min_sms}"
+
+
+def needs_no_trial(verdict, eager, seconds_left):
+    """(whether to compile, why) where compiling is decided without a trial, in the light of an eager Trial; else None.
+
+    seconds_left: what the run takes without compiling.
+    """
+    takes = f"the run takes {duration(seconds_left)} without"
+    if verdict == "prove" and seconds_left < SHORT_RUN_SECONDS:
+        return False, takes
+    if verdict == "yes" and seconds_left < UNTRIED_SECONDS and eager.peak_bytes <= ROOMY * eager.limit_bytes:
+        return True, f"not tried, as {takes}, and there is memory to spare"
+    return None
+
+
+def judge(verdict, why, eager, compiled, tokens_left):
+    """(whether to compile, why): may_compile's 'yes' or 'prove' in the light of an eager and a compiled Trial."""
+    if not compiled.fits:
+        return False, f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
+    if verdict == "prove":
+        without, cost = tokens_left / eager.tokens_per_second, compiled.compile_seconds
+        saved = without - tokens_left / compiled.tokens_per_second
+        sums = f"compiling takes {duration(cost)} and saves {duration(saved)} of {duration(without)}"
+        return saved > cost, f"{why}, and {sums}"
+    if size_of(compiled) < size_of(eager) and speed_of(compiled) <= speed_of(eager):
+        return False, f"compiled, batch_size {size_of(eager)} does not run, and a smaller one is slower"
+    return True, why

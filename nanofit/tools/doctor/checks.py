@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from nanofit import host
-from nanofit.autofit.compiling import TRITON_CAPABILITY
+from nanofit.autofit.search import TRITON_CAPABILITY
 from nanofit.errors import UsageError, first_line
 from nanofit.units import GIB
 

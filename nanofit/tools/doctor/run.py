@@ -200,8 +200,9 @@ class Run:
             card = (limit + min(limit / 19, GIB) + CONTEXT_BYTES * config["device"].startswith("cuda")) / GIB
         asked = {**config, "memory_limit_gb": card, "dry_run": True, "shard": False}
         try:
+            classes = self.model_class, self.config_class
             plan = autofit.fit(
-                ALONE, config["device"], asked, self.given, self.sizes, self.model_class, config["max_iters"]
+                ALONE, config["device"], asked, self.given, self.sizes, classes, config["max_iters"]
             )
         except UsageError as e:
             if "nothing fits" in str(e):

@@ -53,7 +53,7 @@ def ways_of(facts):
     plan, levers = from_dict(Plan, {**facts.get("plan", {}), "trials": []}), facts.get("levers")
     levers = from_dict(MemoryLevers, levers)
     try:
-        job = Job("", facts["model_args"], "cpu", facts["config"]["dtype"], facts["config"]["grad_clip"], levers)
+        job = Job({}, facts["model_args"], "cpu", facts["config"]["dtype"], facts["config"]["grad_clip"], levers)
         ranks = facts["ranks"]
         size, accumulation = plan.micro_batch_size, plan.accumulation
     except (AttributeError, LookupError, TypeError):

@@ -1,6 +1,6 @@
 """The child's side of trials: measure Jobs in a process that ends before training starts.
 
-trial.py starts it. Each Job comes as a line of JSON on standard input, which stays open as long as answers are wanted.
+trials.py starts it. Each Job comes as a line of JSON on standard input, which stays open as long as answers are wanted.
 Lines go out on standard output: the Facts about the device first, then a Trial. Jobs of one process differ in their
 sizes alone, and so have one model and optimizer.
 """
@@ -23,7 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nanofit import gradients, host, machine, models, sharding
-from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json
+from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Trial, from_json, to_json
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.optimizers import allocate_state, make_optimizer
@@ -91,7 +91,7 @@ def make(job, levers, device):
     world = World.imagined(job.ranks, sharded=True) if levers.shard else ALONE
     made_on = torch.device("cpu") if levers.shard else device  # one that can't be built empty may not fit the device
     with made_on, WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
-        model = models.build(*models.from_file(job.model_file), job.model_args, empty=levers.shard)
+        model = models.build(*models.from_source(job.source), job.model_args, empty=levers.shard)
     models.apply_levers(model, levers)
     sharding.place(model, world, device, job.dtype, levers)
     optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
@@ -173,8 +173,15 @@ def simulate(job):
         )
     )
     levers = job.levers.within(limit, torch.device(job.device).type)
-    parts = step_memory(*models.from_file(job.model_file), job, levers)
-    report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
+    classes = models.from_source(job.source)
+    try:
+        parts = step_memory(*classes, job, levers)
+    except Exception as e:  # anything at all: fake tensors have no values, and a model may look at them
+        report(
+            Trial(job.micro_batch_size, levers, failure=f"{UNSIMULATED} ({type(e).__name__}: {first_line(e)[:100]})")
+        )
+    else:
+        report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
 
 
 def listen(jobs):

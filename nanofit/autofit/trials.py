@@ -1,4 +1,4 @@
-"""The parent's side of trials: child processes measure sizes, and whatever becomes of one is a Trial."""
+"""Trials in child processes, as the training process sees them: whatever becomes of one is a Trial."""
 
 import collections
 import contextlib
@@ -22,7 +22,7 @@ OF_RANKS = (
     "TORCHELASTIC_ERROR_FILE",
 )  # fmt: skip
 # -P: no module of the current folder can get in its way
-COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.probe"]
+COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.child"]
 
 
 class Trials:
@@ -60,12 +60,6 @@ class Trials:
         if not trial.fits or job.compile:  # what has failed or compiled may hold memory
             self.close()
         return trial
-
-
-def run_trial(job, on_facts=lambda facts: None, seconds=None):
-    """The Trial of one Job, in a child process of its own."""
-    with Trials() as run:
-        return run(job, on_facts, seconds)
 
 
 class _Child:

@@ -1,0 +1,350 @@
+"""The training process's side of auto-fit: which trials are made, what they mean, what is told of them."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from nanofit.autofit import search
+from nanofit.autofit.plan import FAILS, UNSIMULATED, Job, Plan, as_configured, recall, remember
+from nanofit.autofit.trials import Trials
+from nanofit.errors import UsageError
+from nanofit.progress import waiting
+from nanofit.units import FITTED, GIB, MemoryLevers, duration, gib, micro_batch_sizes
+
+SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
+MICRO_STEPS_OF_A_TRIAL = 7  # about: a brief one runs five, and the forward pass of four more
+KEYS = (  # of the run, that an answer depends on
+    "batch_size", "gradient_accumulation_steps", "dtype", "compile", "compile_mode", "compile_min_sms", "max_iters",
+    "memory_limit_gb", "grad_clip", *(lever.name for lever in fields(MemoryLevers)),
+)  # fmt: skip
+
+
+class CannotSimulate(UsageError):
+    """A model's steps don't run on fake tensors: for a device that isn't here, there is no plan."""
+
+
+def fit(world, device, config, given, model_args, classes, iterations_left):
+    """The Plan for a run, the same split on every rank. All ranks must call it.
+
+    device: a torch.device, or the name of one that isn't here: then steps are simulated. config: the run's keys;
+    given: those that were named. classes: (GPT, GPTConfig). Raises UsageError on every rank where nothing fits or a
+    rank can't tell; CannotSimulate where steps must be simulated and can't be.
+    """
+    from nanofit import machine, models  # which import torch: who only reads plans needn't wait for it
+
+    began, elsewhere, dry_run = time.monotonic(), isinstance(device, str), config["dry_run"]
+    asked, ranks = as_configured(config), config["ranks"] if elsewhere else world.size
+    job = Job(
+        source=models.source_of(*classes),
+        model_args=model_args,
+        device=str(device),
+        dtype=config["dtype"],
+        grad_clip=config["grad_clip"],
+        levers=asked.levers,
+        ranks=ranks,
+        sharers=1 if elsewhere or device.type != "cpu" else world.local_size,
+        compile_mode=config["compile_mode"],
+        memory_limit_gb=config["memory_limit_gb"],
+        simulate=elsewhere,
+    )
+    may_shard = ranks > 1 and config["optimizer_state"] == "float32"
+    free = {name for name in FITTED if name not in given and (name != "shard" or may_shard)}
+    key = {
+        **({} if elsewhere else machine.device_info(device)),
+        **{name: config[name] for name in KEYS},
+        "model": model_args,
+        "ranks": ranks,
+        "levers set by hand": [name for name in FITTED if name in given],
+    }
+    with Trials() as run_trial:
+        fitter = Fitter(job, asked, free, config["compile_min_sms"], iterations_left, run_trial)
+        kept, why = None, ""
+        if world.is_main and not dry_run:
+            kept, why = recall(config["out_dir"], key, asked, free, fitter.sizes)
+        if why:
+            print(f"auto-fit: {why}")
+        # Rank 0 looks for a kept answer, so that ranks on other machines see the same one.
+        plan = _of_all_ranks(world, fitter, world.all_gather(kept)[0], config["init_from"] == "scratch")
+        if dry_run and world.is_main:
+            _tell_where_it_goes(fitter, plan)
+    if world.is_main and not (dry_run or config["eval_only"]) and (why := remember(config["out_dir"], key, plan)):
+        print(f"auto-fit: {why}")
+    why = f": {plan.reasons[0]}" if plan.reasons else ""  # a kept answer may have none
+    print(f"auto-fit: {plan}, found in {duration(time.monotonic() - began)}{why}")
+    return plan
+
+
+def _of_all_ranks(world, fitter, kept, may_shrink):
+    """The Plan that each rank can take. may_shrink: whether smaller models may be proposed where nothing fits."""
+    if world.size == 1:
+        return fitter.plan(kept, True, may_shrink)
+    plans = world.agree(lambda: fitter.plan(kept, world.is_main, may_shrink))
+    own, plan = plans[world.rank], smallest(plans, plans[world.rank])
+    chosen = [f"{p.micro_batch_size}{p.levers}" for p in plans]
+    if len(set(chosen)) > 1:
+        taken = f"{plan.micro_batch_size}{plan.levers}"
+        print(f"auto-fit: the ranks chose batch_size {'; '.join(chosen)}: all take {taken}")
+    world.agree(lambda: fitter.check(own, plan.micro_batch_size, plan.levers))
+    return plan
+
+
+def smallest(plans, own):
+    """The Plan of all ranks: its size fits each of them; limits and figures are this rank's own."""
+    size = min(plan.micro_batch_size for plan in plans)
+    moved = {name: any(getattr(plan.levers, name) for plan in plans) for name in ("recompute", "shard")}
+    why = own.reasons if size == own.micro_batch_size else ("what each rank can take", *own.reasons[1:])
+    compile = all(plan.compile for plan in plans)
+    return replace(own, micro_batch_size=size, levers=replace(own.levers, **moved), compile=compile, reasons=tuple(why))
+
+
+def _tell_where_it_goes(fitter, plan):
+    """What the parts of a plan take, simulated; of several ranks, with the model whole and shared out."""
+    from nanofit.autofit.simulate import where_it_goes
+
+    ranks, job = fitter.job.ranks, replace(fitter.job_of(plan.micro_batch_size), simulate=True)
+    ways = {"": plan.levers.shard}
+    if ranks > 1:
+        ways = {f"each of {ranks} ranks, whole: ": False, f"each of {ranks} ranks, sharded: ": True}
+    for who, shard in ways.items():
+        levers = replace(plan.levers, shard=shard)
+        known = [t for t in plan.trials if (t.micro_batch_size, t.levers) == (plan.micro_batch_size, levers)]
+        trial = known[0] if known and known[0].parts else fitter.run_trial(replace(job, levers=levers))
+        print(f"auto-fit: {who}{where_it_goes(trial.parts) if trial.parts else trial.failure}")
+
+
+class Budget:
+    """The time that trials may take: a share of the run's, known with the first speed."""
+
+    def __init__(self, tokens, clock):
+        """tokens: that this rank has still to train. clock: gives seconds."""
+        self.tokens, self._clock = tokens, clock
+        self.start()
+
+    def start(self):
+        self._began, self.seconds, self._speed = self._clock(), math.inf, 0.0
+
+    def note(self, tokens_per_second):
+        """A trial has shown this speed; 0: none."""
+        self._speed = tokens_per_second or self._speed
+        if self._speed and self.seconds == math.inf:
+            self.seconds = max(AT_LEAST_SECONDS, SHARE_OF_RUN * self.tokens / self._speed)
+
+    @property
+    def elapsed(self):
+        return self._clock() - self._began
+
+    def allows(self, tokens):
+        """Whether there is time for a trial whose micro-step has so many tokens."""
+        return not self._speed or self.elapsed + MICRO_STEPS_OF_A_TRIAL * tokens / self._speed <= self.seconds
+
+
+@dataclass
+class Fitter:
+    """Finds the Plan for one device, by trials of a Job. plan() is the story."""
+
+    job: Job  # of the run as configured
+    asked: Plan  # the run as configured
+    free: set  # names of the levers that are ours to choose
+    compile_min_sms: int
+    iterations_left: int
+    run_trial: Callable
+    clock: Callable = time.monotonic
+
+    def __post_init__(self):
+        asked, block_size = self.asked, self.job.model_args["block_size"]
+        per_rank = asked.gradient_accumulation_steps // self.job.ranks
+        self.facts = None  # of the device, once a trial has told them
+        self.budget = Budget(max(1, self.iterations_left) * asked.batch_size * per_rank * block_size, self.clock)
+        largest = max(asked.batch_size, search.TOKENS // block_size)
+        self.sizes = [size for size in micro_batch_sizes(asked.batch_size, per_rank) if size <= largest]
+
+    def plan(self, kept=None, advises=False, may_shrink=False):
+        """A Plan, from trials or from an earlier one that a single trial confirms.
+
+        UsageError where nothing fits. advises: it says what would fit; may_shrink: a smaller model, among others.
+        """
+        if kept and (plan := self._confirm(kept)):
+            return plan
+        choice, reasons, trials = self._search_levers()
+        if choice is None:
+            raise UsageError("\n".join(self._nothing_fits(trials[-1], advises, may_shrink)))
+        if choice.micro_batch_size < self.asked.batch_size:
+            for pid, name, mib in self.facts.neighbours:
+                print(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
+        choice, use_compile, why = self._compile(choice)
+        return self._plan(choice, use_compile, (*reasons, why), trials)
+
+    def check(self, plan, size, levers):
+        """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
+        wanted = size, levers.recompute, levers.shard
+        fitting = {(t.micro_batch_size, t.levers.recompute, t.levers.shard) for t in plan.trials if t.fits}
+        if wanted not in fitting and not self.measure(size, levers).fits:
+            raise UsageError(f"batch_size {size}, which another rank chose, does not fit here")
+
+    def measure(self, size, levers, compile=False):
+        """The Trial of one micro-batch size; says how it went."""
+        brief = self.budget.elapsed > self.budget.seconds / 2
+        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=self._limit(), brief=brief)
+        what = f"batch_size {size}{levers}{', compiled' if compile else ''}"
+        with waiting(f"auto-fit: trying {what}", self.budget.seconds - self.budget.elapsed):
+            trial = self.run_trial(job, self._on_facts)
+        self.budget.note(trial.tokens_per_second)
+        if levers.shard:  # without other ranks' messages that is too fast to be told or compared
+            trial = replace(trial, tokens_per_second=0.0)
+        print(f"auto-fit: {what}   {trial}")
+        if trial.failure.startswith(UNSIMULATED):
+            raise CannotSimulate(f"auto-fit: {trial.failure}: a plan for {job.device} needs the device itself")
+        return trial
+
+    def job_of(self, size):
+        """The Job of this micro-batch size."""
+        sequences = self.asked.batch_size * self.asked.gradient_accumulation_steps // self.job.ranks
+        return replace(self.job, micro_batch_size=size, micro_steps=sequences // size)
+
+    def _limit(self):
+        """Bytes that training may take; 0 before a trial has found out. All others are held to the same."""
+        return self.facts.limit_bytes if self.facts else 0
+
+    def _confirm(self, kept):
+        """A Plan as the kept one, if one trial shows that it still holds; else None, with a sentence."""
+        compile = kept.compile and not kept.levers.shard  # sharded, it wasn't tried either
+        trial = self.measure(kept.micro_batch_size, kept.levers, compile)
+        if not trial.fits:
+            print("auto-fit: the answer kept beside the run does not fit any more: looking again")
+        elif abs(self._limit() - kept.limit_bytes) > 0.05 * kept.limit_bytes:
+            print(f"auto-fit: the limit was {gib(kept.limit_bytes)} and is {gib(self._limit())}: looking again")
+        else:
+            was = f" ({kept.tokens_per_second:,.0f} tok/s when it was found)" if kept.tokens_per_second else ""
+            print(f"auto-fit: the answer kept beside the run holds{was}")
+            return self._plan(trial, kept.compile, kept.reasons, [trial])
+        self.facts = None
+        self.budget.start()
+        return None
+
+    def _search_levers(self):
+        """(choice, reasons, trials): those levers are moved first that cost the least speed. choice: None if none."""
+        ways = [(self.job.levers, ())]
+        for lever, why in (
+            ("recompute", "recompute on: not even batch_size 1 fits without it"),
+            ("shard", "shard on: whole, not even batch_size 1 fits a rank"),
+        ):
+            if lever in self.free and not getattr(self.job.levers, lever):
+                ways += [(replace(levers, **{lever: True}), (*reasons, why)) for levers, reasons in ways]
+        trials = []
+        for levers, reasons in ways:
+            found = self._search_sizes(levers)
+            trials += found
+            choice, why = self._choose(found)
+            if choice:
+                for reason in reasons:
+                    print(f"auto-fit: {reason}")
+                return choice, (why, *reasons), trials
+            if not self.facts:  # there was no device to look at
+                break
+        return None, (), trials
+
+    def _search_sizes(self, levers):
+        """Trials of some sizes, and a word about the line of memory once two have shown it."""
+        trials, batch_size = [], self.asked.batch_size
+        # To join batches buys speed: without any figure of it, a whole model's aren't joined.
+        sizes = [s for s in self.sizes if s <= batch_size or levers.shard or not self.job.simulate]
+
+        def affordable(size):
+            return self.budget.allows(size * self.job.model_args["block_size"])
+
+        def measure(size):
+            trials.append(self.measure(size, levers))
+            if len(trials) == 2 and all(t.peak_bytes for t in trials):
+                a, k = search.line_through(trials)
+                larger = search.next_size(sizes, trials, self._limit(), batch_size)
+                hope = f": {larger} should fit" if larger and larger > size else ""
+                print(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB{hope}")
+            return trials[-1]
+
+        search.search(sizes, self._limit, measure, affordable, batch_size)
+        if len(trials) < search.MAX_TRIALS and search.next_size(sizes, trials, self._limit(), batch_size):
+            print(
+                f"auto-fit: no more sizes are tried: trials have taken {duration(self.budget.elapsed)}, and may take "
+                f"{duration(self.budget.seconds)} (2% of the run, at least a minute)"
+            )
+        return trials
+
+    def _choose(self, trials):
+        """(Trial or None, why). What is faster than the configured size must be so twice, in turns: it may be noise."""
+        choice, rival = search.choose(trials, self.asked.batch_size)
+        if not choice:
+            return None, ""
+        size = choice.micro_batch_size
+        why = "it fits as a whole" if size == self.asked.batch_size else "the largest that was tried and fits"
+        if not rival:
+            return choice, why
+        levers = replace(choice.levers, loss_chunk_mb=self.job.levers.loss_chunk_mb)  # as the first time
+        again, faster = (self.measure(t.micro_batch_size, levers) for t in (choice, rival))
+        if not search.is_faster(faster, again):
+            return choice, why
+        return faster, f"{faster.tokens_per_second / again.tokens_per_second - 1:.0%} faster than {size}"
+
+    def _compile(self, choice):
+        """(trial, whether to compile, why), at the chosen size or the next smaller one."""
+        if self.job.simulate:
+            return choice, False, "compile: decided on the device itself"
+        if choice.levers.shard:
+            return choice, self.asked.compile, "compile: as configured, the speed of sharded ranks isn't measured"
+        verdict, why = search.may_compile(self.asked.compile, self.facts, self.compile_min_sms)
+        use = verdict == "yes"
+        seconds_left = self.budget.tokens / choice.tokens_per_second if choice.tokens_per_second else math.inf
+        if untried := search.needs_no_trial(verdict, choice, seconds_left):
+            use, why = untried[0], f"{why}, and {untried[1]}"
+        elif verdict != "no":
+            for size in [size for size in self.sizes if size <= choice.micro_batch_size][:-3:-1]:
+                compiled = self.measure(size, choice.levers, compile=True)
+                if compiled.fits or compiled.failure.startswith(FAILS):
+                    break
+            use, why = search.judge(verdict, why, choice, compiled, self.budget.tokens)
+            choice = compiled if use else choice
+        why = f"compile {'on' if use else 'off'}: {why}"
+        print(f"auto-fit: {why}")
+        return choice, use, why
+
+    def _plan(self, trial, use_compile, reasons, trials):
+        return replace(
+            self.asked, micro_batch_size=trial.micro_batch_size, levers=trial.levers, compile=use_compile,
+            limit_bytes=self._limit(), peak_bytes=trial.peak_bytes, tokens_per_second=trial.tokens_per_second,
+            reasons=tuple(reasons), trials=tuple(trials),
+        )  # fmt: skip
+
+    def _on_facts(self, facts):
+        if self.facts:
+            return
+        self.facts = facts
+        limits = self.job.memory_limit_gb and not self.job.simulate  # of a planned card it is the size, not a limit
+        asked = " (memory_limit_gb)" if limits and facts.limit_bytes == int(self.job.memory_limit_gb * GIB) else ""
+        simulated = ", simulated on fake tensors: nothing is measured" if self.job.simulate else ""
+        print(f"auto-fit: {facts}{asked}{simulated}")
+
+    def _nothing_fits(self, trial, advises, may_shrink):
+        """Lines about a Trial of the smallest size, and on what would fit."""
+        facts = self.facts
+        if not facts:
+            return [f"auto-fit could not look at the device: {trial.failure}; python doctor.py says more"]
+        limit = f"the limit is {gib(facts.limit_bytes)}"
+        if not trial.out_of_memory:
+            return [
+                f"auto-fit: the trial of batch_size 1 failed: {trial.failure}; if that is for want of memory "
+                f"({limit}), set a smaller block_size or model; else start without auto_fit to see the whole error"
+            ]
+        need = gib(trial.peak_bytes) if trial.peak_bytes else "more than there is"
+        how = trial.failure or ("simulated" if trial.parts else "measured")
+        process = facts.process_bytes
+        alone = f"; the process alone, Python and torch, takes {gib(process)}" if process else ""
+        there = f"{limit} of {gib(facts.free_bytes)} free{alone}"
+        said = [f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {there}"]
+        if process >= facts.limit_bytes or not advises:
+            return said
+        from nanofit.autofit.simulate import what_would_fit
+
+        print("auto-fit: nothing fits: looking for settings that would, by simulation")
+        levers = replace(trial.levers, recompute=trial.levers.recompute or "recompute" in self.free)
+        job = replace(self.job_of(1), levers=levers)
+        return said + what_would_fit(job, facts, self.run_trial, may_shrink, trial.peak_bytes)
