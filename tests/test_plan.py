@@ -339,7 +339,9 @@ def test_a_resumed_run_is_cut_as_it_was(workplace, capsys):
     now = autofit.as_saved({"split": split}, plan, config, (), ranks=1)
     assert (now.micro_batch_size, now.levers) == (128, LEVERS), "as gather_once is the user's"
     assert "batch_size 64 -> 128, as when the checkpoint was saved" in capsys.readouterr().out
-    assert autofit.as_saved({"split": split}, plan, config, ("recompute",), ranks=4).micro_batch_size == 64, "one batch a rank"
+    assert autofit.as_saved({"split": split}, plan, config, ("recompute",), ranks=4).micro_batch_size == 64, (
+        "one batch a rank"
+    )
     assert not autofit.as_saved({"split": split}, plan, config, ("recompute",)).levers.recompute
     for other in ({}, {**split, "of": [32, 8]}):
         assert autofit.as_saved({"split": other}, plan, config, ()) == plan

@@ -201,9 +201,7 @@ class Run:
         asked = {**config, "memory_limit_gb": card, "dry_run": True, "shard": False}
         try:
             classes = self.model_class, self.config_class
-            plan = autofit.fit(
-                ALONE, config["device"], asked, self.given, self.sizes, classes, config["max_iters"]
-            )
+            plan = autofit.fit(ALONE, config["device"], asked, self.given, self.sizes, classes, config["max_iters"])
         except UsageError as e:
             if "nothing fits" in str(e):
                 return Verdict(STOP, str(e))
