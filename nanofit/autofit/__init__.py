@@ -19,9 +19,10 @@ from nanofit.units import FITTED, micro_batch_sizes
 def as_saved(saved, plan, config, given, ranks=1):
     """plan, cut as when a checkpoint was saved: memory may have run out since the start of that run.
 
-    saved: the checkpoint. config: the run's keys; given: those that were named, which stand. Where the cut isn't what is configured, it is told, with the way to another: auto-fit looks again, but first
-    tries the answer that is kept in out_dir. ranks: how many train now. Where they are too many to join as many batches
-    as before, it is the next smaller size.
+    saved: the checkpoint. config: the run's keys; given: those that were named, which stand. Where the cut isn't what
+    is configured, it is told, with the way to another: auto-fit looks again, but first tries the answer that is kept in
+    out_dir. ranks: how many train now. Where they are too many to join as many batches as before, it is the next
+    smaller size.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
