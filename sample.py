@@ -25,6 +25,7 @@ from nanofit import checkpoint, machine, models, settings
 from nanofit.codec import codec_of
 from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
+from nanofit.folder import run_id_of
 from nanofit.step import try_compile
 from nanofit.tools import weights
 from nanofit.tools.huggingface import codec_of_folder
@@ -182,4 +183,5 @@ if left_out := sum(count for i, count in drawn_ids.items() if not decode([i])):
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
     with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be somebody else's
+        file.write(f"run {run_id_of(saved)}, iteration {saved['iter_num']}\n")
         file.write("\n---------------\n".join(last_texts))

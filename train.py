@@ -9,6 +9,7 @@ On 4 GPUs of one machine (torchrun --help tells how to join several machines):
 
 import math
 import os
+import shlex
 import signal
 import sys
 
@@ -127,6 +128,9 @@ if not dry_run:  # which needs no data and writes nothing
     data = open_data(data_dir, block_size, model_args["vocab_size"])
     if not eval_only:  # which changes no file
         folder.take()
+    if block_size < trained_with:
+        folder.begin_anew()  # a cropped model is another run
+    readers = open_readers(config, folder, iter_num) if world.is_main else []
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
 plan = autofit.as_configured(config)
@@ -155,7 +159,6 @@ if saved:
     print(f"resuming from {out_dir} at iteration {iter_num}", *told, sep="\n")
 if block_size < trained_with:
     model.crop_block_size(block_size)
-    folder.begin_anew()
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 models.apply_levers(model, levers)
 world.sharded = levers.shard and world.size > 1
@@ -214,10 +217,7 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-if world.is_main:
-    facts = run_facts(device, world, config, defaults, model_args, plan, levers)
-    metrics.readers = open_readers(config, folder, iter_num, facts)
-metrics.start_clock()
+metrics.start(readers, run_facts(device, world, config, defaults, model_args, plan, levers))
 with signals.listening():
     while eval_only or run.iter_num <= max_iters:
         run.begin_iteration()
@@ -267,6 +267,6 @@ with signals.listening():
 folder.release()
 world.destroy()
 if not eval_only:
-    print(f"python report.py {out_dir} shows this run")
+    print(f"python report.py {shlex.quote(out_dir)} shows this run")
 if run.unsaved or output.failure:
     raise UsageError(run.unsaved or f"standard output could not be written ({output.failure}); all else was done")

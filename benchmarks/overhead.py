@@ -101,8 +101,8 @@ class Told(Guarded):
         tokens = MICRO_STEPS * batch_size * block_size
         self.metrics = Metrics(device, 0, 10**6, 10**6, tokens, lambda seconds: 1e-3 / seconds)
         keys = {"eval_only": False, "wandb_log": False, "tensorboard_log": False}
-        self.metrics.readers = open_readers(keys, RunFolder(os.path.join(folder, "out")), 0, {})
-        self.metrics.readers.append(lambda figures: self.losses.append(figures["loss"]))
+        readers = open_readers(keys, RunFolder(os.path.join(folder, "out")), 0)
+        self.metrics.start([*readers, lambda figures: self.losses.append(figures.get("loss"))], {})
 
     def tell(self, loss, norm):
         with contextlib.redirect_stdout(self.out):

@@ -7,10 +7,13 @@ import sys
 import threading
 import time
 
+from nanofit.errors import PatientOutput
 
-def _is_shown():
-    """Whether standard error is a terminal; of a machine's ranks, one speaks."""
-    return sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
+
+def _screen():
+    """Standard error, where that is a terminal, else None; of a machine's ranks, one speaks."""
+    shown = sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
+    return PatientOutput(sys.stderr) if shown else None  # a terminal that is closed ends no run
 
 
 @contextlib.contextmanager
@@ -19,7 +22,7 @@ def waiting(what, seconds_left=math.inf):
 
     seconds_left: what it may take, if there is a limit; below 0 where that is used up already.
     """
-    if not _is_shown():
+    if not (screen := _screen()):
         yield
         return
     done = threading.Event()
@@ -29,7 +32,7 @@ def waiting(what, seconds_left=math.inf):
     def tick():
         while not done.wait(1.0):
             # At the beginning of the line again, where whatever is printed meanwhile takes its place.
-            print(f"{what}: {time.perf_counter() - start:.0f}{of} s \033[K\r", end="", file=sys.stderr, flush=True)
+            print(f"{what}: {time.perf_counter() - start:.0f}{of} s \033[K\r", end="", file=screen, flush=True)
 
     ticker = threading.Thread(target=tick, daemon=True)
     ticker.start()
@@ -38,13 +41,20 @@ def waiting(what, seconds_left=math.inf):
     finally:
         done.set()
         ticker.join()
-        print("\033[K", end="", file=sys.stderr, flush=True)
+        print("\033[K", end="", file=screen, flush=True)
 
 
 def bar(items, what, total):
-    """items, with a bar that counts them."""
-    if not _is_shown():
-        return items
-    from tqdm import tqdm  # comes with datasets
-
-    return tqdm(items, desc=what, total=total, leave=False)
+    """items, counted as they are asked for."""
+    if not (screen := _screen()):
+        yield from items
+        return
+    shown = -math.inf
+    try:
+        for count, item in enumerate(items):
+            if (now := time.perf_counter()) - shown > 0.1:
+                print(f"{what}: {count} of {total} \033[K\r", end="", file=screen, flush=True)
+                shown = now
+            yield item
+    finally:
+        print("\033[K", end="", file=screen, flush=True)

@@ -1,30 +1,27 @@
 """A run's figures: what is made of them, and what their readers keep."""
 
 import contextlib
-import glob
-import importlib.util
 import json
 import math
 import os
 import re
 import resource
-import struct
 import subprocess
 import sys
 import time
 import types
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY, environment, train, train_on_ranks
+from conftest import ROOT, TOY, environment, flags, train, train_on_ranks
 
 from nanofit import metrics as figures_of
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, print_line, require_readers
-from nanofit.metrics_file import MetricsFile
 from nanofit.ranks import ALONE, World
 
 CPU = torch.device("cpu")
@@ -44,7 +41,7 @@ def metrics_of(iter_num=0, state=None, max_iters=100, run_id="aaaaaaaa", **chang
     folder.run_id = run_id
     saved = state and {"metrics": state}
     made = Metrics(CPU, iter_num, max_iters, 10, 64, lambda seconds: 0.01 / seconds, saved)
-    made.readers = open_readers({**KEYS, **changed}, folder, iter_num, {"device": "CPU"})
+    made.start(open_readers({**KEYS, **changed}, folder, iter_num), {"device": "CPU"})
     return made
 
 
@@ -173,6 +170,30 @@ def test_a_line_tells_everything(capsys):
     )
 
 
+def test_figures_of_ones_own_are_printed_and_kept(capsys):
+    metrics = metrics_of()
+    metrics.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1}, hellaswag=torch.tensor(0.25))
+    metrics.iterated(0, 1e-3, torch.tensor(2.0), torch.tensor(0.5), weight_norm=12.5, odd="a word", pair=torch.ones(2))
+    evaluation, iteration = capsys.readouterr().out.splitlines()
+    assert evaluation == "step 0: train loss 4.0000, val loss 4.1000, hellaswag 0.25"
+    assert iteration.startswith("iter 0: loss 2.0000, time ")
+    assert ", weight_norm 12.5, odd unknown, pair unknown" in iteration
+    _, evaluation, iteration = records()
+    assert evaluation["hellaswag"] == 0.25
+    assert (iteration["weight_norm"], iteration["odd"]) == (12.5, None)
+    with pytest.raises(UsageError, match="'val_loss' is a figure of every run: call your own something else"):
+        metrics.iterated(1, 1e-3, torch.tensor(2.0), torch.tensor(0.5), val_loss=1.0)
+
+
+def test_a_model_that_cannot_tell_its_mfu_costs_that_figure(capsys):
+    metrics = metrics_of()
+    metrics.mfu_of = lambda seconds: object().estimate_mfu(seconds)
+    iterate(metrics, range(2))
+    printed = capsys.readouterr().out
+    assert printed.count("mfu is not known") == 1
+    assert printed.count("mfu -100.00%") == 2
+
+
 def test_figures_that_are_not_finite_are_printed_as_such(capsys):
     print_line({
         "iter": 1, "loss": math.nan, "seconds": 0.1, "mfu": 0.5, "tokens_per_second": 10.0, "grad_norm": math.inf,
@@ -193,7 +214,7 @@ def test_the_file_has_every_figure_in_order():
     assert (evaluation["iter"], evaluation["val_loss"], evaluation["best_val_loss"]) == (0, 4.1, 4.1)
     assert [r["loss"] for r in rest] == [2.0, 3.0, 4.0]
     assert set(rest[0]) == {
-        "iter", "tokens", "lr", "loss", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes",
+        "iter", "time", "tokens", "lr", "loss", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes",
         "memory_bytes", "seconds_left",
     }  # fmt: skip
 
@@ -282,28 +303,32 @@ def files_of_at_most(size):
 def test_a_full_disk_ends_the_file_and_not_the_run(capsys):
     metrics = metrics_of()
     iterate(metrics, range(3))
-    size = os.path.getsize("out/metrics.jsonl")
-    with files_of_at_most(size + 20):
+    with files_of_at_most(os.path.getsize("out/metrics.jsonl") + 20):
         iterate(metrics, range(3, 6))
     iterate(metrics, [6])
     printed = capsys.readouterr().out
-    assert printed.count("can't be written") == 1
-    assert "training goes on without it" in printed
+    assert printed.count("out/metrics.jsonl failed") == 1
+    assert printed.count("the run goes on without it") == 1
     assert len(re.findall(r"^iter ", printed, re.MULTILINE)) == 7
-    assert iterations() == [0, 1, 2]
-    assert os.path.getsize("out/metrics.jsonl") == size  # no part of a line
+    iterate(metrics_of(3, metrics.state(3)), [3])  # what there was room for of a line is cut
+    assert iterations() == [0, 1, 2, 3]
 
 
 def test_a_folder_that_cannot_be_written_ends_the_file_and_not_the_run(capsys):
     Path("out").write_text("a file where the folder should be")
     iterate(metrics_of(), range(2))
-    assert capsys.readouterr().out.count("can't be written") == 1
+    assert capsys.readouterr().out.count("out/metrics.jsonl failed") == 1
 
 
 def test_a_kill_leaves_whole_lines():
     code = (
-        "from nanofit.metrics_file import MetricsFile\n"
-        "file = MetricsFile('out', 'aaaaaaaa', 'kept-{}'.format, 0, {})\n"
+        "from nanofit.folder import RunFolder\n"
+        "from nanofit.metrics import open_readers\n"
+        "keys = dict(eval_only=False, wandb_log=False, tensorboard_log=False)\n"
+        "folder = RunFolder('out')\n"
+        "folder.run_id = 'aaaaaaaa'\n"
+        "_, file = open_readers(keys, folder, 0)\n"
+        "file({'iter': 0, 'run': {}})\n"
         "for i in range(10**9):\n    file({'iter': i, 'loss': 1.5, 'filler': 'x' * 1000})"
     )
     child = subprocess.Popen([sys.executable, "-c", code], env=environment())
@@ -312,20 +337,13 @@ def test_a_kill_leaves_whole_lines():
         time.sleep(0.01)
     child.kill()
     child.wait()
-    MetricsFile("out", "aaaaaaaa", "kept-{}".format, 500, {})({"iter": 500, "loss": 1.5})
+    iterate(metrics_of(500, {"tokens": 0, "best_val_loss": 1.0}), [500])
     assert iterations() == list(range(501))
-
-
-def test_state_of_a_damaged_checkpoint_is_noticed():
-    sound = metrics_of().state(3)
-    assert figures_of.is_state(sound)
-    for broken in (None, [], {}, {**sound, "tokens": 1.5}, {**sound, "best_val_loss": None}, {**sound, "more": 1}):
-        assert not figures_of.is_state(broken)
 
 
 def figures(folder):
     """What a run's file tells, without what clocks and the allocator say."""
-    timed = ("seconds", "tokens_per_second", "mfu", "peak_bytes", "memory_bytes", "seconds_left")
+    timed = ("time", "seconds", "tokens_per_second", "mfu", "peak_bytes", "memory_bytes", "seconds_left")
     told = [r for r in records(f"{folder}/metrics.jsonl") if "run" not in r]
     return [{name: value for name, value in r.items() if name not in timed} for r in told]
 
@@ -357,7 +375,7 @@ def test_one_rank_writes():
 
 @pytest.mark.parametrize(("key", "package"), [("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")])
 def test_a_missing_package_is_told(monkeypatch, key, package):
-    for name in ("wandb", "torch.utils.tensorboard"):
+    for name in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     require_readers(KEYS, ALONE)
     require_readers({**KEYS, key: True}, World(rank=1, size=2))
@@ -374,65 +392,16 @@ def test_wandb_gets_evaluations_as_before_and_iterations(monkeypatch):
     iterate(metrics, range(7))
     start, evaluation, first, *_, last = seen
     assert (start["project"], start["name"], start["config"]["wandb_log"]) == ("p", "n", True)
+    assert (start["id"], start["resume"]) == ("aaaaaaaa", "allow"), "a run that goes on is one run there, too"
     assert evaluation == {"iter": 0, "train/loss": 4.0, "val/loss": 4.1, "lr": 1e-3, "mfu": -100.0}
     assert set(first) == {"iter", "loss", "lr", "grad_norm", "mfu", "tokens_per_second"}
     assert last["mfu"] > 0
 
 
-OFFLINE_RUN = """
-import torch
-from nanofit.folder import RunFolder
-from nanofit.metrics import Metrics, open_readers
-keys = dict(eval_only=False, wandb_log=True, wandb_project="p", wandb_run_name="n", tensorboard_log=False)
-metrics = Metrics(torch.device("cpu"), 0, 9, 10, 64, lambda seconds: 0.5)
-metrics.readers = open_readers(keys, RunFolder("out"), 0, {})
-metrics.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
-for i in range(7):
-    metrics.iterated(i, 1e-3, torch.tensor(2.0 + i), torch.tensor(0.5))
-"""
+needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 
 
-def leveldb_log(data, block=32768, header=7):
-    """The records of wandb's file, which is LevelDB's log after a header: pieces of crc32, length, type, bytes."""
-    at, record = header, b""
-    while at + 7 <= len(data):
-        if block - at % block < 7:
-            at += block - at % block  # the rest of a block is padding
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or its last piece
-            yield record
-            record = b""
-
-
-@pytest.mark.slow
-def test_wandb_itself_keeps_them_offline():
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE_RUN], capture_output=True, text=True,
-        env=environment(
-            WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DIR=os.getcwd(), PYTHONPATH=os.pathsep.join(sys.path)
-        ),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (path,) = glob.glob("wandb/offline-run-*/run-*.wandb")
-    records = [Record.FromString(data) for data in leveldb_log(Path(path).read_bytes())]
-    history = [
-        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
-    evaluation, *rest = history
-    assert (evaluation["iter"], evaluation["val/loss"], evaluation["mfu"]) == (0, 4.1, -100.0)
-    assert [(r["iter"], r["loss"], r["grad_norm"]) for r in rest] == [(i, 2.0 + i, 0.5) for i in range(7)]
-    assert rest[-1]["mfu"] == 50.0
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@needs_tensorboard
 def test_tensorboard_itself_reads_them_back():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -440,7 +409,6 @@ def test_tensorboard_itself_reads_them_back():
     first.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
     iterate(first, range(10))
     first.evaluated(10, 1e-3, {"train": 3.0, "val": 3.1})  # flushes
-    time.sleep(1.1)  # an event file's name has its second, by which they are read in turn
     again = metrics_of(8, first.state(8), tensorboard_log=True)
     iterate(again, range(8, 10), loss=5.0)
     again.evaluated(10, 1e-3, {"train": 2.0, "val": 2.1})
@@ -450,3 +418,84 @@ def test_tensorboard_itself_reads_them_back():
     assert losses == [(i, 2.0 + i) for i in range(8)] + [(i, 5.0 + i) for i in (8, 9)]
     assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx({0: 4.1, 10: 2.1})
     assert {"lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"} <= set(events.Tags()["scalars"])
+
+
+# ---- nothing beside the loop ends the loop -----------------------------------------------------------------
+
+STUBS = {
+    "log raises BrokenPipeError": "def log(figures): raise BrokenPipeError(32, 'Broken pipe')",
+    "log raises ConnectionResetError": "def log(figures): raise ConnectionResetError(104, 'Connection reset by peer')",
+    "log raises RuntimeError": "def log(figures): raise RuntimeError('no more memory for you')",
+    "log raises an error of its own": "class Own(Exception): pass\ndef log(figures): raise Own",
+    "log fails later": "def log(figures):\n    if figures['iter'] > 3: raise MemoryError",
+    "init raises": "def init(**keys): raise RuntimeError('api_key not configured (no-tty)')",
+    "init raises BrokenPipeError": "def init(**keys): raise BrokenPipeError(32, 'Broken pipe')",
+    "a thread of its own dies": (
+        "import threading\n"
+        "def die(): raise ConnectionError('gone')\n"
+        "def init(**keys): pass\n"
+        "def log(figures): threading.Thread(target=die, name='sender').start()"
+    ),
+    "its end raises": (
+        "import atexit\ndef finish(): raise RuntimeError('the service is gone')\n"
+        "def init(**keys): atexit.register(finish)"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STUBS)
+def test_whatever_wandb_raises_the_run_goes_on_and_is_saved(what):
+    Path("stubs").mkdir()
+    Path("stubs/wandb.py").write_text(f"def init(**keys): pass\ndef log(figures): pass\n{STUBS[what]}\n")
+    done = trained_apart(wandb_log=True, PYTHONPATH=os.pathsep.join((os.path.abspath("stubs"), str(ROOT))))
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "Traceback" not in told
+    assert "standard output" not in told
+    assert len(re.findall("^(?:W&B failed|in the background: )", told, re.MULTILINE)) >= 1
+    assert told.count("W&B failed") <= 1
+    if "init" in what:
+        assert "wandb login, or set WANDB_MODE=offline, or give --wandb_log=False" in told
+        assert told.index("W&B failed") < told.index("number of parameters"), "before there is a model"
+    assert iterations() == list(range(11))
+    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 10
+
+
+def trained_apart(PYTHONPATH=str(ROOT), **keys):
+    """train.py to iteration 10 in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags(**{**TOY, "max_iters": 10, "eval_interval": 5, **keys})]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=PYTHONPATH))
+
+
+@needs_tensorboard
+@pytest.mark.parametrize("trouble", ["a file in the folder's place", "a full disk"])
+def test_whatever_tensorboard_raises_the_run_goes_on_and_is_saved(trouble, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(writer, record):
+        raise OSError(28, "No space left on device")
+
+    os.mkdir("out")
+    if trouble == "a full disk":
+        monkeypatch.setattr(RecordWriter, "write", full)
+    else:
+        Path("out/tensorboard").write_text("mine")
+    run = train(tensorboard_log=True, max_iters=10)
+    assert run.text.count("TensorBoard's file failed") == 1
+    assert iterations() == list(range(11))
+    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 10
+
+
+@needs_tensorboard
+def test_an_evaluation_alone_changes_no_curve():
+    train(tensorboard_log=True, max_iters=10)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    train(tensorboard_log=True, eval_only=True, init_from="resume")
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+
+
+def test_wandb_of_an_evaluation_alone_is_a_run_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: seen.append(k), log=seen.append))
+    metrics_of(wandb_log=True, eval_only=True)
+    assert "id" not in seen[0]

@@ -49,7 +49,7 @@ def run(*argv, terminal, **variables):
 def test_evaluations_and_trials_show_themselves_on_a_terminal_alone():
     keys = flags(**{**TOY, "max_iters": 1, "batch_size": 1, "auto_fit": True})
     printed, shown = run(str(ROOT / "train.py"), *keys, terminal=True)
-    for words in (r"trying batch_size 1: \d+ s", r"train loss: +\d+%", r"val loss: +\d+%", r"\d/4 \["):
+    for words in (r"trying batch_size 1: \d+ s", r"train loss: \d of 4", r"val loss: \d of 4"):
         assert re.search(words, shown), (words, shown)
     quiet, nothing = run(str(ROOT / "train.py"), *keys, "--out_dir=another", terminal=False)
     assert nothing == ""
@@ -94,11 +94,23 @@ def test_of_a_machines_ranks_one_speaks(monkeypatch):
     with progress.waiting("compiling"):
         time.sleep(1.1)
     items = [1, 2]
-    assert progress.bar(items, "train loss", 2) is items
+    assert list(progress.bar(items, "train loss", 2)) == items
     assert shown == []
 
 
 def test_a_bar_gives_every_item(monkeypatch):
     shown = on_a_terminal(monkeypatch)
     assert list(progress.bar(iter("abc"), "train loss", 3)) == ["a", "b", "c"]
-    assert "train loss" in "".join(shown)
+    assert "train loss: 0 of 3" in "".join(shown)
+
+
+def test_a_terminal_that_is_closed_ends_nothing(monkeypatch):
+    on_a_terminal(monkeypatch)
+
+    def gone(text):
+        raise OSError(5, "Input/output error")
+
+    sys.stderr.write = gone
+    assert list(progress.bar(iter("abc"), "train loss", 3)) == ["a", "b", "c"]
+    with progress.waiting("compiling"):
+        pass

@@ -1,52 +1,38 @@
-"""The report's charts, as Bokeh models: each run has a colour, and each kind of figure a stroke.
-
-Data lies in sources named "iterations 0", "evaluations 0", "memory 0" and so on by run, so that a page that is watched
-can be given new figures.
-"""
+"""The report's charts, as Bokeh models: each run has a colour, and each kind of figure a stroke."""
 
 import html
 
 import numpy as np
+from bokeh.models import (
+    ColumnDataSource,
+    CustomJSTickFormatter,
+    DataRange1d,
+    HoverTool,
+    Legend,
+    LegendItem,
+    NumeralTickFormatter,
+    Span,
+)
+from bokeh.plotting import figure
 
-from nanofit.errors import UsageError
+from nanofit.metrics import OURS
 from nanofit.units import GIB
-
-try:
-    from bokeh.models import (
-        ColumnDataSource,
-        CustomJSTickFormatter,
-        DataRange1d,
-        HoverTool,
-        Legend,
-        LegendItem,
-        NumeralTickFormatter,
-    )
-    from bokeh.plotting import figure
-except ImportError as e:
-    raise UsageError("the report's charts are drawn by Bokeh, which isn't installed: pip install bokeh") from e
 
 # Far enough from white and from black, and from each other for colour-blind eyes as well (after Okabe and Ito).
 COLOURS = ("#1a80c4", "#d9730d", "#129a6b", "#c2528f", "#8a74d6", "#8f7f10", "#4f8fa8", "#b5564a")
-PARTS = {  # what memory holds, from the bottom of the pile
-    "weights": "#1a80c4", "gradients": "#57b0e0", "optimizer state": "#8a74d6", "activations": "#129a6b",
-    "loss and backward": "#d9730d", "everything else": "#8c8c8c",
-}  # fmt: skip
 LIMIT = "#d03b3b"
-REST = "everything else"  # what the run took beyond its tensors, as simulated
-OUT_OF_SIGHT = 3  # a limit so many times the highest pile is told and not drawn
+OUT_OF_SIGHT = 3  # a limit so many times the highest peak is told and not drawn
+DERIVED = {"smoothed", "peak_gib", "memory_gib"}
+STEP = "iteration @iter{0,0}, @tokens{0.00a} tokens: "
+ITERATIONS, EVALUATIONS = 0, 1  # places of a run's sources
 
 
 def charts_of(runs):
-    """{name: figure}: loss, loss_log, lr, speed, norm, memory, and parts_0, parts_1, ... by run."""
-    drawn = [run.drawn(len(runs)) for run in runs]
-    sources = [
-        (ColumnDataSource(rows, name=f"iterations {i}"), ColumnDataSource(evaluations, name=f"evaluations {i}"))
-        for i, (rows, evaluations) in enumerate(drawn)
-    ]
+    """{name: figure}: loss, lr, speed, norm, memory, and figures of one's own by their names."""
+    sources = [[ColumnDataSource(rows) for rows in run.drawn(len(runs))] for run in runs]
     across = DataRange1d(range_padding=0.01)  # all charts zoom together
     charts = {
-        "loss": _loss(runs, sources, across, "linear"),
-        "loss_log": _loss(runs, sources, across, "log"),
+        "loss": _loss(runs, sources, across),
         "lr": _curves(runs, sources, across, {"lr": ""}, "@lr{0.00e+0}"),
         "speed": _curves(
             runs, sources, across, {"tokens_per_second": ""},
@@ -58,97 +44,78 @@ def charts_of(runs):
             "peak @peak_gib{0.000} GiB, in use @memory_gib{0.000} GiB", y_range=DataRange1d(start=0),
         ),
     }  # fmt: skip
-    charts |= {f"parts_{i}": _parts(run, i) for i, run in enumerate(runs)}
-    for name, chart in charts.items():
-        chart.name = name
+    limit, peaks = runs[0].limit_bytes / GIB, [of_run[ITERATIONS].data["peak_gib"] for of_run in sources]
+    if 0 < limit <= OUT_OF_SIGHT * np.nanmax(np.concatenate([[0.0], *peaks])):
+        line = Span(location=limit, dimension="width", line_color=LIMIT, line_dash="dashed", line_width=2)
+        charts["memory"].add_layout(line)
+    for place in (ITERATIONS, EVALUATIONS):
+        for name in sorted({name for of_run in sources for name in of_run[place].data} - OURS - DERIVED):
+            told = f"@{{{name}}}{{0.0000}}"
+            charts[name] = _curves(runs, sources, across, {name: ""}, told, place, marks=place == EVALUATIONS)
     return charts
 
 
-def data_of(runs):
-    """{name of a source: {name: values}}: what the charts of these runs draw now."""
-    data = {}
-    for i, run in enumerate(runs):
-        data[f"iterations {i}"], data[f"evaluations {i}"] = run.drawn(len(runs))
-        data[f"memory {i}"] = piles_of(run)
-    return data
-
-
-def piles_of(run):
-    """Columns of the picture of memory: for each way "pile", and GiB by PARTS that add up to its peak."""
-    rest = rest_of(run) if run.memory else 0
-    columns = {"pile": [f"{way['name']}, {way['micro_batch_size']}" for way in run.memory]}
-    for part in PARTS:
-        columns[part] = [(rest if part == REST else way["parts"].get(part, 0)) / GIB for way in run.memory]
-    return columns
-
-
-def rest_of(run):
-    """Bytes of a run's measured peak that its simulated tensors don't account for, at least 0."""
-    peaks = run.log.iterations["peak_bytes"]
-    peak = np.nanmax(peaks) if len(peaks) and not np.isnan(peaks).all() else 0
-    return max(0, peak - sum(run.memory[0]["parts"].values()))
-
-
-# ---- curves ------------------------------------------------------------------------------------------------
-
-
-def _figure(**options):
+def _figure(runs, across, **options):
     made = figure(
-        sizing_mode="stretch_width", toolbar_location="above", toolbar_inner=True, background_fill_color=None,
-        border_fill_color=None, outline_line_color=None, active_drag=None, **options,
+        x_range=across, tools="pan,box_zoom,wheel_zoom,reset,save", active_drag=None, sizing_mode="stretch_width",
+        toolbar_location="above", toolbar_inner=True, background_fill_color=None, border_fill_color=None,
+        outline_line_color=None, **options,
     )  # fmt: skip
     made.toolbar.logo, made.toolbar.autohide = None, True
+    made.xaxis.formatter, made.xaxis.axis_label = NumeralTickFormatter(format="0[.]0a"), "iteration"
+    short = "return tick.toLocaleString('en', {maximumSignificantDigits: 4})"
+    made.yaxis.formatter = CustomJSTickFormatter(code=short)
+    for ink, run in zip(COLOURS * len(runs), runs, strict=False):
+        for iteration, _, _ in run.starts[1:]:
+            ink = ink if len(runs) > 1 else "#8c8c8c"
+            made.add_layout(Span(location=iteration, dimension="height", line_color=ink, line_dash="dotted"))
     return made
 
 
-def _figure_of_iterations(across, **options):
-    made = _figure(x_range=across, tools="pan,box_zoom,wheel_zoom,reset,save", **options)
-    made.xaxis.formatter = NumeralTickFormatter(format="0[.]0a")
-    made.xaxis.axis_label = "iteration"
-    return made
+def _draw(chart, source, name, ink, marks=False, **stroke):
+    """A curve's renderers: a line, with markers where it should have them or is a single figure."""
+    drawn = [chart.line("iter", name, source=source, color=ink, **stroke)]
+    if marks or np.isfinite(source.data[name]).sum() == 1:
+        drawn.append(chart.scatter("iter", name, source=source, color=ink, size=5))
+    return drawn
 
 
-def _loss(runs, sources, across, scale):
-    chart = _figure_of_iterations(across, y_axis_type=scale, height=380)
-    entries = []
+def _loss(runs, sources, across):
+    chart, entries = _figure(runs, across, height=380), []
     for i, (run, (rows, evaluations)) in enumerate(zip(runs, sources, strict=True)):
-        alone = len(runs) == 1
         ink = COLOURS[i % len(COLOURS)]
-        other, third = COLOURS[1:3] if alone else (ink, ink)
-        raw = chart.line("iter", "loss", source=rows, color=ink, alpha=0.35)
-        smooth = chart.line("iter", "smoothed", source=rows, color=ink, line_width=2.5)
-        train = chart.scatter("iter", "train_loss", source=evaluations, color=third, fill_color=None, size=6)
-        val = [
-            chart.line("iter", "val_loss", source=evaluations, color=other, line_width=2, line_dash="dashed"),
-            chart.scatter("iter", "val_loss", source=evaluations, color=other, size=5),
-        ]
-        told = "iteration @iter{0,0}, @tokens{0.00a} tokens: "
-        _hover(chart, raw, run, told + "loss @loss{0.0000}, smoothed @smoothed{0.0000}")
-        _hover(chart, val[1], run, told + "train @train_loss{0.0000}, val @val_loss{0.0000}")
-        if alone:
-            kinds = {"training": [raw], "smoothed": [smooth], "train, evaluated": [train], "val": val}
-            entries = list(kinds.items())
-        else:
-            entries.append((run.label, [smooth, raw, train, *val]))
+        other, third = COLOURS[1:3] if len(runs) == 1 else (ink, ink)
+        kinds = {
+            "training": _draw(chart, rows, "loss", ink, alpha=0.35),
+            "smoothed": _draw(chart, rows, "smoothed", ink, line_width=2.5),
+            "train, evaluated": [
+                chart.scatter("iter", "train_loss", source=evaluations, color=third, fill_color=None, size=6)
+            ],
+            "val": _draw(chart, evaluations, "val_loss", other, marks=True, line_width=2, line_dash="dashed"),
+        }
+        _hover(chart, kinds["training"][0], run, "loss @loss{0.0000}, smoothed @smoothed{0.0000}")
+        _hover(chart, kinds["val"][-1], run, "train @train_loss{0.0000}, val @val_loss{0.0000}")
+        entries += (
+            kinds.items() if len(runs) == 1 else [(run.label, [line for lines in kinds.values() for line in lines])]
+        )
     _legend(chart, entries)
     return chart
 
 
-def _curves(runs, sources, across, names, told, **options):
-    """names: {column: what the legend calls it, '' where there is one}."""
-    chart = _figure_of_iterations(across, height=280, **options)
-    short = "return tick.toLocaleString('en', {maximumSignificantDigits: 4})"
-    chart.yaxis.formatter = CustomJSTickFormatter(code=short)
-    entries = []
-    for i, (run, (rows, _)) in enumerate(zip(runs, sources, strict=True)):
+def _curves(runs, sources, across, names, told, place=ITERATIONS, marks=False, **options):
+    """A chart of columns. names: {column: what the legend calls it, '' where there is one}."""
+    chart, entries = _figure(runs, across, height=280, **options), []
+    for i, (run, of_run) in enumerate(zip(runs, sources, strict=True)):
         for k, (name, word) in enumerate(names.items()):
+            if name not in of_run[place].data:
+                continue  # another run's own
             ink = COLOURS[(i if len(runs) > 1 else k) % len(COLOURS)]
-            dash = "solid" if k == 0 else "dashed"
-            line = chart.line("iter", name, source=rows, color=ink, line_width=1.5, line_dash=dash)
+            stroke = dict(line_width=1.5, line_dash="dashed" if k else "solid")
+            drawn = _draw(chart, of_run[place], name, ink, marks, **stroke)
             if k == 0:
-                _hover(chart, line, run, "iteration @iter{0,0}: " + told)
+                _hover(chart, drawn[-1], run, told)
             if word or len(runs) > 1:
-                entries.append((" ".join(filter(None, (run.label if len(runs) > 1 else "", word))), [line]))
+                entries.append((" ".join(filter(None, (run.label if len(runs) > 1 else "", word))), drawn))
     if entries:
         _legend(chart, entries)
     return chart
@@ -156,45 +123,12 @@ def _curves(runs, sources, across, names, told, **options):
 
 def _hover(chart, renderer, run, told):
     label = html.escape(run.label).replace("@", "&#64;")  # of a folder, which may be called anything
-    chart.add_tools(HoverTool(renderers=[renderer], tooltips=f"{label}, {told}", mode="mouse", visible=False))
+    chart.add_tools(HoverTool(renderers=[renderer], tooltips=f"{label}, {STEP}{told}", mode="mouse", visible=False))
 
 
 def _legend(chart, entries):
     items = [LegendItem(label=label, renderers=renderers) for label, renderers in entries]
-    legend = Legend(items=items, click_policy="hide", location="top_left", orientation="horizontal")
-    legend.border_line_color = legend.background_fill_color = None
-    legend.padding = legend.margin = 2
-    legend.glyph_width, legend.spacing, legend.label_text_font_size = 16, 10, "12px"
-    chart.add_layout(legend, "above")
-
-
-# ---- where memory goes -------------------------------------------------------------------------------------
-
-
-def _parts(run, index):
-    columns = piles_of(run)
-    piles = columns["pile"][::-1]  # the first on top
-    highest = max((sum(column) for column in zip(*(columns[p] for p in PARTS), strict=True)), default=1.0)
-    limit = run.limit_bytes / GIB
-    seen = bool(piles) and 0 < limit <= OUT_OF_SIGHT * highest
-    chart = _figure(
-        y_range=piles or ["not known"], x_range=(0, 1.05 * max(highest, limit if seen else 0)), tools="save",
-        height=110 + 44 * max(1, len(piles)),
-    )  # fmt: skip
-    chart.ygrid.grid_line_color = None
-    chart.xaxis.axis_label = "GiB"
-    bars = chart.hbar_stack(
-        list(PARTS), y="pile", height=0.7, color=list(PARTS.values()),
-        source=ColumnDataSource(columns, name=f"memory {index}"),
-    )  # fmt: skip
-    for part, bar in zip(PARTS, bars, strict=True):
-        told = f"@pile: {part} @{{{part}}}{{0.00}} GiB"
-        chart.add_tools(HoverTool(renderers=[bar], tooltips=told, visible=False))
-    entries = [(part, [bar]) for part, bar in zip(PARTS, bars, strict=True) if any(columns[part])]
-    if seen:
-        ends = [(piles[0], -0.5), (piles[-1], 0.5)]
-        line = chart.line([limit, limit], ends, color=LIMIT, line_dash="dashed", line_width=2)
-        entries.append((f"limit {limit:.2f} GiB", [line]))
-    _legend(chart, entries)
-    chart.legend.click_policy = "none"
-    return chart
+    chart.add_layout(Legend(
+        items=items, click_policy="hide", location="top_left", orientation="horizontal", border_line_color=None,
+        background_fill_color=None, padding=2, margin=2, glyph_width=16, spacing=10, label_text_font_size="12px",
+    ), "above")  # fmt: skip

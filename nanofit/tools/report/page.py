@@ -1,7 +1,7 @@
 """The report as one HTML page: charts, a text for each of them, and tables."""
 
 import os
-import time
+from dataclasses import fields
 
 import jinja2  # comes with Bokeh
 import numpy as np
@@ -10,44 +10,36 @@ from bokeh.embed import components
 from bokeh.models import CustomJS
 from bokeh.resources import Resources
 
-from nanofit.tools.report.charts import OUT_OF_SIGHT, PARTS, REST, charts_of, piles_of
-from nanofit.units import GIB, duration
+from nanofit.tools.report.charts import charts_of
+from nanofit.units import MemoryLevers, duration, gib
 
-TOO_LITTLE = 0.05 / 1024  # GiB: a part that would be told as 0.0 MiB
 TITLES = {
     "loss": "Loss, in nats a token", "lr": "Learning rate", "speed": "Tokens per second",
-    "norm": "Norm of the gradient", "memory": "Memory, in GiB",
+    "norm": "Norm of the gradient, before clipping", "memory": "Memory, in GiB",
 }  # fmt: skip
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(__file__)), autoescape=True)
 
 
-def page_of(runs, watched=False):
-    """The whole page, a str that needs nothing beside it. watched: it asks whoever serves it for news."""
-    charts = charts_of(runs)
-    document = Document()
+def page_of(runs):
+    """The whole page, a str that needs nothing beside it."""
+    charts, document = charts_of(runs), Document()
     for chart in charts.values():
         document.add_root(chart)
     document.js_on_event("document_ready", CustomJS(code="pageIsReady()"))
     script, places = components(charts, wrap_script=False)
+
+    def told(text):
+        return [f"{run.label}: {text(run)}" if len(runs) > 1 else text(run) for run in runs]
+
     return TEMPLATES.get_template("page.html").render(
-        title=" and ".join(run.label for run in runs), titles=TITLES, runs=runs, places=places, script=script,
-        bokeh=Resources(mode="inline", components=["bokeh"]).render_js(), texts=texts_of(runs), watched=watched,
+        title=" and ".join(run.label for run in runs), runs=runs, script=script, summary=told(_summary),
+        bokeh=Resources(mode="inline", components=["bokeh"]).render_js(), tables=[tables_of(run) for run in runs],
+        charts=[
+            {"title": TITLES.get(name, name), "place": place,
+             "texts": told(TEXTS.get(name) or _course(name))}
+            for name, place in places.items()
+        ],
     )  # fmt: skip
-
-
-def texts_of(runs):
-    """{id of an element: its HTML}: everything in the page but the charts, as it is now."""
-    several = len(runs) > 1
-    lines = TEMPLATES.from_string("{% for line in lines %}<p>{{ line }}</p>{% endfor %}")
-    html = {}
-    for name, text in TEXTS.items():
-        html[f"text-{name}"] = lines.render(
-            lines=[f"{run.label}: {text(run)}" if several else text(run) for run in runs]
-        )
-    for i, run in enumerate(runs):
-        html[f"text-parts_{i}"] = lines.render(lines=_parts(run))
-        html[f"run-{i}"] = TEMPLATES.get_template("run.html").render(run=run, **tables_of(run))
-    return html
 
 
 # ---- a text for each picture -------------------------------------------------------------------------------
@@ -57,106 +49,80 @@ def _known(values):
     return values[~np.isnan(values)]
 
 
-def _size(gib):
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
-
-
 def _summary(run):
-    iterations, facts = run.log.iterations, run.facts
-    done = iterations["iter"]
+    done, words = run.iterations["iter"], []
     if not len(done):
         return "no iteration yet."
-    words = [f"iteration {done[-1]:,.0f} of {facts.get('config', {}).get('max_iters', 0):,}"]
-    words.append(f"{iterations['tokens'][-1]:,.0f} tokens")
-    if len(best := _known(run.log.evaluations["best_val_loss"])):
+    if run.seconds:
+        words.append(f"took {duration(run.seconds)}")
+    if resumes := len(run.starts) - 1:
+        words.append(f"{resumes} resume{'s' if resumes > 1 else ''}")
+    most = run.facts.get("config", {}).get("max_iters")
+    words.append(f"iteration {done[-1]:,.0f}" + (f" of {most:,}" if most else ""))
+    words.append(f"{run.iterations['tokens'][-1]:,.0f} tokens")
+    if len(best := _known(run.evaluations["best_val_loss"])):
         words.append(f"best validation loss {best[-1]:.4f}")
-    words.append(
-        f"{np.median(iterations['tokens_per_second'][-100:]):,.0f} tokens/s on {facts.get('device', 'a device')}"
-    )
-    if (left := iterations["seconds_left"][-1]) > 0:  # which nan isn't
+    if len(speed := _known(run.iterations["tokens_per_second"])):
+        words.append(f"{np.median(speed[-100:]):,.0f} tokens/s on {run.facts.get('device', 'a device')}")
+    if (left := run.iterations["seconds_left"][-1]) > 0:  # which nan isn't
         words.append(f"{duration(left)} left when this was written")
     return ", ".join(words) + "."
 
 
 def _loss(run):
-    iterations, evaluations = run.log.iterations, run.log.evaluations
-    training = _known(iterations["loss"])
-    words = []
+    training, val, words = _known(run.iterations["loss"]), run.evaluations["val_loss"], []
     if len(training):
         last = training[-max(1, len(training) // 50) :].mean()
         words.append(f"Training loss from {training[0]:.3f} to {last:.3f} in {len(training):,} figures.")
-    if lost := len(iterations["loss"]) - len(training):
+    if lost := len(run.iterations["loss"]) - len(training):
         words.append(f"{lost:,} of its figures are not finite.")
-    if len(val := evaluations["val_loss"]) and not np.isnan(val).all():
+    if len(_known(val)):
         at = np.nanargmin(val)
-        words.append(
-            f"Validation loss {val[at]:.3f} at its lowest, at iteration {evaluations['iter'][at]:,.0f}, and "
-            f"{val[-1]:.3f} at last."
-        )
+        lowest = f"{val[at]:.3f} at its lowest, at iteration {run.evaluations['iter'][at]:,.0f}"
+        words.append(f"Validation loss {lowest}, and {val[-1]:.3f} at last.")
+    if len(run.starts) > 1:
+        words.append("Dotted lines show where the run went on.")
     return " ".join(words) or "No figures yet."
 
 
-def _lr(run):
-    lr = _known(run.log.iterations["lr"])
-    if not len(lr):
-        return "No figures yet."
-    at = run.log.iterations["iter"][np.nanargmax(run.log.iterations["lr"])]
-    return f"From {lr[0]:.2g} to {lr[-1]:.2g}, highest at iteration {at:,.0f} with {lr.max():.2g}."
-
-
 def _speed(run):
-    speed, seconds = _known(run.log.iterations["tokens_per_second"]), _known(run.log.iterations["seconds"])
+    speed, mfu = _known(run.iterations["tokens_per_second"]), _known(run.iterations["mfu"])
     if not len(speed):
         return "No figures yet."
     low, middle, high = np.percentile(speed, (5, 50, 95))
-    mfu = _known(run.log.iterations["mfu"])
     share = f", model FLOP/s utilisation {mfu[-1]:.1%}" if len(mfu) else ""
     return (
         f"Median {middle:,.0f} tokens a second, nine in ten between {low:,.0f} and {high:,.0f}; "
-        f"{np.median(seconds):.3g} seconds an iteration{share}."
+        f"{np.nanmedian(run.iterations['seconds']):.3g} seconds an iteration{share}."
     )
 
 
-def _norm(run):
-    columns = run.log.iterations
-    norms = _known(columns["grad_norm"])
-    if not len(norms):
-        return "No figures yet."
-    at = columns["iter"][np.nanargmax(columns["grad_norm"])]
-    return f"Before clipping: median {np.median(norms):.3g}, highest {norms.max():.3g} at iteration {at:,.0f}."
-
-
 def _memory(run):
-    peak, held = _known(run.log.iterations["peak_bytes"]), _known(run.log.iterations["memory_bytes"])
-    words = []
-    if len(peak):
-        words.append(f"Peak {peak.max() / GIB:.2f} GiB")
-    if len(held):
-        words.append(f"in use {held[-1] / GIB:.2f} GiB")
-    if run.limit_bytes:
-        words.append(f"limit {run.limit_bytes / GIB:.2f} GiB")
-    return (", ".join(words) or "Not known on this system") + "."
+    peak, held = _known(run.iterations["peak_bytes"]), _known(run.iterations["memory_bytes"])
+    words = [f"peak {gib(peak.max())}"] if len(peak) else []
+    words += [f"in use {gib(held[-1])}"] if len(held) else []
+    words += [f"limit {gib(run.limit_bytes)}"] if run.limit_bytes else []
+    return ", ".join(words) or "not known on this system"
 
 
-def _parts(run):
-    """Lines, of which the others are one each."""
-    if not run.memory:
-        return [f"Where this run's memory goes is not known: {run.failure or 'its first line tells too little'}."]
-    columns = piles_of(run)
-    piles = list(zip(*(columns[part] for part in PARTS), strict=True))
-    lines = []
-    for name, pile in zip(columns["pile"], piles, strict=True):
-        held = ", ".join(f"{part} {_size(gib)}" for part, gib in zip(PARTS, pile, strict=True) if gib > TOO_LITTLE)
-        lines.append(f"{name} sequences: {_size(sum(pile))} ({held}).")
-    limit = run.limit_bytes / GIB
-    if limit:
-        beyond = ", beyond this picture" if limit > OUT_OF_SIGHT * max(map(sum, piles)) else ""
-        lines.append(f"The limit is {limit:.2f} GiB{beyond}.")
-    lines.append(f"Tensors are simulated; {REST} is what the run took beyond them, for nanoGPT's way as much as here.")
-    return lines
+def _course(name):
+    """A text on how a figure went."""
+
+    def text(run):
+        kind = run.iterations if name in run.iterations else run.evaluations
+        values, at = kind.get(name, np.array([])), kind["iter"]
+        if not len(known := _known(values)):
+            return "No figures yet."
+        low, high = np.nanargmin(values), np.nanargmax(values)
+        return (
+            f"From {known[0]:.4g} to {known[-1]:.4g}; lowest {values[low]:.4g} at iteration {at[low]:,.0f}, highest "
+            f"{values[high]:.4g} at iteration {at[high]:,.0f}."
+        )
+
+    return text
 
 
-TEXTS = {"summary": _summary, "loss": _loss, "lr": _lr, "speed": _speed, "norm": _norm, "memory": _memory}
+TEXTS = {"loss": _loss, "lr": _course("lr"), "speed": _speed, "norm": _course("grad_norm"), "memory": _memory}
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -164,44 +130,57 @@ TEXTS = {"summary": _summary, "loss": _loss, "lr": _lr, "speed": _speed, "norm":
 
 def tables_of(run):
     """What the part of the page on one run shows beside its charts."""
-    facts, plan = run.facts, run.plan
-    config = facts.get("config", {})
+    facts, plan, config = run.facts, run.plan, run.facts.get("config", {})
     about = {
         "device": facts.get("device"),
-        "memory": f"{facts['memory'] / GIB:.2f} GiB" if facts.get("memory") else None,
+        "memory": gib(facts["memory"]) if facts.get("memory") else None,
         "driver": facts.get("driver"),
         "ranks": facts.get("ranks"),
         "torch": facts.get("torch"),
         "Python": facts.get("python"),
         "model": ", ".join(f"{name} {value}" for name, value in facts.get("model_args", {}).items()),
-        "begun": ", gone on ".join(str(start.get("time")) for start in run.log.starts),
-        **{f"checkpoint {name}": text for name, text in _checkpoints(run)},
+        "begun": run.starts[0][1] if run.starts else None,
+        "gone on": ", ".join(f"{date} at iteration {iteration:,}" for iteration, date, _ in run.starts[1:]),
+        **run.checkpoints,
     }
-    levers = str(plan.levers).removeprefix(", ") if plan else ""
+    changed = {name: config.get(name) for name in facts.get("changed", [])}
+    if changed.get("init_from") in ("resume", "auto"):
+        del changed["init_from"]  # how it went on, and no setting
     return {
         "about": {name: value for name, value in about.items() if value},
-        "changed": {name: config.get(name) for name in facts.get("changed", [])},
-        "split": str(plan) if plan else "",
-        "levers": levers,
-        "reasons": plan.reasons if plan else (),
-        "trials": [
-            {
-                "micro-batch": trial.micro_batch_size,
-                "how": (str(trial.levers) + (", compiled" if trial.compiled else "")).removeprefix(", ") or "plain",
-                "peak": f"{trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else "",
-                "tokens/s": f"{trial.tokens_per_second:,.0f}" if trial.tokens_per_second else "",
-                "verdict": "fits" if trial.fits else trial.failure or "does not fit",
-            }
-            for trial in run.trials
-        ],
+        "changed": changed,
+        "split": _split(plan),
+        "levers": _levers(plan.get("levers")),
+        "reasons": plan.get("reasons", ()),
+        "trials": [_trial(trial) for trial in plan.get("trials", ())],
     }
 
 
-def _checkpoints(run):
-    for name, iteration in run.checkpoints.items():
-        try:
-            found = os.stat(os.path.join(run.folder, name))
-        except OSError:
-            continue
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.st_mtime))
-        yield name, f"iteration {iteration:,}, {found.st_size / 2**20:,.1f} MiB, written {written}"
+def _split(plan):
+    try:
+        size, steps, micro = (plan[n] for n in ("batch_size", "gradient_accumulation_steps", "micro_batch_size"))
+    except KeyError:
+        return ""
+    if size == micro:
+        return f"As configured: batch_size {size}, gradient_accumulation_steps {steps}"
+    now = size * steps // micro
+    return f"batch_size {size} -> {micro}, gradient_accumulation_steps {steps} -> {now}, effective batch {size * steps}"
+
+
+def _levers(told):
+    known = {field.name for field in fields(MemoryLevers)}
+    moved = {name: value for name, value in (told or {}).items() if name in known}
+    return str(MemoryLevers(**moved)).removeprefix(", ")
+
+
+def _trial(trial):
+    peak, speed = trial.get("peak_bytes"), trial.get("tokens_per_second")
+    fits = not trial.get("failure") and not trial.get("retries") and 0 < peak <= trial.get("limit_bytes", 0)
+    how = [_levers(trial.get("levers")), "compiled" if trial.get("compiled") else ""]
+    return {
+        "micro-batch": trial.get("micro_batch_size"),
+        "how": ", ".join(filter(None, how)) or "plain",
+        "peak": gib(peak) if peak else "",
+        "tokens/s": f"{speed:,.0f}" if speed else "",
+        "verdict": "fits" if fits else trial.get("failure") or "does not fit",
+    }

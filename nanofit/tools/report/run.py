@@ -1,78 +1,159 @@
-"""A run's folder as the report sees it."""
+"""A run's folder as the report sees it: metrics.jsonl as columns of numbers, the last sample, checkpoints."""
 
 import os
-from dataclasses import dataclass, field
+import re
+from array import array
+from datetime import UTC, datetime
 
-from nanofit.autofit.plan import Plan, Trial, from_dict
-from nanofit.tools.report.log import Log, smoothed, thinned
+import numpy as np
+
+from nanofit.errors import UsageError
+from nanofit.metrics import FILE, OURS, record_of
 from nanofit.units import GIB
 
-MOST_ROWS = 8000  # of a run that are drawn; a picture has fewer columns of pixels
+MOST_ROWS = 8000  # of a run that are drawn; a screen has fewer columns of pixels
 ROWS_OF_ALL = 16000  # of all runs together
-SAMPLE = "sample.txt"
-CHECKPOINTS = ("ckpt.pt", "ckpt.last.pt")
+ITERATION = (
+    "loss", "iter", "tokens", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes", "memory_bytes",
+    "seconds_left",
+)  # fmt: skip
+EVALUATION = ("val_loss", "iter", "tokens", "train_loss", "best_val_loss")
 
 
-@dataclass
 class Run:
-    """label: how the report calls it. memory, checkpoints, failure: as memory.Question answers."""
+    """label: how the report calls it.
 
-    folder: str
-    label: str
-    log: Log
-    memory: list = field(default_factory=list)
-    checkpoints: dict = field(default_factory=dict)
-    failure: str = ""
+    iterations, evaluations: {name: float64 (n,)}, nan where a figure isn't known or isn't finite. starts: [(iteration,
+    date, facts)] for each time that it began or went on. seconds: that it took, pauses between its parts left out.
+    """
+
+    def __init__(self, folder, label):
+        self.folder, self.label, self.starts, self.seconds = folder, label, [], 0.0
+        if os.path.isfile(folder):
+            raise UsageError(f"{folder} is a file: report.py takes the out_dir of a run, such as out")
+        if not os.path.isfile(os.path.join(folder, FILE)):
+            raise UsageError(f"there are no figures in {folder}: train.py --out_dir={folder} writes them to {FILE}")
+        columns = {kind: {name: array("d") for name in kind} for kind in (ITERATION, EVALUATION)}
+        before = np.nan
+        with open(os.path.join(folder, FILE), "rb") as lines:
+            for record in map(record_of, lines):
+                now = _number(record.get("time"))
+                if isinstance(record.get("run"), dict):
+                    self.starts.append((record["iter"], date_of(now), record["run"]))
+                elif now > before:
+                    self.seconds += now - before
+                before = now
+                for kind, column in columns.items():
+                    if kind[0] in record:
+                        _append(column, record)
+        self.iterations, self.evaluations = (
+            {name: np.array(column) for name, column in columns[kind].items()} for kind in (ITERATION, EVALUATION)
+        )
+        self.iterations["mfu"][self.iterations["mfu"] < 0] = np.nan  # unknown
 
     @property
     def facts(self):
-        """What the last line of its kind tells: how the run went on."""
-        return self.log.starts[-1] if self.log.starts else {}
+        """What the last start tells, see metrics.run_facts."""
+        return self.starts[-1][2] if self.starts else {}
 
     @property
     def plan(self):
-        """autofit's Plan, None where the file doesn't tell one."""
-        return from_dict(Plan, {**self.facts.get("plan", {}), "trials": []})
-
-    @property
-    def trials(self):
-        """Its Trials, as far as they are whole."""
-        told = self.facts.get("plan", {}).get("trials", [])
-        return [trial for trial in (from_dict(Trial, dict(t)) for t in told if isinstance(t, dict)) if trial]
+        """autofit's Plan as a dict, {} where it isn't told."""
+        plan = self.facts.get("plan")
+        return plan if isinstance(plan, dict) else {}
 
     @property
     def limit_bytes(self):
         """What training may take: the limit, or else all memory of the device; 0 where neither is known."""
-        return (self.plan.limit_bytes if self.plan else 0) or self.facts.get("memory", 0)
+        return self.plan.get("limit_bytes") or self.facts.get("memory") or 0
 
     def drawn(self, runs):
         """(iterations, evaluations) with as many rows as a report of so many runs draws, and what is derived."""
-        columns = self.log.iterations
-        columns.pop("seconds_left")
-        columns["smoothed"] = smoothed(columns["loss"])
         most = min(MOST_ROWS, ROWS_OF_ALL // runs)
+        columns = {**self.iterations, "smoothed": smoothed(self.iterations["loss"])}
+        columns.pop("seconds_left")
         rows = thinned(columns, most)
         for name in ("peak", "memory"):
             rows[f"{name}_gib"] = rows[f"{name}_bytes"] / GIB
-        return rows, thinned(self.log.evaluations, most)
-
-    @property
-    def written(self):
-        """What changes when the run goes on or writes a checkpoint."""
-        paths = [os.path.join(self.folder, name) for name in CHECKPOINTS]
-        return len(self.log.starts), [os.stat(path).st_mtime_ns for path in paths if os.path.exists(path)]
+        return rows, thinned(self.evaluations, most)
 
     @property
     def sample(self):
-        """The last text that sample.py drew, '' where there is none."""
+        """(iteration, text) that sample.py drew last, None where it drew none of this run."""
         try:
-            with open(os.path.join(self.folder, SAMPLE), encoding="utf-8", errors="replace") as file:
-                return file.read(20_000)
+            with open(os.path.join(self.folder, "sample.txt"), encoding="utf-8", errors="replace") as file:
+                told, text = re.fullmatch(r"run (\w+), iteration (\d+)", file.readline().rstrip()), file.read(20_000)
         except OSError:
-            return ""
+            return None
+        return (int(told[2]), text) if told and told[1] == self.facts.get("id") else None
+
+    @property
+    def checkpoints(self):
+        """{name: size and date} of its checkpoints."""
+        found = {}
+        for name in ("ckpt.pt", "ckpt.last.pt"):
+            if os.path.isfile(path := os.path.join(self.folder, name)):
+                stat = os.stat(path)
+                found[name] = f"{stat.st_size / 2**20:,.1f} MiB, written {date_of(stat.st_mtime)}"
+        return found
+
+
+def _number(value):
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else np.nan
+
+
+def _append(columns, record):
+    """Add a record's numbers to columns; a name that is new there is unknown before."""
+    rows = len(columns["iter"])
+    for name in record.keys() - columns.keys() - OURS:
+        columns[name] = array("d", [np.nan]) * rows
+    for name, column in columns.items():
+        column.append(_number(record.get(name)))
+
+
+def date_of(seconds):
+    """Seconds since 1970 for people, '' for nan."""
+    return "" if np.isnan(seconds) else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def labels_of(folders):
     """A short name for each folder, and no two alike."""
     short = [os.path.basename(os.path.normpath(os.path.abspath(folder))) for folder in folders]
-    return [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
+    names = [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
+    return [name.encode(errors="replace").decode() for name in names]  # a name may be no UTF-8
+
+
+def smoothed(values, share=0.02):
+    """The mean of a stretch around each value, which is this share of them wide; nans are left out.
+
+    values: float64 (n,).
+    """
+    half = int(len(values) * share / 2)
+    known = np.concatenate([[0], np.cumsum(~np.isnan(values))])  # (n + 1,)
+    total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])  # (n + 1,)
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    with np.errstate(invalid="ignore"):
+        return (total[high] - total[low]) / (known[high] - known[low])
+
+
+def thinned(columns, most):
+    """columns with at most `most` rows: in each stretch of rows, those with a column's lowest or highest figure.
+
+    columns: {name: float64 (n,)}.
+    """
+    n = len(columns["iter"])
+    if n <= most:
+        return columns
+    stretches = max(1, (most - 2) // (2 * len(columns)))
+    size = -(-n // stretches)
+    rows = [[0, n - 1]]
+    for values in columns.values():
+        padded = np.full(stretches * size, np.nan)
+        padded[:n] = values
+        padded = padded.reshape(stretches, size)
+        for unknown, extreme in ((np.inf, np.argmin), (-np.inf, np.argmax)):
+            rows.append(np.arange(stretches) * size + extreme(np.where(np.isnan(padded), unknown, padded), axis=1))
+    rows = np.unique(np.concatenate(rows))
+    rows = rows[rows < n]
+    return {name: values[rows] for name, values in columns.items()}
