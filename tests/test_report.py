@@ -221,7 +221,9 @@ def test_one_figure_is_drawn_as_a_mark_and_resumes_are_marked():
     from nanofit.tools.report.charts import charts_of
 
     write("out", [start(), evaluation(0), iteration(0), start(1), start(1)])
-    loss = charts_of([Run("out", "out")])["loss"]
+    charts = charts_of([Run("out", "out")])
+    assert charts["speed"].y_range is not charts["memory"].y_range
+    loss = charts["loss"]
     assert {r.glyph.y for r in loss.renderers if isinstance(r.glyph, Scatter)} >= {"loss", "val_loss", "train_loss"}
     assert [span.location for span in loss.center if isinstance(span, Span)] == [1, 1]
 
