@@ -285,8 +285,8 @@ def test_a_file_that_is_not_ours_is_kept(told):
         Path("out/metrics.jsonl").write_text(f"{told}\n")
         iterate(metrics_of(), [0])
         assert iterations() == [0]
-    assert Path("out/kept-damaged/metrics.jsonl").read_text() == f"{told}\n"
-    assert Path("out/kept-damaged/metrics.jsonl~").read_text() == f"{told}\n"
+    assert Path("out/kept-unreadable/metrics.jsonl").read_text() == f"{told}\n"
+    assert Path("out/kept-unreadable/metrics.jsonl~").read_text() == f"{told}\n"
 
 
 @contextlib.contextmanager
