@@ -5,12 +5,14 @@ is missing, done without: nothing here imports a model.py that it wasn't told of
 """
 
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
 import json
 import math
 import os
+import random
 import sys
 import traceback
 import typing
@@ -18,12 +20,15 @@ import warnings
 from operator import attrgetter
 
 import torch
+from torch._subclasses.fake_tensor import FakeCopyMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
 from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
+DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
 KEY_TYPES = (bool, int, float, str)  # of what --key=value can set
 NANOGPT_PEAK_FLOPS = 312e12  # an A100's, of which nanoGPT's estimate_mfu gives a share
 
@@ -39,22 +44,27 @@ def fields(config_class):
 def own_fields(config_class):
     """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run.
 
-    A field that no --key=value can set, a tuple for one, stays as it is in model.py.
+    A field's annotation is its type, or its default where that says more. A field that no --key=value can set, a tuple
+    for one, stays as it is in model.py.
     """
-    hints = typing.get_type_hints(config_class)
+    try:
+        hints = typing.get_type_hints(config_class)
+    except NameError:  # a name that is imported for type checkers alone
+        hints = {name: hint for name, hint in inspect.get_annotations(config_class).items() if type(hint) is not str}
     own = {}
     for name, parameter in fields(config_class).items():
-        if name in SIZES:
+        if name in SIZES or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = parameter.default
         if default is parameter.empty:
             raise UsageError(
                 f"model.py: the field {name} of GPTConfig has no default, which train.py needs: give it one"
             )
+        default = default.item() if type(default).__module__ == "numpy" and hasattr(default, "item") else default
         # `int | None = None` stands for an int that the config works out by itself.
-        kinds = [k for k in (type(default), *(typing.get_args(hints.get(name)) or [hints.get(name)])) if k in KEY_TYPES]
-        if kinds:
-            own[name] = kinds[0], default
+        kinds = [k for k in (*(typing.get_args(hints.get(name)) or [hints.get(name)]), type(default)) if k in KEY_TYPES]
+        if kinds and (default is None or type(default) in KEY_TYPES):
+            own[name] = float if {int, float} <= set(kinds) else kinds[0], default
     return own
 
 
@@ -93,6 +103,31 @@ def build(model_class, config_class, model_args, empty=False):
         return model_class(config)
 
 
+def build_fake(model_class, config_class, model_args, mode):
+    """A model whose tensors are fake ones of a FakeTensorMode, which is not entered yet: sizes without values.
+
+    It is built on the CPU first, its weights not drawn, as a model may read values while it is built.
+    """
+    with torch.device("cpu"), WithoutDrawing():
+        model = build(model_class, config_class, model_args)
+    with FakeCopyMode(mode):
+        return copy.deepcopy(model)
+
+
+class WithoutDrawing(TorchFunctionMode):
+    """Leaves at zero what would be drawn at random on the CPU, which takes long."""
+
+    FRESH_BYTES = 2**25  # from here on memory comes from the system, as zeros that take no room until they are written
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in DRAWING:
+            return func(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        with torch.no_grad():
+            return tensor if tensor.nbytes >= self.FRESH_BYTES else tensor.zero_()
+
+
 def _holds_a_tensor(attribute):
     """Whether a module's attribute, (name, value), is a tensor or a collection of some."""
     name, value = attribute
@@ -126,7 +161,9 @@ def load_weights(model, weights, where):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of each weight without memory: it stays so
             model.load_state_dict(weights)
-    except RuntimeError as e:  # torch lists everything that differs, one line each: the first tells enough
+    except Exception as e:  # torch lists everything that differs, one line each: the first tells enough
+        if is_out_of_memory(e):
+            raise
         first = str(e).splitlines()[:2][-1].strip()[:200]
         raise UsageError(f"{where}: its weights don't fit its model_args: {first}") from e
 
@@ -243,21 +280,84 @@ def apply_levers(model, levers):
     if levers.recompute:
         if not blocks_of(model):
             print("model.py has no transformer.h: recompute does nothing")
-        # By a field of its own, a model may draw random numbers that dropout says nothing of.
-        draws = getattr(model.config, "dropout", 1.0) > 0 or bool(set(fields(type(model.config))) - set(SIZES))
         for block in blocks_of(model):
-            block.forward = _recomputed(block.forward, draws)
+            block.forward = _recomputed(block)
 
 
-def _recomputed(forward, draws):
+def _recomputed(block):
     """A block's forward that keeps only what enters it, and computes the rest again in the backward pass.
 
-    draws: it draws random numbers, which must be the same again.
+    Then random numbers and the block's state are what they were, and afterwards what they are now: a running mean
+    moves once.
     """
+    forward, state = block.forward, _State(block)
 
     def call(*args, **options):
         if not torch.is_grad_enabled():
             return forward(*args, **options)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **options)
+        if torch.compiler.is_compiling():  # which refuses a block that changes its state
+            return checkpoint(forward, *args, use_reentrant=False, **options)
+        before, passes = state.taken(), []
+
+        def run(*args, **options):
+            passes.append(1)
+            if len(passes) == 1:
+                return forward(*args, **options)
+            with state.put_back(before):
+                return forward(*args, **options)
+
+        found = checkpoint(run, *args, use_reentrant=False, **options)
+        state.look(before)
+        return found
 
     return call
+
+
+class _State:
+    """What a block's forward may change beside its weights: buffers, attributes, Python's random numbers.
+
+    taken: copies of the buffers, of all at first, then of those that have been seen to change.
+    """
+
+    def __init__(self, block):
+        self.modules = list(block.modules())
+        self.changing = None  # names of buffers, by module
+
+    def taken(self):
+        taken = []
+        for i, module in enumerate(self.modules):
+            buffers = {name: b for name, b in module._buffers.items() if b is not None}
+            copied = {n: b.clone() for n, b in buffers.items() if self.changing is None or (i, n) in self.changing}
+            taken.append((copied, {n: (b, b._version) for n, b in buffers.items()}, _attributes(module)))
+        return taken, random.getstate()
+
+    def look(self, before):
+        """Note which buffers a pass has changed since."""
+        now = {
+            (i, name)
+            for i, (_, versions, _) in enumerate(before[0])
+            for name, (buffer, version) in versions.items()
+            if self.modules[i]._buffers.get(name) is not buffer or buffer._version != version
+        }
+        self.changing = now | (self.changing or set())
+
+    @contextlib.contextmanager
+    def put_back(self, before):
+        buffers = [dict(module._buffers) for module in self.modules]
+        attributes, drawn = [_attributes(module) for module in self.modules], random.getstate()
+        for module, (copied, _, were) in zip(self.modules, before[0], strict=True):
+            module._buffers.update({name: buffer.clone() for name, buffer in copied.items()})
+            vars(module).update(were)
+        random.setstate(before[1])
+        try:
+            yield
+        finally:
+            for module, now, are in zip(self.modules, buffers, attributes, strict=True):
+                module._buffers.update(now)
+                vars(module).update(are)
+            random.setstate(drawn)
+
+
+def _attributes(module):
+    """Attributes that a forward pass may set."""
+    return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "forward"}

@@ -34,16 +34,21 @@ def accumulate(model, scaler, batches, autocast, gradients=None):
             x, y = batches.current
             with autocast:
                 loss = loss_of(model, x, y)
-            if micro_steps > 1:
-                loss = loss / micro_steps
+            share = loss / micro_steps if micro_steps > 1 else loss
             batches.advance()  # the GPU is still busy with the forward pass
             if step == micro_steps - 1:
                 gradients.last()
-            scaler.scale(loss).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            scaler.scale(share).backward()
+            figure = _figure(loss) / micro_steps
+            total = figure if total is None else total + figure
     finally:
         gradients.end()
     return total
+
+
+def _figure(loss):
+    """A loss or a norm as a scalar in float32, whatever the model computes in."""
+    return loss.detach().float().reshape(())
 
 
 def clip(model, optimizer, scaler, grad_clip):
@@ -57,7 +62,11 @@ def clip(model, optimizer, scaler, grad_clip):
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded ranks
+    moved = {p for group in optimizer.param_groups for p in group["params"]}
+    for p in params:
+        if p not in moved:  # or its gradients would add up over iterations, as nobody else drops them
+            p.grad = None
+    return _figure(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded ranks
 
 
 def update(optimizer, scaler, norm):
@@ -99,7 +108,7 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
                 if not world.sharded:  # there, a rank that ends alone would leave the others waiting for its shares
                     check()
                 with autocast:
-                    found.append(sum(loss_of(model, x, y) for x, y in pieces) / len(pieces))
+                    found.append(sum(_figure(loss_of(model, x, y)) for x, y in pieces) / len(pieces))
             found = found[:share]
             losses[split] = torch.stack(found).cpu().double() if found else torch.zeros(0, dtype=torch.double)
     finally:

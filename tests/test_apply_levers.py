@@ -1,8 +1,10 @@
 """Memory levers, applied to a model from outside: it keeps less, and computes the same numbers."""
 
+import random
 from dataclasses import asdict
 
 import pytest
+import tiny
 import torch
 from conftest import run_script, train
 
@@ -36,6 +38,21 @@ def test_recomputing_changes_no_bit(dropout):
         loss = models.loss_of(model.train(), idx, idx)
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters())), torch.rand(1)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "python's layer drop"])
+def test_recomputing_trains_alike_whatever_a_block_draws_returns_or_keeps(kind):
+    found = []
+    for levers in (tiny.PLAIN, RECOMPUTE):
+        random.seed(0)
+        model, optimizer = tiny.made(kind, levers=levers)
+        found.append((tiny.iterations(model, optimizer, 0, 30), model.state_dict(), random.random()))
+    (losses, state, drawn), (again, state_again, drawn_again) = found
+    assert again == pytest.approx(losses, abs=1e-6)
+    assert drawn_again == drawn
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(state_again[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_recomputing_keeps_less_for_the_backward_pass():

@@ -13,9 +13,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import REFERENCE, ROOT, TOY, Run, environment, flags, run_script, train_on_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import GPT, GPTConfig
 from nanofit import models
@@ -491,6 +494,26 @@ def test_a_fork_is_planned_for(tmp_path):
 # ---- what is looked for, by itself -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "counter"])  # which no state_dict holds
+def test_whatever_a_model_holds_a_resumed_run_goes_on_as_the_uninterrupted_one(kind):
+    whole, parts = tiny.made(kind), tiny.made(kind)
+    losses = tiny.iterations(*whole, 0, 30)
+    tiny.iterations(*parts, 0, 20)
+    rest = tiny.resumed(*parts, kind=kind)
+    assert tiny.iterations(*rest, 20, 30) == losses[20:]
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), rest[0].parameters(), strict=True))
+
+
+def test_a_model_that_reads_values_is_built_of_fake_tensors():
+    mode = FakeTensorMode()
+    model = models.build_fake(tiny.GPT, tiny.GPTConfig, {**tiny.SIZES, "kind": "reads values"}, mode)
+    with mode:
+        loss = models.loss_of(model, *torch.zeros((2, 4, 8), dtype=torch.int64))
+        loss.backward()
+    assert model.lm_head.weight.grad.shape == (65, 16)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 @dataclasses.dataclass
 class Config:
     """A GPTConfig whose author had ideas."""
@@ -502,12 +525,23 @@ class Config:
 
 
 @dataclasses.dataclass
+class Annotated:
+    rope_theta: float = 10000
+    scale: float = np.float32(0.5)
+    steps: np.int64 = np.int64(3)  # noqa: RUF009
+    limit: float | None = None
+    seen: "Unknown" = 2  # noqa: F821
+
+
+@dataclasses.dataclass
 class Unset:
     n_experts: int
 
 
 def test_fields_become_keys_where_a_key_can_set_them():
     assert models.own_fields(Config) == {"noise": (float, 0.1), "window": (int, None)}
+    kinds = {name: kind for name, (kind, _) in models.own_fields(Annotated).items()}
+    assert kinds == {"rope_theta": float, "scale": float, "steps": int, "limit": float, "seen": int}
     assert models.config_of(Config, {"n_layer": 2, "noise": 0.2}) == Config(noise=0.2)
     with pytest.raises(UsageError, match="the field n_experts of GPTConfig has no default"):
         models.own_fields(Unset)

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
+import tiny
 import torch
 
 from model import GPT, GPTConfig
@@ -137,3 +138,20 @@ def test_a_check_ends_an_evaluation_and_leaves_training_on():
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, Listed(batch(2)), 1, nullcontext(), check=stop)
     assert model.training
+
+
+def test_losses_are_summed_in_float32_whatever_the_model_computes_in():
+    model = tiny.made("bfloat16")[0]
+    batches = Listed(*(batch(2, seed=s) for s in range(3)), micro_steps=3)
+    with torch.no_grad():
+        expected = sum(model(*one)[1].double().item() for one in batches.batches) / 3
+    for found in (mean_losses(evaluate(model, batches, 3, nullcontext()))["val"], one_step(model, batches).item()):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_weight_that_the_optimizer_lacks_keeps_no_gradient():
+    model = toy()
+    optimizer = torch.optim.SGD(model.transformer.h.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train_step(model, optimizer, scaler, Listed(batch(2)), nullcontext(), 1.0)
+    assert all(p.grad is None for p in model.parameters())
