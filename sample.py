@@ -27,11 +27,10 @@ from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
 from nanofit.folder import run_id_of
 from nanofit.step import try_compile
-from nanofit.tools import weights
 from nanofit.tools.huggingface import codec_of_folder
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
-init_from = "resume"  # the checkpoint in out_dir; or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+init_from = "resume"  # the checkpoint in out_dir; or 'name.pt'; 'gpt2' to 'gpt2-xl'; a folder
 out_dir = "out"
 start = "\n"  # the prompt; "FILE:prompt.txt" reads it from a file, "-" one from each line of standard input
 num_samples = 10
@@ -65,15 +64,12 @@ if not start:
 # ---- the model and its alphabet ----------------------------------------------------------------------------
 torch.manual_seed(seed)
 data_dir = None
-if init_from == "resume" or init_from.endswith(weights.SUFFIX):
-    path = init_from
-    if init_from == "resume":
-        name = checkpoint.name_of_model(out_dir)
-        path = os.path.join(out_dir, name)
-    saved = checkpoint.load(out_dir, name) if init_from == "resume" else weights.load(path)
+if init_from == "resume" or init_from.endswith(".pt"):
+    path = init_from if init_from != "resume" else os.path.join(out_dir, checkpoint.name_of_model(out_dir))
+    saved = checkpoint.load(*os.path.split(path))
     model = models.build(GPT, GPTConfig, saved["model_args"])
     models.load_weights(model, saved["model"], path)
-    weights.set_activation(model, saved.get("activation"))
+    models.set_activation(model, saved.get("activation"))
     print(f"{path}, of iteration {saved.get('iter_num', 'unknown')}")
     if "dataset" in saved.get("config", {}):
         data_dir = os.path.join("data", saved["config"]["dataset"])

@@ -29,6 +29,7 @@ from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
 DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
+GELUS = {"gelu": "none", "gelu_new": "tanh"}  # an activation by its name in transformers: nn.GELU's argument
 KEY_TYPES = (bool, int, float, str)  # of what --key=value can set
 NANOGPT_PEAK_FLOPS = 312e12  # an A100's, of which nanoGPT's estimate_mfu gives a share
 
@@ -194,6 +195,22 @@ def from_source(source):
     """The classes of which source_of gave this."""
     sys.path[:] = source["path"]
     return tuple(attrgetter(name)(importlib.import_module(module)) for module, name in source["classes"])
+
+
+def activation_of(model):
+    """What all nn.GELU modules of a model compute, 'gelu' or 'gelu_new'; None where they differ or there are none.
+
+    It is no size, so model_args don't tell: a checkpoint keeps it as an entry of its own.
+    """
+    found = {module.approximate for module in model.modules() if isinstance(module, torch.nn.GELU)}
+    return next((name for name, approximate in GELUS.items() if found == {approximate}), None)
+
+
+def set_activation(model, name):
+    """Make the nn.GELU modules of a model compute what a checkpoint's entry says; None leaves them as they are."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.GELU) and name in tuple(GELUS):
+            module.approximate = GELUS[name]
 
 
 def from_file(path):

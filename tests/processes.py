@@ -163,7 +163,7 @@ def test_ctrl_c_at_any_moment_is_a_line(auto_fit):
     ("script", "keys"),
     [
         ("sample.py", ["--device=cpu", "--max_new_tokens=100000", "--start=a"]),
-        ("export.py", ["--weights_only_to=weights.safetensors"]),
+        ("export.py", ["--weights_only_to=weights.pt"]),
         ("bench.py", [*flags(**KEYS["bench.py"])]),
         ("report.py", ["out"]),
     ],

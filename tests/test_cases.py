@@ -602,7 +602,7 @@ row("a config of negative sizes", hugging_face(n_layer=-1), init_from="hf", says
 
 def safetensors(path, tensors, data=b"", length=None):
     """A safetensors file of this header and this data, whose header says to be so long."""
-    header = json.dumps({"__metadata__": {"model_args": "{}"}, **tensors}).encode()
+    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
     return file(path, (len(header) if length is None else length).to_bytes(8, "little") + header + data)
 
 
@@ -616,13 +616,8 @@ for what, made in {
     "of a tensor beyond the file": dict(tensors={"a": tensor(0, 2**42, shape=[2**40])}, data=bytes(24)),
     "of numbers of tomorrow": dict(tensors={"a": tensor(0, 16, "F99")}, data=bytes(16)),
 }.items():
-    row(f"weights alone, with a header {what}", safetensors("w.safetensors", **made), script="sample.py",
-        init_from="w.safetensors", says="w.safetensors is damaged or not a file of weights")
     row(f"a folder's weights, with a header {what}", hugging_face(), safetensors("hf/model.safetensors", **made),
         init_from="hf", says="init_from='hf'", changes=("out", *STARTED))
-row("an index of weights outside the folder", hugging_face(), file("theirs.safetensors", "words"),
-    file("hf/model.safetensors.index.json", json.dumps({"weight_map": {"a": "../theirs.safetensors"}})), init_from="hf",
-    says="weight_map must give the file in this folder for each weight", changes=("out", *STARTED))
 
 # ---- auto_fit's answer, which is only a cache --------------------------------------------------------------
 

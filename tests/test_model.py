@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -57,42 +56,18 @@ def saved_without_head(theirs):
     assert "transformer.wte.weight" not in load_file("hf/model.safetensors")
 
 
-def saved_as_pickle(theirs, **options):
+def saved_as_pickle(theirs):
     saved_whole(theirs)
     os.remove("hf/model.safetensors")
-    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24)}  # as old versions saved it
-    torch.save(theirs.state_dict() | mask, "hf/pytorch_model.bin", **options)
-
-
-def saved_as_old_pickle(theirs):
-    saved_as_pickle(theirs, _use_new_zipfile_serialization=False)
-
-
-def saved_as_pickles_in_shards(theirs):
-    saved_as_pickle(theirs)
-    weights = torch.load("hf/pytorch_model.bin")
-    os.remove("hf/pytorch_model.bin")
-    places = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(weights)}
-    for file in set(places.values()):
-        torch.save({name: weights[name] for name in places if places[name] == file}, f"hf/{file}")
-    Path("hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    masks = {f"transformer.h.0.attn.{name}": torch.ones(1, 1, 24, 24) for name in ("bias", "masked_bias")}
+    torch.save(theirs.state_dict() | masks, "hf/pytorch_model.bin")  # as old versions saved it
 
 
 def change(path="hf/config.json", **keys):
     Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | keys))
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        saved_whole,
-        saved_in_shards,
-        saved_without_head,
-        saved_as_pickle,
-        saved_as_old_pickle,
-        saved_as_pickles_in_shards,
-    ],
-)
+@pytest.mark.parametrize("save", [saved_whole, saved_in_shards, saved_without_head, saved_as_pickle])
 def test_same_logits_as_hugging_face(theirs, save):
     save(theirs)
     ours = GPT.from_pretrained("hf", dict(dropout=0.1)).eval()
@@ -100,25 +75,21 @@ def test_same_logits_as_hugging_face(theirs, save):
     assert differences(ours, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_new"])
-def test_the_activation_is_the_one_that_the_folder_names(theirs, name):
+@pytest.mark.parametrize(("name", "approximate"), [("gelu", "none"), ("gelu_new", "tanh")])
+def test_the_activation_is_the_one_that_the_folder_names(theirs, name, approximate):
     saved_whole(theirs)
     change(activation_function=name)
-    changed = type(theirs).from_pretrained("hf")
-    assert differences(GPT.from_pretrained("hf").eval(), changed) < 1e-4
-    other = "gelu" if name == "gelu_new" else "gelu_new"
-    change(activation_function=other)
-    assert differences(GPT.from_pretrained("hf").eval(), changed) > 1e-3
-
-
-def test_openais_names_compute_with_the_exact_gelu_as_nanogpt_does(theirs, monkeypatch):
-    saved_whole(theirs)
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(name) or "hf")
-    ours = GPT.from_pretrained("gpt2-medium").eval()
-    assert asked == ["gpt2-medium"]
-    change(activation_function="gelu")
+    ours = GPT.from_pretrained("hf").eval()
+    assert {block.mlp.gelu.approximate for block in ours.transformer.h} == {approximate}
     assert differences(ours, type(theirs).from_pretrained("hf")) < 1e-4
+
+
+def test_openais_names_compute_with_the_exact_gelu_as_nanogpt_does(theirs):
+    theirs.save_pretrained("gpt2-medium")  # transformers looks for a folder of this name before it asks the hub
+    ours = GPT.from_pretrained("gpt2-medium").eval()
+    assert {block.mlp.gelu.approximate for block in ours.transformer.h} == {"none"}
+    change("gpt2-medium/config.json", activation_function="gelu")
+    assert differences(ours, type(theirs).from_pretrained("gpt2-medium")) < 1e-4
 
 
 def test_weights_of_16_bits(theirs):
@@ -129,57 +100,16 @@ def test_weights_of_16_bits(theirs):
     assert differences(ours, type(theirs).from_pretrained("hf", dtype=torch.float32)) < 1e-4
 
 
-PEAK = """
-import sys
-from pathlib import Path
-from safetensors import safe_open
-from model import GPT, GPTConfig
-
-def peak():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-GPT(GPTConfig(n_layer=6, n_head=2, n_embd=512, block_size=64, vocab_size=5000))
-before = peak()
-for folder in ("whole", "shards"):
-    GPT.from_pretrained(folder)
-    print((peak() - before) / int(sys.argv[1]))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_takes_no_memory_but_the_models():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=6, n_head=2, n_embd=512, n_positions=64, vocab_size=5000)
-    big = transformers.GPT2LMHeadModel(config)
-    big.save_pretrained("whole")
-    big.save_pretrained("shards", max_shard_size="20MB")
-    size = sum(4 * p.numel() for p in big.parameters())
-    assert size > 80e6
-    done = subprocess.run([sys.executable, "-c", PEAK, str(size)], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    more = [float(line) for line in done.stdout.splitlines() if line[0].isdigit()]
-    assert len(more) == 2
-    assert max(more) < 0.3  # than making the model takes: the largest tensor is an eighth of it
-
-
 def test_pretrained_models_that_are_not_to_be_had(theirs, monkeypatch):
-    with pytest.raises(ValueError, match="no pretrained model 'gpt3'.*gpt2-xl"):
-        GPT.from_pretrained("gpt3")
     saved_whole(theirs)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        GPT.from_pretrained("hf")
+    # A name that is neither one of the four nor a folder is refused before anybody is asked.
+    with pytest.raises(ValueError, match="no pretrained model 'somebody/model'.*gpt2-xl"):
+        GPT.from_pretrained("somebody/model")
     with pytest.raises(ValueError, match="only dropout can be overridden.*bias"):
         GPT.from_pretrained("hf", dict(bias=False))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("cache").absolute()))
-    with pytest.raises(OSError, match="the weights of 'gpt2' can't be had .*without a network, name a folder"):
-        GPT.from_pretrained("gpt2")
-
-
-@pytest.mark.parametrize(("package", "name"), [("safetensors", "hf"), ("huggingface_hub", "gpt2")])
-def test_a_missing_package_is_a_sentence(theirs, monkeypatch, package, name):
-    saved_whole(theirs)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install .*{package}"):
-        GPT.from_pretrained(name)
 
 
 def rewrite(**weights):
@@ -188,98 +118,37 @@ def rewrite(**weights):
     save_file(kept, "hf/model.safetensors", {"format": "pt"})
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def write(path, text):
-    Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
 NAME = "transformer.h.1.mlp.c_fc.weight"
-BAD_FOLDERS = {  # what is done to a folder: what is said
-    "no config": (lambda: os.remove("hf/config.json"), "there is no hf/config.json"),
-    "not JSON": (lambda: write("hf/config.json", "{"), "hf/config.json is damaged: it can't be read as JSON"),
-    "not text": (lambda: write("hf/config.json", b"\xff\xfe"), "hf/config.json is damaged"),
-    "deep": (lambda: write("hf/config.json", "[" * 100_000), "hf/config.json is damaged"),
-    "a list": (lambda: write("hf/config.json", "[1]"), "hf/config.json is damaged: expected a dict"),
-    "no size": (lambda: change(n_layer=None), "hf/config.json: n_layer must be a whole number"),
-    "a size of another type": (lambda: change(n_embd="32"), "hf/config.json: n_embd must be a whole number"),
-    "a negative size": (lambda: change(n_positions=-1), "hf/config.json: n_positions must be a whole number"),
-    "an endless size": (lambda: change(vocab_size=10**400), "hf/config.json: vocab_size must be a whole number"),
-    "a large size": (lambda: change(vocab_size=2**30), "hf/config.json describes a model of .* weights"),
-    "many layers": (lambda: change(n_layer=2**30), "hf/config.json describes a model of .* weights"),
-    "heads": (lambda: change(n_head=3), "hf/config.json: n_embd=32 is not divisible by n_head=3"),
-    "another model": (lambda: change(model_type="llama"), "hf/config.json: .*model_type is not 'gpt2'"),
-    "another activation": (lambda: change(activation_function="relu"), "activation_function must be 'gelu_new' or"),
-    "another width": (lambda: change(n_inner=100), "n_inner must be None or 128"),
-    "an untied head": (lambda: change(tie_word_embeddings=False), "tie_word_embeddings must be True"),
-    "no weights": (lambda: os.remove("hf/model.safetensors"), "hf has no weights: expected model.safetensors or"),
-    "no safetensors": (lambda: write("hf/model.safetensors", b"x" * 500_000), "hf/model.safetensors can't be read"),
-    "one weight less": (lambda: rewrite(**{NAME: None}), f"hf lacks 1 of GPT-2's weights: {NAME}"),
-    "one weight more": (lambda: rewrite(odd=torch.ones(1)), "GPT-2 has no weight transformer.odd"),
-    "another shape": (lambda: rewrite(**{NAME: torch.ones(32, 32)}), f"{NAME} is torch.float32 of shape .32, 32., exp"),
-    "quantised": (lambda: rewrite(**{NAME: torch.ones(32, 128, dtype=torch.int8)}), f"{NAME} is torch.int8"),
-    "another head": (lambda: rewrite(**{"lm_head.weight": torch.ones(67, 32)}), "hf has a head .* of its own"),
-}  # fmt: skip
+OTHERS = {  # what is done to a folder: what is said
+    "another model": (
+        lambda: change(model_type="llama"),
+        "its model_type is 'llama', and must be 'gpt2'",
+    ),
+    "another activation": (lambda: change(activation_function="relu"), "activation_function is 'relu', and must be"),
+    "another width": (lambda: change(n_inner=100), "n_inner is 100, and must be None or 128"),
+    "another epsilon": (lambda: change(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
+    "one weight less": (lambda: rewrite(**{NAME: None}), f"'hf' lacks 1 of GPT-2's weights: {NAME}"),
+    "another head": (
+        lambda: (change(tie_word_embeddings=False), rewrite(**{"lm_head.weight": torch.ones(67, 32)})),
+        "'hf' has a head of its own",
+    ),
+}
 
 
-@pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_a_folder_that_is_damaged_or_no_gpt2(theirs, case):
-    act, sentence = BAD_FOLDERS[case]
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_folder_of_another_model_is_refused(theirs, case):
+    act, sentence = OTHERS[case]
     saved_whole(theirs)
     act()
-    with pytest.raises((ValueError, OSError), match=sentence) as e:
-        GPT.from_pretrained("hf")
-    assert "\n" not in str(e.value)
-    assert len(str(e.value)) < 300
-
-
-@pytest.mark.parametrize(
-    ("places", "sentence"),
-    [
-        ({"weight_map": {"a": "gone.safetensors"}}, "there is no hf/gone.safetensors, which .*index.json lists"),
-        ({"weight_map": {"a": "../hf/x.safetensors"}}, "index.json is damaged: weight_map must give the file in this"),
-        ({"weight_map": {"a": 1}}, "index.json is damaged"),
-        ({"weight_map": {}}, "index.json is damaged"),
-        ({}, "index.json is damaged"),
-    ],
-)
-def test_an_index_of_shards_that_is_damaged(theirs, places, sentence):
-    saved_in_shards(theirs)
-    Path("hf/model.safetensors.index.json").write_text(json.dumps(places))
-    with pytest.raises((ValueError, OSError), match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         GPT.from_pretrained("hf")
 
 
-def test_nothing_in_a_pickle_runs(theirs):
-    saved_as_pickle(theirs)
-    torch.save({"transformer.wte.weight": Evil(), "room": torch.zeros(100_000)}, "hf/pytorch_model.bin")
-    with pytest.raises(ValueError, match="hf/pytorch_model.bin can't be read, it is damaged or not a file of weights"):
-        GPT.from_pretrained("hf")
-    assert not os.path.exists("ran")
-
-
-@pytest.mark.parametrize("save", [saved_in_shards, saved_as_pickle, saved_as_old_pickle])
-def test_any_damage_to_a_folder_is_refused_by_a_sentence_or_does_not_matter(theirs, save):
-    save(theirs)
-    originals = {path: path.read_bytes() for path in Path("hf").iterdir()}
-    draw = random.Random(0)
-    sentences = []
-    for _ in range(120):
-        path = draw.choice(list(originals))
-        data = bytearray(originals[path])
-        for _ in range(draw.choice((1, 3))):
-            data[draw.randrange(min(len(data), 3000))] = draw.randrange(256)
-        path.write_bytes(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
-        try:
-            GPT.from_pretrained("hf")
-        except (ValueError, OSError) as e:
-            sentences.append(str(e))
-        path.write_bytes(originals[path])
-    assert len(sentences) > 20
-    assert all("hf" in sentence and "\n" not in sentence for sentence in sentences)
+def test_a_head_that_is_saved_beside_the_same_embedding_is_read(theirs):
+    saved_whole(theirs)
+    change(tie_word_embeddings=False)
+    rewrite(**{"lm_head.weight": theirs.lm_head.weight.detach().clone()})
+    assert differences(GPT.from_pretrained("hf").eval(), theirs) < 1e-4
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------
@@ -374,7 +243,7 @@ def test_mfu_is_the_share_of_an_a100():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (dict(n_embd=32, n_head=5), r"n_embd=32 is not divisible by n_head=5.*set n_head to 4 or 8"),
+        (dict(n_embd=32, n_head=5), r"n_embd=32 is not divisible by n_head=5.*set n_head to 2 or 4"),
         (dict(n_layer=0), "n_layer must be at least 1, not 0"),
         (dict(dropout=1.0), "dropout must be at least 0 and below 1, not 1.0"),
     ],
@@ -385,7 +254,7 @@ def test_impossible_sizes(changes, sentence):
 
 
 def test_a_sequence_longer_than_the_block():
-    with pytest.raises(ValueError, match="17 tokens is longer than the model's block_size 16"):
+    with pytest.raises(ValueError, match="17 tokens are more than the model's block_size 16"):
         toy()(torch.zeros((1, 17), dtype=torch.long))
 
 
