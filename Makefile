@@ -24,7 +24,8 @@ help:
 	@echo "make picture take the picture of a report that README shows, with Chromium"
 	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
 	@echo "make lint    check the style"
-	@echo "make gpu     on a GPU with 24 GB: benchmarks and the tests that need one, in stages; keeps what they measure"
+	@echo "make gpu     on a GPU with 24 GB: benchmarks and the tests that need one, in stages; keeps what they measure;"
+	@echo "             NANOGPT=folder, a checkout of nanoGPT to compare with"
 	@echo "make clean   remove what the others made"
 
 train: data/python_char/meta.pkl
@@ -58,11 +59,12 @@ lint: $(SETUP)
 
 # The most valuable first. Each stage writes what it measures as it goes, and has four minutes: none costs the others.
 STAGE := timeout --signal=INT 240
+NANOGPT := ../nanoGPT
 gpu: $(SETUP)
 	mkdir -p $(RESULTS)
-	-$(STAGE) $(PY) benchmarks/against_nanogpt.py --batch_size=12 --block_size=1024 --compile=False \
+	-$(STAGE) $(PY) benchmarks/against_nanogpt.py --nanogpt=$(NANOGPT) --batch_size=12 --block_size=1024 --rounds=2 --compile=False \
 		--save=$(RESULTS)/against_nanogpt-cuda-eager.json
-	-$(STAGE) $(PY) benchmarks/against_nanogpt.py --batch_size=12 --block_size=1024 --compile=True \
+	-$(STAGE) $(PY) benchmarks/against_nanogpt.py --nanogpt=$(NANOGPT) --batch_size=12 --block_size=1024 --rounds=1 \
 		--save=$(RESULTS)/against_nanogpt-cuda-compiled.json
 	-$(STAGE) $(PY) benchmarks/limits.py --limits=12 --save=$(RESULTS)/limits-12-cuda.json
 	-$(STAGE) $(PY) -m pytest -v -m gpu tests/test_gpu.py 2>&1 | tee $(RESULTS)/gpu-tests.txt

@@ -55,19 +55,14 @@ WAYS = {  # name: (label in the table, label in the picture, the model, whether 
 # Black, blue and orange of Okabe and Ito's palette, which colour-blind people can tell apart; in greyscale they are
 # dark, medium and light.
 STROKES = {"nanogpt": ("#000000", "o"), "ours": ("#0072B2", "s"), "ours_recompute": ("#D97A00", "^")}
-NOTE = (
-    "Bytes of tensors while gradients accumulate: weights, gradients, AdamW's state, activations, loss. "
-    "A driver's context and fragmentation come on top."
-)
 
 
-def numbers(key, kind, what):
+def numbers(key, kind):
     """The numbers above 0 that a key lists, ascending."""
-    sentence = f"{key}={config[key]!r} must be {what} above 0 with commas between"
-    with usage_errors(ValueError, prefix=f"{sentence}: "):
-        found = sorted({kind(text) for text in str(config[key]).strip("()[] ").split(",") if text.strip()})
-    if not all(0 < n < float("inf") for n in found):
-        raise UsageError(sentence)
+    with usage_errors(ValueError, prefix=f"{key}={config[key]!r} must be numbers with commas between: "):
+        found = sorted({kind(text) for text in str(config[key]).strip("()[] ").split(",")})
+    if not 0 < found[0] <= found[-1] < math.inf:
+        raise UsageError(f"{key}={config[key]!r} must be numbers above 0 with commas between")
     return found
 
 
@@ -90,65 +85,42 @@ def point(batch_size):
     return found
 
 
-def drawing_tools():
-    """pyplot, drawing into files alone, and what opens an image."""
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise UsageError("the picture is drawn by matplotlib, which isn't installed: pip install matplotlib") from e
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from PIL import Image  # which matplotlib brings along
-
-    return pyplot, Image.open
-
-
-def draw(pyplot, image_of, points, cards, path):
+def draw(points, cards, path):
     """GiB against batch size, both in powers of two: a line for each way, a thin one for each card."""
+    from matplotlib import pyplot
+
     pyplot.rcParams.update({"font.size": 17, "axes.spines.top": False, "axes.spines.right": False})
     sizes = [p["batch_size"] for p in points]
-    peaks = {name: [p[name]["peak_bytes"] / 2**30 for p in points] for name in WAYS}
     figure, axes = pyplot.subplots(figsize=(16, 9), dpi=100)
-    figure.subplots_adjust(left=0.05, right=0.78, top=0.84, bottom=0.16)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    figure.subplots_adjust(left=0.06, right=0.78, top=0.88, bottom=0.14)
     for name, (_, label, *_) in WAYS.items():
         colour, marker = STROKES[name]
-        axes.plot(sizes, peaks[name], color=colour, marker=marker, markersize=11, linewidth=3.5, clip_on=False)
-        axes.annotate(f"{label}\n{peaks[name][-1]:.1f} GiB", (sizes[-1], peaks[name][-1]), (20, 0),
-                      textcoords="offset points", va="center", linespacing=1.3)  # fmt: skip
-    left = 0.8 * sizes[0]
+        peaks = [p[name]["peak_bytes"] / 2**30 for p in points]
+        axes.plot(sizes, peaks, color=colour, marker=marker, markersize=11, linewidth=3.5, clip_on=False)
+        axes.annotate(f"{label}\n{peaks[-1]:.1f} GiB", (sizes[-1], peaks[-1]), (20, 0), textcoords="offset points",
+                      va="center", linespacing=1.3)  # fmt: skip
     for card in cards:
-        axes.plot((left, sizes[-1]), (card, card), color="#8c8c8c", linewidth=1.2, linestyle=(0, (6, 4)), zorder=1)
-        axes.annotate(f"{card:g} GiB card", (left, card), (6, 5), textcoords="offset points", color="#595959")
-    shown = [value for values in (*peaks.values(), cards) for value in values]
-    lowest, highest = 2.0 ** math.floor(math.log2(min(shown))), max(shown) * 1.1
-    axes.set_xlim(left, sizes[-1])
-    axes.set_ylim(lowest, highest)
+        axes.axhline(card, color="#8c8c8c", linewidth=1.2, linestyle=(0, (6, 4)), zorder=1)
+        axes.annotate(f"{card:g} GiB card", (sizes[0], card), (0, 5), textcoords="offset points", color="#595959")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
     axes.set_xticks(sizes, map(str, sizes))
-    powers = [2.0**p for p in range(int(math.log2(lowest)), math.floor(math.log2(highest)) + 1)]
-    axes.set_yticks(powers, [f"{power:g}" for power in powers])
-    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("batch size (sequences in a micro-step)", labelpad=10)
-    axes.set_title("GiB", loc="left", x=-0.03, pad=14, fontsize=17)
-    size = f"GPT-2{model.removeprefix('gpt2').replace('-', ' ')} {points[0]['ours']['parts']['weights'] / 4e6:.0f}M"
-    figure.suptitle(
-        f"Peak memory of a training step, {size}, {block_size:,} tokens, {dtype} (simulated)",
-        x=0.02, y=0.965, ha="left", fontsize=23,
-    )  # fmt: skip
-    figure.text(0.02, 0.025, NOTE, color="#595959", fontsize=14)
-    drawn = io.BytesIO()
-    figure.savefig(drawn)
+    axes.set_ylabel("GiB")
+    parameters = points[0]["ours"]["parts"]["weights"] / 4e6
+    title = f"Peak memory of a training step, {model}, {parameters:.0f}M, {block_size:,} tokens, {dtype} (simulated)"
+    axes.set_title(title, loc="left", pad=14, fontsize=21)
     with usage_errors(OSError, ValueError, prefix="the picture can't be written: "):
-        image_of(drawn).convert("RGB").quantize(64).save(
-            path, optimize=True
-        )  # so few colours take a third of the bytes
+        figure.savefig(path)
 
 
-batch_sizes, cards = numbers("batch_sizes", int, "whole numbers"), numbers("cards", float, "numbers of GiB")
-if not batch_sizes:
-    raise UsageError("batch_sizes is empty: name at least one")
-tools = drawing_tools() if picture else None  # before the steps are simulated, in case it is missing
+batch_sizes, cards = numbers("batch_sizes", int), numbers("cards", float)
+if picture:  # before the steps are simulated, in case it is missing
+    with usage_errors(ImportError, prefix="the picture is drawn by matplotlib: pip install matplotlib. "):
+        import matplotlib
+
+        matplotlib.use("agg")
 points = []
 print(f"{'batch_size':>10}" + "".join(f"{label:>22}" for label, *_ in WAYS.values()))
 for batch_size in batch_sizes:
@@ -157,6 +129,6 @@ for batch_size in batch_sizes:
     columns = (f"{found[name]['peak_bytes'] / 2**30:10.2f} GiB {found[name]['ratio']:7.3f}" for name in WAYS)
     print(f"{batch_size:>10}" + "".join(columns))
 if picture:
-    draw(*tools, points, cards, picture)
-config = {key: value for key, value in config.items() if key != "picture"}
+    draw(points, cards, picture)
+del config["picture"]
 finish("memory", config, torch.device("cpu"), {"simulated": True, "points": points}, save)
