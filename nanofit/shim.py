@@ -6,7 +6,6 @@ import torch
 from nanofit import optimizers, autofit, settings, models, step, machine
 from nanofit.sharding import share_like
 from nanofit.units import FITTED, micro_batch_sizes
-from nanofit.tools import weights
 from functools import partial
 
 
@@ -52,8 +51,6 @@ setdefault(optimizers, "load", load)
 setdefault(optimizers, "set_learning_rate", set_lr)
 setdefault(autofit, "as_saved", as_saved)
 setdefault(autofit, "no_larger", lambda p, *a: p)
-models.set_activation = weights.set_activation
-models.activation_of = weights.activation_of
 old = step.try_compile
 step.try_compile = lambda m, d, b, a, mode: old(
     m, partial(step.dry_step, batch=b, autocast=a), d, mode=mode, dynamic=False
