@@ -430,8 +430,8 @@ MISTAKES = [
     (lambda: None, {}, "nothing to do: name a new folder, --to="),
     (lambda: None, {"weights_only_to": "w.bin"}, "weights_only_to must end in .pt, not 'w.bin'"),
     (no_checkpoint, {"to": "hf"}, "there is no checkpoint out/ckpt.pt"),
-    (half_a_checkpoint, {"to": "hf"}, "out/ckpt.pt can't be read, it is damaged or not a checkpoint"),
-    (half_a_checkpoint, {"weights_only_to": "w.pt"}, "out/ckpt.pt can't be read"),
+    (half_a_checkpoint, {"to": "hf"}, "out/ckpt.pt .*damaged"),
+    (half_a_checkpoint, {"weights_only_to": "w.pt"}, "out/ckpt.pt .*damaged"),
     (occupied, {"to": "hf"}, "hf is not empty: name another one, or remove it first"),
     (lambda: Path("w.pt").write_text("mine"), {"weights_only_to": "w.pt"}, "w.pt is there"),
     (lambda: None, {"to": "data/markov/meta.pkl/hf"}, "data/markov/meta.pkl/hf can't be written .File exists"),
@@ -455,6 +455,16 @@ def test_gpt2s_symbols_are_not_taken_for_a_model_of_characters(bpe):
     no_meta()
     with pytest.raises(UsageError, match="vocabulary of 65 and GPT-2's BPE, which is taken .*meta.pkl.* has 50257"):
         export(to="hf")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(prefix):
+    trained()
+    saved = torch.load("out/ckpt.pt")
+    saved["model"] = {prefix + name: weight for name, weight in saved["model"].items()}
+    torch.save(saved, "out/ckpt.pt")
+    export(weights_only_to="w.pt")
+    assert "transformer.wte.weight" in torch.load("w.pt")["model"]
 
 
 def test_a_run_that_stopped_before_it_had_a_best_is_exported():
