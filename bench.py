@@ -6,7 +6,6 @@ python bench.py --batch_size=8 --compile=False
 import os
 import sys
 import time
-from functools import partial
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
 import nanofit
@@ -18,7 +17,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
-from nanofit.step import dry_step, train_step, try_compile
+from nanofit.step import compile_to_train, train_step
 from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
@@ -65,8 +64,7 @@ scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 if compile:
     print("compiling the model... (takes a minute or so)")
-    trial = partial(dry_step, batch=batches.current, autocast=autocast)
-    model, failure = try_compile(model, trial, device, mode=compile_mode, dynamic=False)
+    model, failure = compile_to_train(model, device, batches.current, autocast, compile_mode)
     if failure:
         print(f"compile failed, the benchmark goes on without it ({failure})")
 

@@ -31,7 +31,7 @@ from nanofit.progress import waiting
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.run import Run
-from nanofit.step import accumulate, clip, evaluate, mean_losses, try_compile, update
+from nanofit.step import accumulate, clip, compile_to_train, evaluate, mean_losses, more_figures, update
 from nanofit.tokens import open_data
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
@@ -189,7 +189,8 @@ machine.empty_cache(device)
 
 # ---- what a run survives -----------------------------------------------------------------------------------
 signals = StopSignals()
-recovery = Recovery(world, device, batches, model, scaler, run.stop)
+note_smaller = lambda *size: autofit.note_smaller(out_dir, *size)  # noqa: E731
+recovery = Recovery(world, device, batches, model, scaler, run.stop, note_smaller)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 for attempt in recovery.attempts():
     with attempt:
@@ -199,7 +200,7 @@ if plan.compile and settings.anything_left(config, iter_num):
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     for attempt in recovery.attempts():
         with attempt, waiting("compiling"):
-            model, failure = try_compile(raw_model, device, batches.like_current, autocast, compile_mode)
+            model, failure = compile_to_train(raw_model, device, batches.like_current, autocast, compile_mode)
     if failure:
         print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
 
@@ -240,7 +241,7 @@ with signals.listening():
                 except StopRequested:
                     continue  # to the beginning of the loop, where it is looked at
                 losses = mean_losses(own, world)
-                metrics.evaluated(it, lr, losses)
+                metrics.evaluated(it, lr, losses, **more_figures(raw_model, at_evaluation))
                 if eval_only:
                     break
                 run.evaluated(losses["val"], always_save_checkpoint)

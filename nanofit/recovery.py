@@ -11,6 +11,7 @@ import torch
 
 from nanofit import machine
 from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
+from nanofit.optimizers import may_step_again
 from nanofit.units import micro_batch_sizes
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -85,10 +86,7 @@ class _Move:
         return self
 
     def __exit__(self, kind, error, trace):
-        # Fused AdamW counts a group's steps before it moves the group: where all counts are alike, nothing moved.
-        if is_out_of_memory(error) and all(group.get("fused") for group in self.optimizer.param_groups):
-            states = self.optimizer.state.values()
-            self.again = len({float(state["step"]) for state in states if "step" in state}) == 1
+        self.again = is_out_of_memory(error) and may_step_again(self.optimizer)
         return self.again
 
 

@@ -3,14 +3,7 @@
 import math
 from dataclasses import asdict
 
-from nanofit import (
-    checkpoint,
-    machine,
-    models,
-    optimizers,
-    sharding,
-    shim,  # noqa
-)
+from nanofit import checkpoint, machine, models, optimizers, sharding
 from nanofit.checkpoint import SaveError
 from nanofit.errors import usage_errors
 

@@ -9,6 +9,7 @@ import contextlib
 import random
 
 import torch
+from torch.utils._pytree import tree_map
 
 from nanofit.errors import UsageError
 from nanofit.machine import DTYPES
@@ -131,13 +132,7 @@ def whole_model(model, world):
 def whole_optimizer(optimizer, world):
     """optimizer.state_dict(), as whole_model."""
     plain = optimizer.state_dict()
-    if not world.sharded:
-        return plain
-    state = {
-        index: {name: _whole(value, world.is_main) for name, value in moments.items()}
-        for index, moments in plain["state"].items()
-    }
-    return {**plain, "state": state}
+    return tree_map(lambda value: _whole(value, world.is_main), plain) if world.sharded else plain
 
 
 def _whole(value, keep):

@@ -125,6 +125,16 @@ def mean_losses(losses, world=ALONE):
     return means
 
 
+@torch.no_grad()
+def more_figures(model, functions):
+    """{name: number} of what functions of the model return for an evaluation, together."""
+    model.eval()
+    try:
+        return {name: figure for figures_of in functions for name, figure in figures_of(model).items()}
+    finally:
+        model.train()
+
+
 def dry_step(model, batch, autocast):
     """Everything that training asks of a model, without an update: two micro-steps and an evaluation.
 
@@ -140,6 +150,11 @@ def dry_step(model, batch, autocast):
     with torch.no_grad(), autocast:
         loss_of(model, *batch)
     model.train()
+
+
+def compile_to_train(model, device, batch, autocast, mode):
+    """try_compile, for training on micro-batches like batch. Kernels are made for this size, the only one there is."""
+    return try_compile(model, lambda compiled: dry_step(compiled, batch, autocast), device, mode=mode, dynamic=False)
 
 
 def try_compile(model, trial, device, **options):
