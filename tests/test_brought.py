@@ -1,4 +1,4 @@
-"""Models and optimizers that people bring, through train.py and sample.py: what they train, they save and go on from."""
+"""Models and optimizers that people bring, through train.py and sample.py: what they train, they go on from."""
 
 import sys
 
@@ -33,7 +33,7 @@ def model_py(monkeypatch):
     monkeypatch.setitem(sys.modules, "model", brought)
 
 
-@pytest.mark.parametrize(("kind", "name"), variants())
+@pytest.mark.parametrize(("kind", "name"), list(variants()))
 def test_twenty_iterations_and_ten_are_thirty(kind, name):
     if not hasattr(torch.optim, name) and name not in ("AMSGrad", "momentum", "factors", "two"):
         pytest.skip(f"this torch has no {name}")
