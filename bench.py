@@ -17,6 +17,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
+from nanofit.errors import first_line
 from nanofit.step import compile_to_train, train_step
 from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
@@ -99,9 +100,10 @@ else:
     run(10)  # warm up
     seconds = run(20)
 
-peak_flops, note = machine.peak_flops(device, dtype)
-if note:
-    print(note)
-mfu = models.share_of_peak(raw_model, batch_size, seconds, peak_flops)
+try:
+    mfu = models.mfu_of(raw_model, batch_size, device, dtype)(seconds)
+except Exception as e:  # of a model.py that can't tell
+    print(f"MFU is not known: the model's estimate_mfu can't tell ({first_line(e)})")
+    mfu = -1.0
 print(f"{batch_size * block_size / seconds:,.0f} tokens per second")
 print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu * 100:.2f}%")

@@ -21,12 +21,13 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, gradients, machine, models, optimizers, settings, sharding
+from nanofit import autofit, gradients, machine, models, settings, sharding
 from nanofit.batches import Batches
 from nanofit.codec import differs, load_meta
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
+from nanofit.optimizers import allocate_state, make_optimizer, set_learning_rate
 from nanofit.progress import waiting
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
@@ -155,17 +156,14 @@ else:
 if saved:
     models.load_weights(model, saved["model"], out_dir)
     models.set_activation(model, saved.get("activation"))
-    told = settings.differences(saved, config, given)
-    print(f"resuming from {out_dir} at iteration {iter_num}", *told, sep="\n")
+    print(f"resuming from {out_dir} at iteration {iter_num}", *settings.differences(saved, config, given), sep="\n")
 if block_size < trained_with:
     model.crop_block_size(block_size)
     print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
 models.apply_levers(model, levers)
 world.sharded = levers.shard and world.size > 1
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
-optimizer = optimizers.make_optimizer(
-    model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device
-)
+optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
 scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 per_rank = gradient_accumulation_steps // world.size
@@ -173,14 +171,9 @@ shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size, micro_batch_
 random_state = world.all_gather(torch.get_rng_state())[0]  # where nanoGPT draws its first batch
 batches = Batches(data, batch_size=batch_size, device=device, state=random_state, **shares)
 own_gradients = gradients.of(model, world, levers)
-peak_flops, note = machine.peak_flops(device, dtype)
-if note:
-    print(note)
 raw_model = model  # without torch.compile's wrapper
-metrics = Metrics(
-    device, iter_num, max_iters, eval_interval, tokens_per_iter,
-    lambda seconds: models.share_of_peak(raw_model, batch_size * per_rank, seconds, peak_flops), saved,
-)  # fmt: skip
+mfu_of = models.mfu_of(model, batch_size * per_rank, device, dtype)
+metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved)
 run = Run(folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics)
 if saved:
     run.restore(saved)
@@ -194,7 +187,7 @@ recovery = Recovery(world, device, batches, model, scaler, run.stop, note_smalle
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 for attempt in recovery.attempts():
     with attempt:
-        optimizers.allocate_state(optimizer)
+        allocate_state(optimizer)
 run.rehearse()
 if plan.compile and settings.anything_left(config, iter_num):
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
@@ -229,7 +222,7 @@ with signals.listening():
 
         it = run.iter_num
         lr = get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-        optimizers.set_learning_rate(optimizer, lr)
+        set_learning_rate(optimizer, lr)
 
         if eval_only or it % eval_interval == 0:
             with metrics.paused():

@@ -71,13 +71,9 @@ class Ours:
         self.prepare()
 
     def prepare(self):
-        own_gradients = self.gradients()
+        self.own_gradients = self.gradients()
         self.signals = StopSignals()
         self.recovery = Recovery(world, device, self.batches, self.model, self.scaler, give_up=lambda: "")
-        self.parts = (
-            partial(accumulate, self.model, self.scaler, self.batches, self.autocast, own_gradients),
-            partial(clip, self.model, self.optimizer, self.scaler, 1.0),
-        )
 
     def gradients(self):
         return gradients.of(self.model, world, self.levers)
@@ -85,8 +81,13 @@ class Ours:
     def step(self):
         here = {"data": self.batches.state_dict(), "generators": machine.rng_state(device)}
         assert not world.all_reduce_max(self.signals.received), here
-        loss, norm = self.recovery.run(*self.parts)
-        self.recovery.update(partial(update, self.optimizer, self.scaler, norm), self.optimizer)
+        for attempt in self.recovery.attempts():
+            with attempt:
+                loss = accumulate(self.model, self.scaler, self.batches, self.autocast, self.own_gradients)
+                norm = clip(self.model, self.optimizer, self.scaler, 1.0)
+        for move in self.recovery.moves(self.optimizer):
+            with move:
+                update(self.optimizer, self.scaler, norm)
         world.all_reduce_mean([loss])
         return loss.item()
 

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from nanofit import machine
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
 from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
@@ -285,6 +286,14 @@ def lacks(model_class):
 def share_of_peak(model, sequences, seconds, peak_flops):
     """Model FLOP/s utilisation, by the model's own estimate_mfu: sequences forward and backward in so many seconds."""
     return model.estimate_mfu(sequences, seconds) * NANOGPT_PEAK_FLOPS / peak_flops
+
+
+def mfu_of(model, sequences, device, dtype):
+    """A function of the seconds that so many sequences take: share_of_peak on this device. Tells what isn't known."""
+    peak_flops, note = machine.peak_flops(device, dtype)
+    if note:
+        print(note)
+    return lambda seconds: share_of_peak(model, sequences, seconds, peak_flops)
 
 
 # ---- memory levers -----------------------------------------------------------------------------------------

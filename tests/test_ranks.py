@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import RANK, TOY, environment, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
+from nanofit.autofit import as_saved
 from nanofit.autofit.plan import Plan
-from nanofit.checkpoint import split_as_saved
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.ranks import World
@@ -23,15 +23,15 @@ KILLED_ONCE = """
 import os, runpy, signal, sys
 from nanofit.recovery import Recovery
 
-update, rank, attempt = Recovery.update, os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+moves, rank, attempt = Recovery.moves, os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 updates = 0
 def and_dies(self, *arguments):
     global updates
     updates += 1
     if (attempt, rank, updates) in ({kills}):
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, *arguments)
-Recovery.update = and_dies
+    return moves(self, *arguments)
+Recovery.moves = and_dies
 sys.argv[0] = {rank!r}
 runpy.run_path({rank!r}, run_name="__main__")
 """
@@ -144,7 +144,7 @@ CONFIG = {"out_dir": "out", "auto_fit": False}
 def test_batches_that_another_number_of_ranks_joined_are_joined_as_far_as_these_ranks_can():
     saved = {"split": {"of": [8, 12], "into": [32, 3]}}  # three ranks had four batches each
     plan = Plan(batch_size=8, gradient_accumulation_steps=12, micro_batch_size=8)
-    sizes = [split_as_saved(saved, plan, CONFIG, (), ranks).micro_batch_size for ranks in (1, 2, 3, 4, 12)]
+    sizes = [as_saved(saved, plan, CONFIG, (), ranks).micro_batch_size for ranks in (1, 2, 3, 4, 12)]
     assert sizes == [32, 24, 32, 24, 8]
 
 
@@ -152,7 +152,7 @@ def test_batches_that_another_number_of_ranks_joined_are_joined_as_far_as_these_
 def test_a_sharded_run_goes_on_whole_where_the_optimizer_state_asked_for_needs_that(state, shard):
     saved = {"split": {"of": [8, 2], "into": [8, 2], "levers": asdict(MemoryLevers(shard=True))}}
     plan = Plan(8, 2, micro_batch_size=8, levers=MemoryLevers(optimizer_state=state))
-    assert split_as_saved(saved, plan, CONFIG, ("optimizer_state",), 2).levers == MemoryLevers(False, state, 0, shard)
+    assert as_saved(saved, plan, CONFIG, ("optimizer_state",), 2).levers == MemoryLevers(False, state, 0, shard)
 
 
 class AnotherSaved(World):
