@@ -316,7 +316,6 @@ def test_training_needs_vocab_size_alone_whatever_else_there_is(tmp_path):
         (np.arange(1), "numpy.ndarray"),
         (Evil(), "open"),
     ],
-    ids=str,
 )
 def test_the_type_that_stands_in_the_way_is_named(tmp_path, vocab_size, kind):
     with pytest.raises(UsageError, match=rf"meta.pkl: vocab_size is a .*{kind}: write int\(...\)"):
@@ -354,7 +353,6 @@ def test_the_longest_symbol_that_fits_is_taken(tmp_path):
         ({"stoi": {"a": 0}, "itos": np.array(["a"])}, "itos is a numpy.ndarray: write a dict"),
         ({"stoi": {"a": 7}}, "from 0 to vocab_size - 1"),
     ],
-    ids=str,
 )
 def test_what_sampling_lacks_is_told_at_sampling(tmp_path, symbols, sentence):
     folder = write_meta(tmp_path, vocab_size=7, **symbols)
