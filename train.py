@@ -9,7 +9,6 @@ On 4 GPUs of one machine (torchrun --help tells how to join several machines):
 
 import math
 import os
-import shlex
 import signal
 import sys
 
@@ -100,20 +99,17 @@ config, given = configure(globals(), more=own_fields)
 world = World.of_torchrun()
 folder = RunFolder(out_dir, world)
 init_from = config["init_from"] = folder.settle(init_from)
-saved, taken = (folder.load() if init_from == "resume" else None), {}
-if saved:
-    taken = settings.go_on_with(saved, config, given, world.size)  # every key that wasn't named
-    config |= taken
-    globals().update(taken)
+saved = folder.load() if init_from == "resume" else None
+taken = settings.go_on_with(saved, config, given, world.size)  # on resuming, every key that wasn't named
+config |= taken
+globals().update(taken)
 settings.check(config, world)
 dtype = config["dtype"] = settings.dtype(config, {*given, *taken})
 data_dir = os.path.join("data", dataset)
 meta = load_meta(data_dir)
 model_args = models.sizes_of(init_from, config, saved, meta, own_fields)
 trained_with = model_args["block_size"]
-if not saved or "block_size" in given:
-    model_args["block_size"] = settings.crop_to(block_size, trained_with, init_from)
-block_size = model_args["block_size"]
+block_size = model_args["block_size"] = settings.cropped_to(config, given, trained_with)
 models.config_of(GPTConfig, {**model_args, "block_size": trained_with})
 iter_num = saved["iter_num"] if saved else 0
 if not settings.is_elsewhere(config):
@@ -134,15 +130,9 @@ if not dry_run:  # which needs no data and writes nothing
     readers = open_readers(config, folder, iter_num) if world.is_main else []
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
-plan = autofit.as_configured(config)
-if dry_run or (auto_fit and settings.anything_left(config, iter_num)):
-    plan = autofit.fit(world, device, config, given, model_args, (GPT, GPTConfig), max_iters + 1 - iter_num)
-elif saved:
-    plan = autofit.as_saved(saved, plan, config, given, world.size)
+plan = autofit.choose(world, device, config, given, model_args, (GPT, GPTConfig), iter_num, saved)
 if dry_run:
-    world.destroy()
-    sys.exit(0)
-plan = autofit.no_larger(plan, out_dir, world)
+    world.leave()
 machine.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or machine.total_memory_bytes(device), device.type)
 
@@ -175,15 +165,13 @@ raw_model = model  # without torch.compile's wrapper
 mfu_of = models.mfu_of(model, batch_size * per_rank, device, dtype)
 metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved)
 run = Run(folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics)
-if saved:
-    run.restore(saved)
-    saved = None  # its tensors are a whole second model
+run.restore(saved)
+saved = None  # its tensors are a whole second model
 machine.empty_cache(device)
 
 # ---- what a run survives -----------------------------------------------------------------------------------
 signals = StopSignals()
-note_smaller = lambda *size: autofit.note_smaller(out_dir, *size)  # noqa: E731
-recovery = Recovery(world, device, batches, model, scaler, run.stop, note_smaller)
+recovery = Recovery(world, device, batches, model, scaler, run.stop, run.note_smaller)
 watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
 for attempt in recovery.attempts():
     with attempt:
@@ -217,8 +205,7 @@ with signals.listening():
         run.begin_iteration()
         if stop := world.all_reduce_max(signals.received):
             print(f"{signal.Signals(stop).name} before iteration {run.iter_num}: {run.stop()}")
-            world.destroy()
-            sys.exit(128 + stop)
+            world.leave(128 + stop)
 
         it = run.iter_num
         lr = get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
@@ -254,13 +241,10 @@ with signals.listening():
             watch.check()
         run.iter_num += 1
     watch.check_at_the_end()
-    if not eval_only and not run.is_saved:
-        run.begin_iteration()
-        print(f"iteration {max_iters} was the last: {run.stop()}")
+    if not eval_only:
+        run.end()
 
 folder.release()
 world.destroy()
-if not eval_only:
-    print(f"python report.py {shlex.quote(out_dir)} shows this run")
 if run.unsaved or output.failure:
     raise UsageError(run.unsaved or f"standard output could not be written ({output.failure}); all else was done")

@@ -1,9 +1,10 @@
 """The state of a run: what a checkpoint holds, how it is saved, how a run goes on from it."""
 
 import math
+import shlex
 from dataclasses import asdict
 
-from nanofit import checkpoint, machine, models, optimizers, sharding
+from nanofit import autofit, checkpoint, machine, models, optimizers, sharding
 from nanofit.checkpoint import SaveError
 from nanofit.errors import usage_errors
 
@@ -52,6 +53,8 @@ class Run:
 
     def restore(self, saved):
         """Go on where a checkpoint was made. What it lacks, as nanoGPT's does, begins anew."""
+        if not saved:
+            return
         self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         self._saved_iter = self.iter_num - 1
         for split, known in self.batches.fingerprints.items():
@@ -107,7 +110,13 @@ class Run:
         how = "--init_from=resume with a larger --max_iters" if over else "--init_from=resume"
         return failure or f"checkpoint saved to {self.folder.out_dir}, {how} goes on"
 
-    @property
-    def is_saved(self):
-        """Whether all but the last iteration is in a checkpoint."""
-        return self._saved_iter >= self.iter_num - 1
+    def note_smaller(self, batch_size, size):
+        """Let the next start of a sharded run begin with micro-batches of this size; one rank may call it alone."""
+        autofit.note_smaller(self.folder.out_dir, batch_size, size)
+
+    def end(self):
+        """After the last iteration: save, if more than this one isn't in a checkpoint."""
+        if self._saved_iter < self.iter_num - 1:
+            self.begin_iteration()
+            print(f"iteration {self.iter_num - 1} was the last: {self.stop()}")
+        print(f"python report.py {shlex.quote(self.folder.out_dir)} shows this run")

@@ -175,8 +175,10 @@ def anything_left(config, iter_num):
 def go_on_with(saved, config, given, ranks=1):
     """{key: value} of the keys that a resumed run on so many ranks takes from its checkpoint: those that weren't named.
 
-    The device and its precision are taken where this machine has that device.
+    The device and its precision are taken where this machine has that device. saved: None for a run that begins.
     """
+    if not saved:
+        return {}
     alone = ("shard", "gather_once") if ranks == 1 else ()
     taken = {
         key: value
@@ -226,11 +228,13 @@ def _options_of(optimizer):
     return found
 
 
-def crop_to(block_size, trained_with, init_from):
-    """The block_size to train with, of a model that has so many positions; UsageError where it has fewer."""
-    if block_size > trained_with:
+def cropped_to(config, given, trained_with):
+    """The block_size to train with: that of the model, trained_with, unless another is named; UsageError if longer."""
+    if config["init_from"] != "scratch" and "block_size" not in given:
+        return trained_with
+    if config["block_size"] > trained_with:
         raise UsageError(
-            f"block_size={block_size} is more than the {trained_with} positions that the model of "
-            f"init_from={init_from!r} was trained with: set --block_size={trained_with} or less"
+            f"block_size={config['block_size']} is more than the {trained_with} positions that the model of "
+            f"init_from={config['init_from']!r} was trained with: set --block_size={trained_with} or less"
         )
-    return block_size
+    return config["block_size"]

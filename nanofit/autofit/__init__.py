@@ -57,3 +57,16 @@ def no_larger(plan, out_dir, world):
         "that file"
     )
     return replace(plan, micro_batch_size=smaller[0])
+
+
+def choose(world, device, config, given, model_args, classes, iter_num, saved):
+    """The Plan of a run that begins or goes on at iteration iter_num: fitted, or as saved, or as configured.
+
+    All ranks must call it. classes: GPT and GPTConfig. saved: the checkpoint that it goes on from, or None.
+    """
+    plan, left = as_configured(config), config["max_iters"] + 1 - iter_num
+    if config["dry_run"] or (config["auto_fit"] and (left > 0 or config["eval_only"])):
+        plan = fit(world, device, config, given, model_args, classes, left)
+    elif saved:
+        plan = as_saved(saved, plan, config, given, world.size)
+    return plan if config["dry_run"] else no_larger(plan, config["out_dir"], world)

@@ -97,8 +97,7 @@ class Run:
             return
         sizes = models.sizes_of(init_from, self.config, self.of_checkpoint, self.meta, self.own)
         models.config_of(self.config_class, sizes)
-        if not self.of_checkpoint or "block_size" in self.given:
-            sizes["block_size"] = settings.crop_to(self.config["block_size"], sizes["block_size"], init_from)
+        sizes["block_size"] = settings.cropped_to(self.config, self.given, sizes["block_size"])
         self.sizes = sizes
 
     def _vocabulary(self):
