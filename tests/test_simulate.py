@@ -1,7 +1,10 @@
 """Steps on fake tensors: the bars of memory, and that parts add up to what they should."""
 
+import importlib
+
 import pytest
 import torch
+from conftest import ROOT
 
 from model import GPT, GPTConfig
 from nanofit.autofit.plan import Job
@@ -102,6 +105,17 @@ def test_a_model_that_is_built_otherwise_is_simulated_with_its_activations_and_l
     assert theirs["loss and backward"] == 0
     whole_logits = 1024 * 50304 * 4 / GIB
     assert theirs["activations"] > ours["activations"] + whole_logits
+
+
+def test_a_model_that_reads_values_while_it_is_built_is_simulated(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "models"))
+    brought = importlib.import_module("brought")
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65, dropout=0.0, bias=False)
+    peaks = []
+    for kind in ("plain", "reads values"):
+        job = Job({}, {**sizes, "kind": kind}, "cuda", "float32", 1.0)
+        peaks.append(sum(step_memory(brought.GPT, brought.GPTConfig, job, MemoryLevers()).values()))
+    assert peaks[0] == peaks[1] > 0
 
 
 def test_the_stand_in_for_8_bits_is_the_size_of_the_real_state():

@@ -20,7 +20,6 @@ import nanofit
 
 nanofit.start()
 import torch
-from torch.overrides import TorchFunctionMode
 
 from nanofit import gradients, host, machine, models, sharding
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Trial, from_json, to_json
@@ -32,15 +31,6 @@ from nanofit.step import dry_step, evaluate, train_step, try_compile
 from nanofit.units import CONTEXT_BYTES, GIB, memory_limit
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
-
-
-class WithoutDrawing(TorchFunctionMode):
-    """Leaves at zero what would be drawn at random: the numbers of a trial mean nothing, and drawing takes long."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
-            return args[0].zero_()
-        return func(*args, **(kwargs or {}))
 
 
 def report(value):
@@ -90,7 +80,7 @@ def make(job, levers, device):
     """
     world = World.imagined(job.ranks, sharded=True) if levers.shard else ALONE
     made_on = torch.device("cpu") if levers.shard else device  # one that can't be built empty may not fit the device
-    with made_on, WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
+    with made_on, models.WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
         model = models.build(*models.from_source(job.source), job.model_args, empty=levers.shard)
     models.apply_levers(model, levers)
     sharding.place(model, world, device, job.dtype, levers)

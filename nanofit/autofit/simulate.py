@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanofit import machine, models
 from nanofit.batches import RandomBatch
 from nanofit.optimizers import OPTIMIZER_STATES
-from nanofit.step import train_step
+from nanofit.step import accumulate, clip
 from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES, memory_limit
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
@@ -130,8 +130,9 @@ def step_memory(model_class, config_class, job, levers):
     the gradients that it makes, or a block's temporary tensors, whichever is more, and libraries' workspaces. A model
     without nanoGPT's transformer.h has all of that and its activations in one.
     """
-    with FakeTensorMode():
-        model = models.build(model_class, config_class, job.model_args)
+    mode = FakeTensorMode()
+    model = models.build_fake(model_class, config_class, job.model_args, mode)
+    with mode:
         models.apply_levers(model, levers)
         optimizer = _optimizer(levers.optimizer_state, model)
         tracker = MemTracker()
@@ -150,7 +151,11 @@ def step_memory(model_class, config_class, job, levers):
             if job.micro_steps == 1 and job.ranks == 1:
                 optimizer.zero_grad(set_to_none=True)
             scaler, autocast = machine.grad_scaler(CPU, "float32"), machine.autocast(CPU, job.dtype)
-            train_step(model, optimizer, scaler, batches, autocast, job.grad_clip)
+            # As step.update, which looks at the norm's value first: fake tensors have none.
+            accumulate(model, scaler, batches, autocast)
+            clip(model, optimizer, scaler, job.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         peak = _snapshot(tracker, "peak")
     held = [peak[kind] for kind in ("Parameter", "Gradient", "Optstate")]
     rest = peak["Total"] - sum(held) + _workspaces(job.device)
