@@ -1,7 +1,6 @@
 """What training asks of a model, whoever wrote it.
 
-A model.py that has nanoGPT's GPTConfig and GPT trains here. What ours offers beyond these is looked for, and where it
-is missing, done without: nothing here imports a model.py that it wasn't told of.
+A model.py that has nanoGPT's GPTConfig and GPT trains here. What ours offers beyond them is used where it is there.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import random
 import sys
 import traceback
 import typing
@@ -22,10 +20,10 @@ from operator import attrgetter
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from nanofit import machine
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
+from nanofit.recompute import recomputed
 from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
@@ -214,13 +212,6 @@ def set_activation(model, name):
             module.approximate = GELUS[name]
 
 
-def from_file(path):
-    """(GPT, GPTConfig) of a model.py."""
-    sys.path.insert(0, os.path.dirname(path))
-    module = importlib.import_module(os.path.splitext(os.path.basename(path))[0])
-    return module.GPT, module.GPTConfig
-
-
 def sizes_of(init_from, config, saved, meta, own):
     """model_args of the model that a run starts with, before a single weight is made.
 
@@ -241,16 +232,11 @@ def _pretrained_sizes(name):
     if name in GPT2_SIZES:
         return {**GPT2_SIZES[name], "block_size": 1024, "vocab_size": 50257, "bias": True}
     path = os.path.join(name, "config.json")
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no {path}: init_from expects a folder that holds a Hugging Face GPT-2")
-    prefix = f"{path} is not the config of a GPT-2: "
-    with usage_errors(OSError, ValueError, RecursionError, prefix=prefix), open(path, encoding="utf-8") as f:
-        theirs = json.load(f)
     keys = {**{name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")}, "block_size": "n_positions"}
-    for key in keys.values():
-        if not isinstance(theirs, dict) or type(theirs.get(key)) is not int or not 1 <= theirs[key] < 2**31:
-            raise UsageError(f"{prefix}{key} must be a whole number from 1 to 2**31")
-    return {**{ours: theirs[key] for ours, key in keys.items()}, "bias": True}
+    prefix = f"init_from={name!r} expects a folder that holds a Hugging Face GPT-2, and its config.json isn't one's: "
+    with usage_errors(OSError, ValueError, LookupError, TypeError, prefix=prefix), open(path, encoding="utf-8") as f:
+        theirs = json.load(f)
+        return {**{ours: int(theirs[key]) for ours, key in keys.items()}, "bias": True}
 
 
 # ---- what it offers ----------------------------------------------------------------------------------------
@@ -307,83 +293,4 @@ def apply_levers(model, levers):
         if not blocks_of(model):
             print("model.py has no transformer.h: recompute does nothing")
         for block in blocks_of(model):
-            block.forward = _recomputed(block)
-
-
-def _recomputed(block):
-    """A block's forward that keeps only what enters it, and computes the rest again in the backward pass.
-
-    Then random numbers and the block's state are what they were, and afterwards what they are now: a running mean
-    moves once.
-    """
-    forward, state = block.forward, _State(block)
-
-    def call(*args, **options):
-        if not torch.is_grad_enabled():
-            return forward(*args, **options)
-        if torch.compiler.is_compiling():  # which refuses a block that changes its state
-            return checkpoint(forward, *args, use_reentrant=False, **options)
-        before, passes = state.taken(), []
-
-        def run(*args, **options):
-            passes.append(1)
-            if len(passes) == 1:
-                return forward(*args, **options)
-            with state.put_back(before):
-                return forward(*args, **options)
-
-        found = checkpoint(run, *args, use_reentrant=False, **options)
-        state.look(before)
-        return found
-
-    return call
-
-
-class _State:
-    """What a block's forward may change beside its weights: buffers, attributes, Python's random numbers.
-
-    taken: copies of the buffers, of all at first, then of those that have been seen to change.
-    """
-
-    def __init__(self, block):
-        self.modules = list(block.modules())
-        self.changing = None  # names of buffers, by module
-
-    def taken(self):
-        taken = []
-        for i, module in enumerate(self.modules):
-            buffers = {name: b for name, b in module._buffers.items() if b is not None}
-            copied = {n: b.clone() for n, b in buffers.items() if self.changing is None or (i, n) in self.changing}
-            taken.append((copied, {n: (b, b._version) for n, b in buffers.items()}, _attributes(module)))
-        return taken, random.getstate()
-
-    def look(self, before):
-        """Note which buffers a pass has changed since."""
-        now = {
-            (i, name)
-            for i, (_, versions, _) in enumerate(before[0])
-            for name, (buffer, version) in versions.items()
-            if self.modules[i]._buffers.get(name) is not buffer or buffer._version != version
-        }
-        self.changing = now | (self.changing or set())
-
-    @contextlib.contextmanager
-    def put_back(self, before):
-        buffers = [dict(module._buffers) for module in self.modules]
-        attributes, drawn = [_attributes(module) for module in self.modules], random.getstate()
-        for module, (copied, _, were) in zip(self.modules, before[0], strict=True):
-            module._buffers.update({name: buffer.clone() for name, buffer in copied.items()})
-            vars(module).update(were)
-        random.setstate(before[1])
-        try:
-            yield
-        finally:
-            for module, now, are in zip(self.modules, buffers, attributes, strict=True):
-                module._buffers.update(now)
-                vars(module).update(are)
-            random.setstate(drawn)
-
-
-def _attributes(module):
-    """Attributes that a forward pass may set."""
-    return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "forward"}
+            block.forward = recomputed(block)

@@ -581,7 +581,7 @@ row("a vocabulary too small for the data", meta(vocab_size=3), says="but the voc
     *STARTED))
 
 # ---- weights from elsewhere --------------------------------------------------------------------------------
-row("an empty folder", folder("hf"), init_from="hf", says="there is no hf/config.json: init_from expects a folder")
+row("an empty folder", folder("hf"), init_from="hf", says="expects a folder that holds a Hugging Face GPT-2")
 row("a config that is a pipe", pipe("hf/config.json"), init_from="hf", says="hf/config.json")
 row("a config that is a device", folder("hf"), link("hf/config.json", "/dev/zero"), init_from="hf",
     says="hf/config.json")

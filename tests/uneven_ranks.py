@@ -21,7 +21,8 @@ from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
 CPU = torch.device("cpu")
-GPT, GPTConfig = models.from_file(str(Path(__file__).parent / "models" / "uneven.py"))
+sys.path.append(str(Path(__file__).parent / "models"))
+from uneven import GPT, GPTConfig  # noqa: E402
 
 
 def train(world, kind, batches_per_iter, levers):
