@@ -202,7 +202,7 @@ def differences(saved, config, given):
     taken, stays = [], []
     for key, value in config.items():
         was = before.get(key, value)
-        if key in NOT_TAKEN or was == value or type(was) not in (*models.KEY_TYPES, type(None)):
+        if key in NOT_TAKEN or type(was) not in (*models.KEY_TYPES, type(None)) or was == value:
             continue
         if key in given and key in kept:
             stays.append(f"{key} {shown(was, str)}, not {value}")

