@@ -35,7 +35,7 @@ if device.type != "cuda":
     raise UsageError("only a GPU's allocator counts what tensors take")
 
 SIZES = dict(block_size=block_size, bias=False, vocab_size=50304, dropout=0.0, **GPT2_SIZES[model])
-PLAIN = Job(source_of(GPT, GPTConfig), SIZES, str(device), "bfloat16", grad_clip=1.0, micro_steps=2, brief=True)
+PLAIN = Job(source_of(GPT, GPTConfig), SIZES, str(device), "bfloat16", grad_clip=1.0, micro_steps=2)
 CASES = {
     "bfloat16": PLAIN,
     "float16": replace(PLAIN, dtype="float16"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nanofit.autofit.fit import CannotSimulate, Fitter
+from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Plan, Trial
 from nanofit.autofit.simulate import what_would_fit
 from nanofit.errors import UsageError
@@ -78,13 +78,6 @@ def test_what_the_user_of_a_3060_reads(capsys):
     assert plan.reasons == ("the largest that was tried and fits", told[-1])
     assert {job.limit_bytes for job in made.jobs[1:]} == {FACTS.limit_bytes}, "all trials are held to one limit"
     assert [job.micro_steps for job in made.jobs] == [64, 32, 8, 8]
-
-
-def test_a_ranks_trials_take_its_share_of_the_micro_steps():
-    made = Made(answer_3060, job=replace(JOB, ranks=2), steps=4)
-    plan = made.plan()
-    assert all(job.micro_steps * job.micro_batch_size == 2 * 64 for job in made.jobs)
-    assert plan.accumulation * plan.micro_batch_size == 4 * 64, "a plan is of all ranks"
 
 
 # ---- noise is no choice ------------------------------------------------------------------------------------
@@ -198,17 +191,12 @@ def timed(seconds, **changes):
     return Made(answer, clock=lambda: now[0], **changes)
 
 
-def test_trials_take_a_minute_where_the_run_is_short(capsys):
+def test_trials_take_a_minute_or_two_percent_of_the_run(capsys):
     made = timed(31.0)
     assert made.plan().micro_batch_size == 2
-    assert [(job.micro_batch_size, job.brief) for job in made.jobs] == [(1, False), (2, True)], "then fewer steps"
     assert "trials have taken 1.0 min, and may take 1.0 min (2% of the run, at least a minute)" in said(capsys)[-2]
-
-
-def test_trials_take_two_percent_of_a_long_run():
     made = timed(31.0, left=10_000)  # 21 h at the first trial's speed
     assert made.plan().micro_batch_size == 8
-    assert made.fitter.budget.seconds == pytest.approx(0.02 * 10_000 * 64 * 1024 / (26_000 / 3))
 
 
 def test_a_size_that_would_take_too_long_is_not_begun():
@@ -226,10 +214,12 @@ def test_a_kept_answer_that_is_rejected_takes_no_time_of_the_search():
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def test_fragmentation_counts_and_so_do_retries(capsys):
+def test_a_trial_in_distress_or_that_ends_badly_counts_as_too_large(capsys):
     made = Made(lambda job: {**answer_3060(job), "retries": 3 if job.micro_batch_size > 2 else 0})
     assert made.plan().micro_batch_size == 2
     assert any(line.endswith("does not fit (the allocator ran short 3 times)") for line in said(capsys))
+    made = Made(lambda job: "the probe was killed by signal 9" if job.micro_batch_size == 8 else answer_3060(job))
+    assert made.plan().micro_batch_size == 4
 
 
 def test_who_holds_the_memory_is_told_when_it_made_the_fit_smaller(capsys):
@@ -238,12 +228,6 @@ def test_who_holds_the_memory_is_told_when_it_made_the_fit_smaller(capsys):
     assert "python (pid 1234) holds 4,300 MiB of this GPU: more would fit without it" in said(capsys)
     Made(answer_3060, facts, batch_size=1).plan()
     assert not any("1234" in line for line in said(capsys))
-
-
-@pytest.mark.parametrize("trouble", ["was killed by signal 9", "took longer than 600 s", "gave no answer (no message)"])
-def test_a_trial_that_ends_badly_counts_as_too_large(trouble):
-    made = Made(lambda job: f"the probe {trouble}" if job.micro_batch_size == 8 else answer_3060(job))
-    assert made.plan().micro_batch_size == 4
 
 
 # ---- levers ------------------------------------------------------------------------------------------------
@@ -309,22 +293,6 @@ def test_ranks_share_a_model_out_where_it_does_not_fit_one():
     assert not any(job.levers.shard for job in made.jobs), "where it fits, a model stays whole"
 
 
-def test_whether_anything_fits_is_found_out_whatever_time_it_takes():
-    def answer(job):
-        return dict(peak_bytes=(9 if job.levers.recompute else 99) * GIB, tokens_per_second=30.0)
-
-    now = iter(range(0, 10_000, 70))
-    plan = Made(answer, clock=lambda: next(now)).plan()
-    assert (plan.micro_batch_size, plan.levers.recompute) == (1, True)
-
-
-def test_the_speed_of_a_share_alone_counts_for_the_budget_and_is_not_told(capsys):
-    made = Made(lambda job: dict(peak_bytes=GIB, tokens_per_second=100.0), job=replace(JOB, ranks=2), steps=2)
-    assert made.fitter.measure(1, MemoryLevers(shard=True)).tokens_per_second == 0
-    assert made.fitter.budget.seconds == 60, "known, where none was before"
-    assert said(capsys)[-1] == "batch_size 1, shard   peak 1.00 GiB   fits"
-
-
 # ---- where nothing fits ------------------------------------------------------------------------------------
 
 
@@ -355,31 +323,21 @@ def test_a_model_that_is_given_is_not_proposed_smaller(may_shrink):
     assert ("none of these would fit either: " in str(error.value)) == (not may_shrink)
 
 
-def advice(gib, process_gib=0.0, device_type="cuda", measured_gib=0.0, limit_gib=0.0, **levers):
+def advice(gib, process_gib=0.0, device_type="cuda", **levers):
     """What is proposed to a recomputing job of 1.8 GiB, plus 0.9 with float32 states, for a device of so many GiB."""
-    job = replace(JOB, levers=MemoryLevers(recompute=True, **levers), memory_limit_gb=limit_gib)
-    sizes = dict(limit_bytes=int(gib * GIB), process_bytes=int(process_gib * GIB), free_bytes=8 * GIB)
-    run_trial, measured = Made(needs(SHARES)).run_trial, int(measured_gib * GIB)
-    first, *lines = what_would_fit(job, Facts("x", device_type, **sizes), run_trial, False, measured)
+    job = replace(JOB, levers=MemoryLevers(recompute=True, **levers))
+    facts = Facts("x", device_type, limit_bytes=int(gib * GIB), process_bytes=int(process_gib * GIB))
+    first, *lines = what_would_fit(job, facts, Made(needs(SHARES)).run_trial, False)
     assert first.startswith("of ")
     return [line.removeprefix("  ") for line in lines if not line.endswith(" would fit, with batch_size 1:")]
 
 
 def test_advice_leaves_room_for_fragments_and_for_the_process():
     assert advice(1.04 * 1.8) == ["--optimizer_state=8bit", "--optimizer_state=offload"]
-    refused = "none of these would fit either: optimizer_state=8bit, optimizer_state=offload, a block_size down to 64"
+    refused = "none of these would fit either: optimizer_state=8bit, optimizer_state=offload, block_size=64"
     assert advice(1.02 * 1.8) == [f"{refused}: a smaller model, or more memory, is needed"]
     assert advice(1.04 * 1.8 + 0.5, process_gib=0.5)[:2] == advice(1.04 * 1.8)
     assert advice(1.04 * 1.8 + 0.5, process_gib=0.6)[0].startswith(refused)
-    measured = dict(process_gib=0.5, measured_gib=2.7 + 0.6)  # the process took 0.1 more to run it
-    assert advice(1.04 * 1.8 + 0.5, **measured)[0].startswith(refused)
-    assert advice(1.04 * 1.8 + 0.6, **measured)[:2] == advice(1.04 * 1.8)
-
-
-def test_a_limit_that_was_asked_for_is_proposed_larger():
-    assert advice(3.0, measured_gib=3.3, limit_gib=3.0)[-1] == "--memory_limit_gb=3.4", "and a little room"
-    for beyond in (7.5, 9.0):  # what a run may take of 8 GiB is less than 7.6
-        assert advice(3.0, measured_gib=beyond, limit_gib=3.0) == advice(3.0, measured_gib=beyond)
 
 
 def test_advice_leaves_out_what_is_set_already_and_what_frees_nothing():
@@ -411,7 +369,7 @@ def test_a_device_that_cannot_be_looked_at():
 
 
 def test_a_model_that_cannot_be_simulated_is_not_one_that_does_not_fit():
-    with pytest.raises(CannotSimulate, match="can't be simulated .X: reads values.: a plan for cuda needs the device"):
+    with pytest.raises(UsageError, match="can't be simulated .X: reads values.: a plan for cuda needs the device"):
         Made(lambda job: f"{UNSIMULATED} (X: reads values)", job=replace(JOB, simulate=True)).plan()
 
 
@@ -431,13 +389,6 @@ def test_one_trial_confirms_a_kept_answer_and_times_it_again(capsys):
     assert said(capsys)[-1] == "the answer kept beside the run holds (20,900 tok/s when it was found)"
 
 
-def test_a_kept_answer_of_shares_is_confirmed_without_compiling():
-    shares = MemoryLevers(shard=True)
-    made = Made(lambda job: dict(peak_bytes=GIB, tokens_per_second=100.0), **FOUR)
-    assert made.plan(kept(4, levers=shares, compile=True)).compile
-    assert [(job.levers, job.compile) for job in made.jobs] == [(shares, False)]
-
-
 @pytest.mark.parametrize(
     ("answer", "says"),
     [(kept(32), "does not fit any more"), (kept(2, limit_bytes=4 * GIB), "the limit was 4.00 GiB and is 10.65 GiB")],
@@ -445,15 +396,3 @@ def test_a_kept_answer_of_shares_is_confirmed_without_compiling():
 def test_a_kept_answer_that_does_not_hold_is_looked_for_again(answer, says, capsys):
     assert Made(answer_3060).plan(answer).micro_batch_size == 8
     assert any(says in line and line.endswith(": looking again") for line in said(capsys))
-
-
-def test_a_size_that_another_rank_chose_is_tried_before_it_is_taken():
-    made = Made(answer_3060)
-    plan = made.plan()
-    made.jobs.clear()
-    made.fitter.check(plan, 2, MemoryLevers())
-    assert not made.jobs, "that size was among its own"
-    made.fitter.check(plan, 4, RECOMPUTE)
-    assert [(job.micro_batch_size, job.levers) for job in made.jobs] == [(4, RECOMPUTE)]
-    with pytest.raises(UsageError, match="batch_size 32, which another rank chose, does not fit here"):
-        made.fitter.check(plan, 32, MemoryLevers())

@@ -18,7 +18,7 @@ from nanofit.autofit.search import (
     needs_no_trial,
     search,
 )
-from nanofit.units import GIB, divisors, duration, micro_batch_sizes
+from nanofit.units import GIB, divisors, micro_batch_sizes
 
 
 def trial(size, speed, fits=True):
@@ -107,7 +107,7 @@ def line(size):
         (13, 5, line, 1, [1, 13]),
         (13, 50, line, 13, [1, 13]),
         # The line through 1 and 2 promises 64; beyond 8 memory is steeper.
-        (64, 12, lambda b: 2 + 0.1 * b + max(0, b - 8), 8, [1, 2, 64, 32, 8]),
+        (64, 12, lambda b: 2 + 0.1 * b + max(0, b - 8), 16, [1, 2, 64, 16, 32]),
     ],
 )
 def test_the_order_of_trials(batch_size, limit, memory, expected, probes):
@@ -146,23 +146,14 @@ def test_without_speed_all_that_fits_is_joined():
         ({1: 50.0, 4: 111.0, 8: 100.0}, 8, 4),
         ({1: 50.0, 8: 100.0, 32: 105.0}, 8, None),
         ({1: 50.0, 8: 100.0, 32: 111.0}, 8, 32),
-        ({1: 100.0, 2: 80.0}, 2, 1),  # 8 doesn't fit
+        ({1: 100.0, 2: 80.0}, 2, 1),
         ({1: 0.0, 8: 0.0, 32: 0.0}, 32, None),  # speed isn't measured
     ],
 )
 def test_the_configured_size_is_chosen_unless_another_is_faster_by_more_than_noise(speeds, choice, rival):
-    chosen, faster = choose([trial(size, speed) for size, speed in speeds.items()], 8)
+    tried = [trial(size, speed) for size, speed in speeds.items()]
+    chosen, faster = choose([*tried, trial(4, 999.0, fits=False)], 8)
     assert (chosen.micro_batch_size, faster and faster.micro_batch_size) == (choice, rival)
-
-
-def test_only_what_fits_is_chosen():
-    assert choose([trial(1, 50.0), trial(8, 100.0, fits=False)], 8)[0].micro_batch_size == 1
-    assert choose([trial(1, 1.0, fits=False)], 8) == (None, None)
-
-
-@given(st.integers(1, 5000))
-def test_divisors(n):
-    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
 
 
 # ---- torch.compile -----------------------------------------------------------------------------------------
@@ -175,16 +166,10 @@ GPU = Facts("a card", "cuda", sm_count=108, capability=(8, 0), has_triton=True)
     [
         (dict(), "yes", "108 SMs"),  # A100
         (dict(capability=(9, 0), sm_count=132), "yes", "132 SMs"),  # H200
-        (dict(capability=(8, 6), sm_count=82), "yes", "82 SMs"),  # RTX 3090
-        (dict(capability=(7, 5), sm_count=68), "yes", "68 SMs"),  # RTX 2080 Ti
         (dict(capability=(7, 5), sm_count=40), "prove", "40 SMs are fewer than compile_min_sms=68"),  # T4
         (dict(capability=(8, 6), sm_count=28), "prove", "28 SMs are fewer"),  # RTX 3060
-        (dict(capability=(8, 9), sm_count=46), "prove", "46 SMs are fewer"),  # RTX 4070
-        (dict(sm_count=14), "prove", "14 SMs are fewer"),  # A100 MIG 1g.5gb
-        (dict(sm_count=42), "prove", "42 SMs are fewer"),  # A100 MIG 3g.20gb
         (dict(sm_count=28, min_sms=20), "yes", "compile_min_sms=20"),
         (dict(capability=(6, 1), sm_count=28), "no", "capability 7.0, this GPU has 6.1"),  # GTX 1080 Ti
-        (dict(capability=(6, 0), sm_count=80), "no", "capability 7.0"),  # P100, were it larger
         (dict(has_triton=False), "no", "Triton is not installed"),
         (dict(asked=False), "no", "compile=False"),
         (dict(device_type="cpu", capability=(0, 0), sm_count=0), "prove", "on a CPU"),
@@ -222,10 +207,3 @@ def test_compiling_must_save_more_than_it_costs():
 def test_what_is_decided_without_a_trial(verdict, peak, seconds, expected):
     decided = needs_no_trial(verdict, Trial(8, peak_bytes=peak, limit_bytes=100, tokens_per_second=1.0), seconds)
     assert (decided and decided[0]) == expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1.0 min"), (63_000, "17.5 h"), (-90, "-1.5 min")]
-)
-def test_durations_for_people(seconds, text):
-    assert duration(seconds) == text

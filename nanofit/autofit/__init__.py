@@ -11,18 +11,16 @@ trials.py and child.py are the two ends of a trial, simulate.py is a trial witho
 import os
 from dataclasses import replace
 
-from nanofit.autofit.fit import CannotSimulate, fit  # noqa: F401  # the package's own
+from nanofit.autofit.fit import fit  # the package's own
 from nanofit.autofit.plan import KEPT, as_configured, levers_of, note_smaller, noted_smaller  # noqa: F401
 from nanofit.units import FITTED, micro_batch_sizes
 
 
 def as_saved(saved, plan, config, given, ranks=1):
-    """plan, cut as when a checkpoint was saved: memory may have run out since the start of that run.
+    """plan, split as when a checkpoint was saved: memory may have run out since that run began.
 
-    saved: the checkpoint. config: the run's keys; given: those that were named, which stand. Where the cut isn't what
-    is configured, it is told, with the way to another: auto-fit looks again, but first tries the answer that is kept in
-    out_dir. ranks: how many train now. Where they are too many to join as many batches as before, it is the next
-    smaller size.
+    saved: the checkpoint. config: the run's keys; given: those that were named, which stand. ranks: how many train now.
+    Where they are too many to join as many batches as before, it is the next smaller size.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
@@ -32,13 +30,9 @@ def as_saved(saved, plan, config, given, ranks=1):
         chosen.pop("shard", None)  # settings.py's check_shard says why
     sizes = micro_batch_sizes(plan.batch_size, plan.gradient_accumulation_steps // ranks)
     size = max(size for size in sizes if size <= split["into"][0])
-    answer = os.path.join(config["out_dir"], KEPT)
-    if size != plan.batch_size and not config["auto_fit"]:
-        first = f"remove {answer} and " if os.path.lexists(answer) else ""
-        print(
-            f"batch_size {plan.batch_size} -> {size}, as when the checkpoint was saved; to have it fitted anew, "
-            f"{first}give --auto_fit=True"
-        )
+    if size != plan.batch_size:
+        again = "to have it fitted anew, give --auto_fit=True"
+        print(f"batch_size {plan.batch_size} -> {size}, as when the checkpoint was saved; {again}")
     return replace(plan, micro_batch_size=size, levers=replace(plan.levers, **chosen))
 
 
@@ -51,10 +45,9 @@ def no_larger(plan, out_dir, world):
     smaller = [size for size in sizes if noted == [plan.batch_size, size] and size < plan.micro_batch_size]
     if not smaller:
         return plan
-    answer = os.path.join(out_dir, KEPT)
     print(
-        f"batch_size {plan.micro_batch_size} -> {smaller[0]}: memory ran out before ({answer}); on larger GPUs, remove "
-        "that file"
+        f"batch_size {plan.micro_batch_size} -> {smaller[0]}: memory ran out before; on larger GPUs, remove "
+        f"{os.path.join(out_dir, KEPT)}"
     )
     return replace(plan, micro_batch_size=smaller[0])
 

@@ -125,15 +125,11 @@ def run(job, model, optimizer, own_gradients, device):
     short = [seconds(1)]
     several = min(8, job.micro_steps) if short[0] < 0.25 else accumulated
     long = [seconds(several)] if several > 1 else []
-    while not job.brief and time.perf_counter() - began < TIMED_SECONDS and len(short) < 10:
+    while time.perf_counter() - began < TIMED_SECONDS and len(short) < 10:
         short.append(seconds(1))
         if several > 1:
             long.append(seconds(several))
     evaluate(model, batches, 1, autocast)
-    for step in range(job.confirm_steps):
-        seconds(accumulated)
-        if step % 10 == 9:
-            evaluate(model, batches, 1, autocast)
     first = min(short)
     another = max((min(long) - first) / (several - 1), 0.1 * first) if long else 0.0
     tokens = job.micro_steps * job.micro_batch_size * job.model_args["block_size"]

@@ -20,16 +20,12 @@ KEYS = (  # of the run, that an answer depends on
 )  # fmt: skip
 
 
-class CannotSimulate(UsageError):
-    """A model's steps don't run on fake tensors: for a device that isn't here, there is no plan."""
-
-
 def fit(world, device, config, given, model_args, classes, iterations_left):
     """The Plan for a run, the same split on every rank. All ranks must call it.
 
     device: a torch.device, or the name of one that isn't here: then steps are simulated. config: the run's keys;
-    given: those that were named. classes: (GPT, GPTConfig). Raises UsageError on every rank where nothing fits or a
-    rank can't tell; CannotSimulate where steps must be simulated and can't be.
+    given: those that were named. classes: (GPT, GPTConfig). Raises UsageError on every rank where nothing fits, a rank
+    can't tell, or steps must be simulated and can't be.
     """
     from nanofit import machine, models  # which import torch: who only reads plans needn't wait for it
 
@@ -80,12 +76,10 @@ def _of_all_ranks(world, fitter, kept, may_shrink):
     if world.size == 1:
         return fitter.plan(kept, True, may_shrink)
     plans = world.agree(lambda: fitter.plan(kept, world.is_main, may_shrink))
-    own, plan = plans[world.rank], smallest(plans, plans[world.rank])
-    chosen = [f"{p.micro_batch_size}{p.levers}" for p in plans]
-    if len(set(chosen)) > 1:
-        taken = f"{plan.micro_batch_size}{plan.levers}"
-        print(f"auto-fit: the ranks chose batch_size {'; '.join(chosen)}: all take {taken}")
-    world.agree(lambda: fitter.check(own, plan.micro_batch_size, plan.levers))
+    plan = smallest(plans, plans[world.rank])
+    all_take, *chosen = [f"{p.micro_batch_size}{p.levers}" for p in (plan, *plans)]
+    if set(chosen) != {all_take}:
+        print(f"auto-fit: the ranks chose batch_size {'; '.join(chosen)}: all take {all_take}")
     return plan
 
 
@@ -102,14 +96,14 @@ def _tell_where_it_goes(fitter, plan):
     """What the parts of a plan take, simulated; of several ranks, with the model whole and shared out."""
     from nanofit.autofit.simulate import where_it_goes
 
-    ranks, job = fitter.job.ranks, replace(fitter.job_of(plan.micro_batch_size), simulate=True)
+    ranks, size = fitter.job.ranks, plan.micro_batch_size
     ways = {"": plan.levers.shard}
     if ranks > 1:
         ways = {f"each of {ranks} ranks, whole: ": False, f"each of {ranks} ranks, sharded: ": True}
     for who, shard in ways.items():
         levers = replace(plan.levers, shard=shard)
-        known = [t for t in plan.trials if (t.micro_batch_size, t.levers) == (plan.micro_batch_size, levers)]
-        trial = known[0] if known and known[0].parts else fitter.run_trial(replace(job, levers=levers))
+        known = [t for t in plan.trials if t.parts and (t.micro_batch_size, t.levers) == (size, levers)]
+        trial = known[0] if known else fitter.run_trial(replace(fitter.job_of(size), levers=levers, simulate=True))
         print(f"auto-fit: {who}{where_it_goes(trial.parts) if trial.parts else trial.failure}")
 
 
@@ -175,17 +169,9 @@ class Fitter:
         choice, use_compile, why = self._compile(choice)
         return self._plan(choice, use_compile, (*reasons, why), trials)
 
-    def check(self, plan, size, levers):
-        """Make sure that a size which other ranks chose fits here too; UsageError where it doesn't."""
-        wanted = size, levers.recompute, levers.shard
-        fitting = {(t.micro_batch_size, t.levers.recompute, t.levers.shard) for t in plan.trials if t.fits}
-        if wanted not in fitting and not self.measure(size, levers).fits:
-            raise UsageError(f"batch_size {size}, which another rank chose, does not fit here")
-
     def measure(self, size, levers, compile=False):
         """The Trial of one micro-batch size; says how it went."""
-        brief = self.budget.elapsed > self.budget.seconds / 2
-        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=self._limit(), brief=brief)
+        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=self._limit())
         what = f"batch_size {size}{levers}{', compiled' if compile else ''}"
         with waiting(f"auto-fit: trying {what}", self.budget.seconds - self.budget.elapsed):
             trial = self.run_trial(job, self._on_facts)
@@ -194,7 +180,7 @@ class Fitter:
             trial = replace(trial, tokens_per_second=0.0)
         print(f"auto-fit: {what}   {trial}")
         if trial.failure.startswith(UNSIMULATED):
-            raise CannotSimulate(f"auto-fit: {trial.failure}: a plan for {job.device} needs the device itself")
+            raise UsageError(f"auto-fit: {trial.failure}: a plan for {job.device} needs the device itself")
         return trial
 
     def job_of(self, size):
@@ -336,15 +322,15 @@ class Fitter:
             ]
         need = gib(trial.peak_bytes) if trial.peak_bytes else "more than there is"
         how = trial.failure or ("simulated" if trial.parts else "measured")
-        process = facts.process_bytes
-        alone = f"; the process alone, Python and torch, takes {gib(process)}" if process else ""
-        there = f"{limit} of {gib(facts.free_bytes)} free{alone}"
-        said = [f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {there}"]
-        if process >= facts.limit_bytes or not advises:
+        said = [f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {limit} of "
+                f"{gib(facts.free_bytes)} free"]  # fmt: skip
+        if facts.process_bytes:
+            said[0] += f"; the process alone, Python and torch, takes {gib(facts.process_bytes)}"
+        if facts.process_bytes >= facts.limit_bytes or not advises:
             return said
         from nanofit.autofit.simulate import what_would_fit
 
         print("auto-fit: nothing fits: looking for settings that would, by simulation")
         levers = replace(trial.levers, recompute=trial.levers.recompute or "recompute" in self.free)
         job = replace(self.job_of(1), levers=levers)
-        return said + what_would_fit(job, facts, self.run_trial, may_shrink, trial.peak_bytes)
+        return said + what_would_fit(job, facts, self.run_trial, may_shrink)

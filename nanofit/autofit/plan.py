@@ -38,8 +38,6 @@ class Job:
     memory_limit_gb: float = 0.0  # GiB; 0: what is free
     limit_bytes: int = 0  # found by an earlier trial; 0: find it
     simulate: bool = False  # on fake tensors, which take no memory and tell no time
-    confirm_steps: int = 0  # so many more, with evaluations, before memory is read
-    brief: bool = False  # time as few steps as tell anything
 
 
 @dataclass(frozen=True)
@@ -200,20 +198,20 @@ def recall(out_dir, key, asked, free, sizes):
     asked: the Plan as configured. free: names of the levers that may differ from it. sizes: those that may be chosen.
     """
     path = os.path.join(out_dir, KEPT)
-    kept = _read(path)
+    kept, now = _read(path), json.loads(json.dumps(key))
     if "plan" not in kept:
-        return None, f"{path} can't be read: looking again" if os.path.lexists(path) and not kept else ""
-    before, now = kept.get("key"), json.loads(json.dumps(key))
-    before = before if isinstance(before, dict) else {}
+        return None, ""
+    before = kept.get("key") if isinstance(kept.get("key"), dict) else {}
     if other := next((name for name, value in now.items() if before.get(name) != value), None):
         return None, f"{path} was found for another run ({other} differs): looking again"
     plan = from_dict(Plan, kept["plan"])
-    if not plan or plan.micro_batch_size not in sizes or plan.compile > asked.compile:
-        return None, f"{path} holds no answer: looking again"
-    chosen = {name: getattr(plan.levers, name) for name in FITTED if name in free}
-    same = replace(plan, batch_size=asked.batch_size, gradient_accumulation_steps=asked.gradient_accumulation_steps,
-                   levers=replace(asked.levers, **chosen))  # fmt: skip
-    return (plan, "") if plan == same else (None, f"{path} holds no answer: looking again")
+    if plan and plan.micro_batch_size in sizes and plan.compile <= asked.compile:
+        chosen = {name: getattr(plan.levers, name) for name in FITTED if name in free}
+        split = asked.batch_size, asked.gradient_accumulation_steps
+        same = replace(plan, levers=replace(asked.levers, **chosen))
+        if plan == same and (plan.batch_size, plan.gradient_accumulation_steps) == split:
+            return plan, ""
+    return None, f"{path} holds no answer: looking again"
 
 
 def remember(out_dir, key, plan):

@@ -48,11 +48,10 @@ def next_size(sizes, trials, limit_bytes, batch_size):
     furthest = batch_size if low < batch_size or not _may_gain(trials, sizes[-1]) else sizes[-1]
     too_large = [size for size in tried if size > low]
     between = [s for s in untried if low < s <= furthest and s < min(too_large, default=math.inf)]
+    if too_large:  # the line was wrong
+        return between[len(between) // 2] if between else None
     a, k = line_through(trials)
-    likely = [s for s in between if a + k * s <= limit_bytes]
-    if len(too_large) > 1 and likely:  # a line that has been wrong twice is no guide any more
-        return between[len(between) // 2]
-    return likely[-1] if likely else None
+    return max((s for s in between if a + k * s <= limit_bytes), default=None)
 
 
 def _may_gain(trials, size):

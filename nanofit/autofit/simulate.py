@@ -4,7 +4,6 @@ The step runs on fake tensors, in which only sizes are real (torch's FakeTensorM
 they would hold: no memory, seconds, and within a few percent of what the device's allocator reports.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -18,35 +17,14 @@ from nanofit import machine, models
 from nanofit.batches import RandomBatch
 from nanofit.optimizers import OPTIMIZER_STATES
 from nanofit.step import accumulate, clip
-from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES, memory_limit
+from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
 # What torch gives cuBLAS to work in: once for the thread that runs forward passes and once for that of backward passes.
-CUBLAS_BYTES, HOPPERS_CUBLAS_BYTES = 2 * (8 * 2**20 + 2**17), 2 * 32 * 2**20
+CUBLAS_BYTES = 2 * (8 * 2**20 + 2**17)
 SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
+KINDS = ("Parameter", "Gradient", "Optstate")  # of what MemTracker counts
 PARTS = ("weights", "gradients", "optimizer state", "activations", "loss and backward")
-
-
-class Compact8bit(torch.optim.Optimizer):
-    """The state of an 8-bit AdamW and nothing else: two bytes an element and two scales a block."""
-
-    BLOCK, SMALL = 256, 4096  # elements; tensors below SMALL stay as they are
-
-    def __init__(self, groups):
-        super().__init__(groups, {})
-
-    @torch.no_grad()
-    def step(self):
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.numel() >= self.SMALL and p.numel() % self.BLOCK == 0:
-                sizes = (p.numel(), torch.uint8), (p.numel() // self.BLOCK, torch.float32)
-            else:
-                sizes = ((p.numel(), torch.float32),)
-            self.state[p] = {
-                f"{moment}{i}": torch.empty(size, dtype=dtype)
-                for moment in ("first", "second")
-                for i, (size, dtype) in enumerate(sizes)
-            }
 
 
 class DropoutAsOnGpus(TorchFunctionMode):
@@ -87,9 +65,7 @@ class Unlisted(dict):
 
 def _optimizer(kind, model):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    if kind == "8bit":
-        optimizer = Compact8bit(optimizer.param_groups)
-    elif kind == "offload":  # the device holds no state at all, as with plain SGD
+    if kind != "float32":  # the device holds no state, as with plain SGD, or that of compact_bytes
         optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
     # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
     optimizer.defaults["fused"] = True
@@ -98,12 +74,13 @@ def _optimizer(kind, model):
     return optimizer
 
 
-def _workspaces(device_name):
-    """Bytes of libraries' workspaces on a device, which may be elsewhere."""
-    if not device_name.startswith("cuda"):
-        return 0
-    is_hopper = machine.is_here(device_name) and machine.capability(machine.find_device(device_name)) == (9, 0)
-    return HOPPERS_CUBLAS_BYTES if is_hopper else CUBLAS_BYTES
+def compact_bytes(params):
+    """Bytes of an 8-bit AdamW's state: of each moment a byte an element, and a scale in float32 for each 256.
+
+    Tensors of less than 4,096 elements, or of no whole number of blocks, stay in float32.
+    """
+    sizes = [p.numel() for p in params]
+    return sum(2 * (n + 4 * n // 256 if n >= 4096 and n % 256 == 0 else 4 * n) for n in sizes)
 
 
 def _snapshot(tracker, when):
@@ -157,16 +134,17 @@ def step_memory(model_class, config_class, job, levers):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         peak = _snapshot(tracker, "peak")
-    held = [peak[kind] for kind in ("Parameter", "Gradient", "Optstate")]
-    rest = peak["Total"] - sum(held) + _workspaces(job.device)
+    held = [peak[kind] for kind in KINDS]
+    rest = peak["Total"] - sum(held) + CUBLAS_BYTES * job.device.startswith("cuda")
+    if levers.optimizer_state == "8bit":
+        held[2] += compact_bytes(model.parameters())
     if levers.shard:
         gathered = _gathered(model, 4 if job.dtype == "float32" else 2, levers.gather_once)
         held = [size // job.ranks + more for size, more in zip(held, (*gathered, 0), strict=True)]
+    activations = rest
     if before_loss:
-        activations = before_loss["Total"] - sum(before_loss[kind] for kind in ("Parameter", "Gradient", "Optstate"))
-        activations = min(activations, rest)
-    else:
-        activations = rest
+        before = before_loss["Total"] - sum(before_loss[kind] for kind in KINDS)
+        activations = min(before, rest)
     return dict(zip(PARTS, (*held, activations, rest - activations), strict=True))
 
 
@@ -181,50 +159,41 @@ def where_it_goes(parts):
     return f"of {total / unit:.2f} {name} (simulated): {shares}"
 
 
-def what_would_fit(job, facts, run_trial, may_shrink, measured_bytes=0):
+def what_would_fit(job, facts, run_trial, may_shrink):
     """Lines that say where a Job's memory goes and name settings that would fit the device of these Facts.
 
-    may_shrink: whether another size of model may be proposed. measured_bytes: what the job took, where that is known.
+    may_shrink: whether another size of model may be proposed.
     """
 
-    def simulated(**changes):
+    def parts_of(**changes):
         return run_trial(replace(job, simulate=True, **changes)).parts
 
     def fits(**changes):
-        parts = simulated(**changes)
-        return bool(parts) and FRAGMENTED * sum(parts.values()) + beside <= facts.limit_bytes
+        parts = parts_of(**changes)
+        return bool(parts) and FRAGMENTED * sum(parts.values()) + facts.process_bytes <= facts.limit_bytes
 
-    def fits_shape(**changes):
-        return fits(model_args={**job.model_args, **changes})
+    def fits_shape(sizes):
+        return fits(model_args={**job.model_args, **sizes})
 
-    parts = simulated()
-    # Where the process counts, so does what it took to run the job, beyond its tensors.
-    beside = facts.process_bytes and max(facts.process_bytes, measured_bytes - sum(parts.values()))
-    lines = [where_it_goes(parts)] if parts else []
     # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
     no_help = ("float32", job.levers.optimizer_state, *(["offload"] if facts.device_type == "cpu" else []))
     states = [] if job.levers.shard else [kind for kind in OPTIMIZER_STATES if kind not in no_help]
-    tried = [f"optimizer_state={kind}" for kind in states]
     options = [f"--optimizer_state={kind}" for kind in states if fits(levers=replace(job.levers, optimizer_state=kind))]
-    block_size = job.model_args["block_size"] // 2
-    while block_size >= SMALLEST_BLOCK and not fits_shape(block_size=block_size):
+    shapes, block_size = [[]], job.model_args["block_size"] // 2
+    while block_size >= SMALLEST_BLOCK:
+        shapes[0].append({"block_size": block_size})
         block_size //= 2
-    tried += [f"a block_size down to {SMALLEST_BLOCK}"] if job.model_args["block_size"] > SMALLEST_BLOCK else []
-    options += [f"--block_size={block_size}"] if block_size >= SMALLEST_BLOCK else []
-    larger_first = reversed(GPT2_SIZES.values()) if may_shrink else ()
-    smaller = [sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]]
-    tried += [f"n_layer={sizes['n_layer']}" for sizes in smaller]
-    if fitting := next((sizes for sizes in smaller if fits_shape(**sizes)), None):
-        options.append(" ".join(f"--{key}={value}" for key, value in fitting.items()))
-    asked = math.ceil(100 * FRAGMENTED * measured_bytes / GIB) / 100
-    if (
-        job.memory_limit_gb
-        and not job.simulate
-        and facts.limit_bytes < asked * GIB <= memory_limit(facts.free_bytes, 0)
-    ):
-        options.append(f"--memory_limit_gb={asked}")
+    if may_shrink:
+        larger_first = reversed(GPT2_SIZES.values())
+        shapes.append([sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]])
+    for largest_that_fits in (next(filter(fits_shape, some), None) for some in shapes):
+        if largest_that_fits:
+            options.append(" ".join(f"--{key}={value}" for key, value in largest_that_fits.items()))
+    parts = parts_of()
+    lines = [where_it_goes(parts)] if parts else []
     if not options:
-        what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
-        return [*lines, f"{what}: a smaller model, or more memory, is needed"]
+        tried = [*(f"optimizer_state={kind}" for kind in states), f"block_size={SMALLEST_BLOCK}", "a smaller GPT-2"]
+        tried = ", ".join(tried if may_shrink else tried[:-1])
+        return [*lines, f"none of these would fit either: {tried}: a smaller model, or more memory, is needed"]
     which = "each of these would fit" if len(options) > 1 else "this would fit"
     return [*lines, f"{which}, with batch_size 1:", *(f"  {option}" for option in options)]

@@ -12,8 +12,7 @@ from dataclasses import replace
 from nanofit.autofit.plan import Facts, Trial, from_json, to_json
 from nanofit.errors import OUR_MISTAKE
 
-TRIAL_SECONDS = 600  # a trial that takes longer hangs
-COMPILED_TRIAL_SECONDS = 1800  # on few cores, compiling alone may take many minutes
+TRIAL_SECONDS = 1800  # a trial that takes longer hangs; on few cores, compiling alone may take many minutes
 FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # With torch's own two, it would look for ranks that it imagines; what it says of its end would be taken for the rank's.
@@ -46,9 +45,8 @@ class Trials:
             self._child.end()
             self._child = None
 
-    def __call__(self, job, on_facts=lambda facts: None, seconds=None):
+    def __call__(self, job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
         """The Trial of a Job. on_facts is given the Facts as soon as the child has told them."""
-        seconds = seconds or (COMPILED_TRIAL_SECONDS if job.compile else TRIAL_SECONDS)
         if self._child and not self._child.may_go_on_with(job):
             self.close()
         self._child = self._child or _Child()
@@ -63,7 +61,7 @@ class Trials:
 
 
 class _Child:
-    """A process of probe.py."""
+    """A process of child.py."""
 
     def __init__(self):
         # It is no rank of this run's. It imports the project from where this process has it.
@@ -85,10 +83,10 @@ class _Child:
 
         A CPU's peak is of the process since it began: there, only a larger size shows.
         """
-        alike = replace(job, micro_batch_size=0, micro_steps=0, limit_bytes=0, brief=False)
-        last = replace(self._job, micro_batch_size=0, micro_steps=0, limit_bytes=0, brief=False)
-        grows = job.micro_batch_size > self._job.micro_batch_size
-        return alike == last and (grows or job.simulate or job.device != "cpu") and self._process.poll() is None
+        last = self._job
+        same = {name: getattr(last, name) for name in ("micro_batch_size", "micro_steps", "limit_bytes")}
+        grows = job.micro_batch_size > last.micro_batch_size or job.simulate or job.device != "cpu"
+        return grows and replace(job, **same) == last and self._process.poll() is None
 
     def answer(self, job, on_facts, seconds):
         self._job = job
