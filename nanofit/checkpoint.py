@@ -105,6 +105,7 @@ def rehearse(checkpoint):
 
     The tensors' numbers are left out, so that it takes no time.
     """
+    _require_entries(checkpoint, "a checkpoint of this run", OF_A_RUN)
     without_numbers = tree_map_only(torch.Tensor, lambda t: torch.empty(0, dtype=t.dtype), checkpoint)
     for entry, value in without_numbers.items():
         file = io.BytesIO()
@@ -208,18 +209,30 @@ def load(out_dir, name=NAME, for_training=False):
             f"{e}; {previous} beside it is whole, of iteration {before['iter_num']}: to go on from there, rename it to "
             f"{NAME}"
         ) from e
-    wrapped = re.compile(r"(_orig_mod\.|module\.)+")
-    checkpoint["model"] = {wrapped.sub("", k, 1) if wrapped.match(k) else k: w for k, w in checkpoint["model"].items()}
+    checkpoint["model"] = _unwrapped(checkpoint["model"])
     return {"config": {}, **checkpoint}
+
+
+def _unwrapped(model):
+    """A state_dict without the prefixes of torch.compile and of DDP, in whatever order they wrapped the model."""
+    names, before = list(model), None
+    while names != before:
+        before = names
+        names = [name.removeprefix("_orig_mod.") for name in names]
+        if all(name.startswith("module.") for name in names):  # else a part of the model has that name
+            names = [name.removeprefix("module.") for name in names]
+    return dict(zip(names, model.values(), strict=True))
 
 
 def _require_entries(checkpoint, path, entries):
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} is not a checkpoint of a training run, but a {type(checkpoint).__name__}")
-    # Whoever made one smaller, to share it, may have left None or nothing in an entry.
-    if missing := [entry for entry in entries if checkpoint.get(entry) in (None, {})]:
+    # An optimizer's state may be anything. Whoever made a checkpoint smaller may have left nothing in the others.
+    empty = [e for e in entries if checkpoint.get(e) is None or (isinstance(checkpoint[e], dict) and not checkpoint[e])]
+    missing = [e for e in empty if e not in checkpoint or e != "optimizer"]
+    if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
-    expected = {"model": dict, "model_args": dict, "optimizer": dict, "iter_num": int}
+    expected = {"model": dict, "model_args": dict, "iter_num": int}
     for entry in entries:
         if not isinstance(checkpoint[entry], expected.get(entry, object)):
             raise UsageError(f"{path} is damaged: its {entry} must be a {expected[entry].__name__}")

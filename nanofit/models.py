@@ -83,9 +83,15 @@ def refusals(prefix=""):
         raise UsageError(f"{prefix.removeprefix(f'{file}: ')}{file}, line {at.lineno}, refuses: {at.line}") from error
 
 
+def takes(config_class, name):
+    """Whether a GPTConfig can be given a size of this name."""
+    parameters = fields(config_class)
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def config_of(config_class, model_args):
-    """A GPTConfig of these sizes; those that it doesn't have are left out. UsageError where it refuses them."""
-    known = {name: value for name, value in model_args.items() if name in fields(config_class)}
+    """A GPTConfig of these sizes; those that it doesn't take are left out. UsageError where it refuses them."""
+    known = {name: value for name, value in model_args.items() if takes(config_class, name)}
     with refusals():
         return config_class(**known)
 
@@ -168,15 +174,17 @@ def load_weights(model, weights, where):
         raise UsageError(f"{where}: its weights don't fit its model_args: {first}") from e
 
 
-def is_finite(model):
-    """Whether the weights that a model trains are finite; buffers and frozen weights may hold what they like."""
-    for weight in (p for p in model.parameters() if p.requires_grad and p.numel()):
-        weight = weight.detach()
+def not_finite(model):
+    """Names of the weights that a model trains and that hold an infinite number or a nan, as a set."""
+    found = set()
+    for name, p in model.named_parameters():
+        weight = p.detach()
         weight = weight.to_local() if hasattr(weight, "to_local") else weight  # a rank looks at its share
         weight = torch.view_as_real(weight) if weight.is_complex() else weight
-        if weight.numel() and not all(map(math.isfinite, map(float, torch.aminmax(weight)))):  # takes no memory
-            return False
-    return True
+        # The extremes take no memory, unlike a mask.
+        if p.requires_grad and weight.numel() and not all(map(math.isfinite, map(float, torch.aminmax(weight)))):
+            found.add(name)
+    return found
 
 
 def source_of(*classes):

@@ -32,7 +32,8 @@ def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
     Dettmers et al. 2022, arXiv:2110.02861), which needs torchao: see require; or 'offload' (none on the device).
     """
     optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device.type)
-    rates = [float(group.get("lr", learning_rate)) for group in optimizer.param_groups]
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    rates = [learning_rate if rate is None else float(rate) for rate in rates]  # some leave it to the schedule
     if len(set(rates)) > 1 and learning_rate > 0:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group[SHARE] = rate / learning_rate
@@ -55,8 +56,10 @@ def _is_plain_adamw(optimizer):
 
 def set_learning_rate(optimizer, lr):
     """Give each group the schedule's learning rate, as nanoGPT does; or its share of it, where groups' rates differ."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get(SHARE, 1.0)
+    # An object that holds optimizers may list groups that are theirs no more, since load_state_dict made new ones.
+    for one in (optimizer, *_torch_optimizers(optimizer)):
+        for group in one.param_groups:
+            group["lr"] = lr * group.get(SHARE, 1.0)
 
 
 def leaves_out_by_tensor(optimizer):
@@ -96,16 +99,15 @@ def allocate_state(optimizer):
 # ---- a checkpoint's state ----------------------------------------------------------------------------------
 
 
-def load(optimizer, state):
+def load(optimizer, state, cropped=False):
     """Let an optimizer go on from a checkpoint's state, what its state_dict gave, in tensors of its own.
 
-    The state of weights that a smaller block_size has cropped is cropped, and shared out where the weights are. How a
-    step is computed stays as it is on this machine. Raises UsageError where load_state_dict refuses the state.
+    cropped: a smaller block_size has cropped weights since, and so is their state. State is shared out where weights
+    are. How a step is computed stays as it is on this machine. Raises UsageError where load_state_dict refuses it.
     """
     parts = _torch_optimizers(optimizer)
-    groups = {part: part.param_groups for part in parts}
     adapted = {}
-    hooks = [part.register_load_state_dict_pre_hook(partial(_adapt, adapted)) for part in parts]
+    hooks = [part.register_load_state_dict_pre_hook(partial(_adapt, adapted, cropped)) for part in parts]
     try:
         # An optimizer that isn't torch's may keep what it is given: that must not be the checkpoint's file.
         optimizer.load_state_dict(state if optimizer in parts else _changed(state, torch.clone))
@@ -120,11 +122,6 @@ def load(optimizer, state):
             hook.remove()
     for part, saved in adapted.items():
         _keep_precision(part, saved)
-        # An object of several optimizers may have listed their groups, which load_state_dict has replaced by others.
-        for group, loaded in zip(groups[part], part.param_groups, strict=True):
-            group.clear()
-            group.update(loaded)
-        part.param_groups = groups[part]
 
 
 def _torch_optimizers(whole):
@@ -158,11 +155,11 @@ def _with_parameters(optimizer, saved):
     return [(p, index, saved["state"][index]) for p, index in pairs if index in saved["state"]]
 
 
-def _adapt(adapted, optimizer, saved):
+def _adapt(adapted, cropped, optimizer, saved):
     """A saved state as this run needs it, for load_state_dict, which looks whether groups and weights are as many."""
     state = dict(saved["state"])
     for p, index, values in _with_parameters(optimizer, saved):
-        state[index] = _changed(values, partial(_share_of, p))
+        state[index] = _changed(values, partial(_share_of, p, cropped))
     groups = [{k: v for k, v in group.items() if k not in OF_THIS_RUN} for group in saved["param_groups"]]
     if len(groups) == len(optimizer.param_groups):  # what a group has now that it lacked then stays
         groups = [{**ours, **theirs} for ours, theirs in zip(optimizer.param_groups, groups, strict=True)]
@@ -170,19 +167,21 @@ def _adapt(adapted, optimizer, saved):
     return adapted[optimizer]
 
 
-def _share_of(p, value):
-    """A copy of a tensor of p's state: its rows that p has, and of a sharded p this rank's share."""
-    if value.dim() == p.dim() > 0 and all(n in (1, m) for n, m in zip(value.shape[1:], p.shape[1:], strict=True)):
-        value = value[: len(p)]  # a smaller block_size has cropped p since
+def _share_of(p, cropped, value):
+    """A copy of a tensor of p's state: of a cropped p the rows that it has, of a sharded p this rank's share."""
+    of_rows = value.dim() == p.dim() > 0 and all(n in (1, m) for n, m in zip(value.shape[1:], p.shape[1:], strict=True))
+    if cropped and of_rows:
+        value = value[: len(p)]
     return (share_like(value, p) if value.shape == p.shape else value).clone()
 
 
 def _keep_precision(optimizer, saved):
-    """Give back to single numbers, as ASGD's eta, the dtype that load_state_dict has made their weight's."""
+    """Give back its dtype to state that load_state_dict has made its weight's: ASGD's eta, weights kept in float32."""
     for p, _, values in _with_parameters(optimizer, saved):
         for name, value in values.items():
-            if p.dim() and isinstance(value, torch.Tensor) and not value.dim():
-                optimizer.state[p][name] = value.to(optimizer.state[p][name].device)
+            loaded = optimizer.state[p].get(name)
+            if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[p][name] = value.to(loaded.device)
 
 
 # ---- AdamW's state elsewhere -------------------------------------------------------------------------------

@@ -21,13 +21,17 @@ class Run:
         self.config, self.model_args, self.levers = config, model_args, levers
         self.model, self.optimizer, self.scaler, self.batches, self.metrics = model, optimizer, scaler, batches, metrics
         self.iter_num, self.best_val_loss = 0, 1e9
-        self.unsaved, self._saved_iter = "", -1
+        self.unsaved, self._saved_iter, self._begun = "", -1, 0
+        self._never_finite = models.not_finite(model)
 
     def begin_iteration(self):
         """Keep where random numbers and the data stand: a checkpoint of this iteration begins here, however late it is.
 
         So an evaluation is repeated on resuming, with the same batches.
         """
+        self._begun += 1
+        if self._begun == 2:  # an optimizer has its state now
+            self.rehearse()
         self._random = {"data": self.batches.state_dict(), "generators": machine.rng_state(self.device)}
 
     def snapshot(self):
@@ -62,7 +66,8 @@ class Run:
                 print(
                     f"{split}.bin is not what it was when the checkpoint was saved: the run goes on with what is there"
                 )
-        optimizers.load(self.optimizer, saved["optimizer"])
+        cropped = saved["model_args"].get("block_size") != self.model_args["block_size"]
+        optimizers.load(self.optimizer, saved["optimizer"], cropped)
         with usage_errors(LookupError, TypeError, RuntimeError, prefix="the checkpoint's scaler or rng is damaged: "):
             if self.scaler.is_enabled() and saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
@@ -77,14 +82,15 @@ class Run:
 
     def rehearse(self):
         """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again."""
-        self.begin_iteration()
-        own = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config}
-        self.world.agree(lambda: checkpoint.rehearse({**own, "model_args": self.model_args}))
+        entries = ("iter_num", "best_val_loss", "config", "model_args")
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))
 
     def save(self, name=checkpoint.NAME):
         """Write a checkpoint; '' or why that failed, which ends no run."""
         try:
-            if self.world.all_reduce_max(int(not models.is_finite(self.model))):
+            # A weight that never was finite is meant so, as a mask.
+            if self.world.all_reduce_max(len(models.not_finite(self.model) - self._never_finite)):
                 raise SaveError("not saved: the weights are not finite; a checkpoint that is there stays as it is")
             self.folder.save(self.snapshot(), name)
             self.unsaved, self._saved_iter = "", self.iter_num

@@ -130,7 +130,11 @@ def without_effect(config, given, config_class, ranks):
         if idle and (named := [key for key in keys if key in given]):
             told.append(f"{', '.join(named)}: no effect, {why}")
 
-    tell(True, "GPTConfig in model.py has no such field", *(k for k in models.SIZES if k not in (*fields, *BATCHES)))
+    tell(
+        True,
+        "GPTConfig in model.py has no such field",
+        *(k for k in models.SIZES if k not in BATCHES and not models.takes(config_class, k)),
+    )
     its_own = (k for k in fields if k not in ("block_size", "dropout"))
     tell(init_from not in ("scratch", "resume"), f"the model of init_from={init_from!r} has its own", *its_own)
     tell(not config["compile"], "compile=False", "compile_mode")

@@ -58,3 +58,105 @@ def test_auto_fit_takes_them(kind):
     run = train(**{**KEYS, "max_iters": 2}, kind=kind, auto_fit=True, memory_limit_gb=2.0)
     assert "effective batch 8" in run.text
     assert len(run.iter_loss) == 3
+
+
+class Lookahead:
+    """As its users write it: around another optimizer, whose groups it takes again on loading."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self):
+        self.inner.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return [self.inner.state_dict()]
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state[0])
+        self.param_groups = self.inner.param_groups
+
+
+class SignDescent:
+    """No state, and no learning rate until the schedule has given one."""
+
+    def __init__(self, params):
+        self.param_groups = [{"params": list(params), "lr": None}]
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p -= 0.1 * self.param_groups[0]["lr"] * p.grad.sign()
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+class Factored(torch.optim.Optimizer):
+    """State that has more rows than its weight, and moments in float64."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None and p.dim() == 2):
+            state = self.state[p]
+            if not state:
+                state["right"] = torch.zeros(p.shape[1], p.shape[1])
+                state["moment"] = torch.zeros(p.shape, dtype=torch.double)
+            state["right"] += p.grad.T @ p.grad
+            state["moment"].lerp_(p.grad.double(), 0.1)
+            p -= (
+                self.param_groups[0]["lr"]
+                * state["moment"].float()
+                @ torch.eye(p.shape[1]).add(state["right"]).inverse()
+            )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda model, lr: Lookahead(torch.optim.AdamW(model.parameters(), lr=lr)),
+        lambda model, lr: SignDescent(model.parameters()),
+        lambda model, lr: Factored(model.parameters(), lr),
+    ],
+    ids=["lookahead", "sign descent", "factored"],
+)
+def test_an_optimizer_class_of_ones_own_goes_on_under_the_schedule(monkeypatch, own):
+    monkeypatch.setattr(
+        brought.GPT, "configure_optimizers", lambda model, weight_decay, lr, betas, device_type: own(model, lr)
+    )
+    keys = dict(KEYS, max_iters=14, eval_interval=5, lr_decay_iters=14)
+    whole = train(**keys, out_dir="whole")
+    train(**{**keys, "max_iters": 9})
+    rest = train(**keys, init_from="resume")
+    for entry, value in whole.names["raw_model"].state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(rest.names["raw_model"].state_dict()[entry], value, atol=1e-6, rtol=1e-6)
+
+
+def test_a_weight_that_never_was_finite_and_a_part_named_module_are_saved_and_resumed(monkeypatch):
+    init = brought.GPT.__init__
+
+    def more(self, config):
+        init(self, config)
+        self.floor = torch.nn.Parameter(torch.full((4,), float("-inf")))
+        self.module = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(brought.GPT, "__init__", more)
+    train(**{**KEYS, "max_iters": 10})
+    rest = train(**{**KEYS, "max_iters": 12}, init_from="resume")
+    assert max(rest.iter_loss) == 12
+    assert not rest.names["run"].unsaved

@@ -187,32 +187,21 @@ def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(monkeypatch):
     assert len(rest.iter_loss) == 11
 
 
-@pytest.mark.parametrize("optimizer", ["missing", None, {}], ids=str)
-def test_a_checkpoint_without_an_optimizer_can_not_be_resumed(optimizer):
+def test_a_checkpoint_without_an_optimizer_can_not_be_resumed():
     train(max_iters=10)
     saved = torch.load("out/ckpt.pt", weights_only=True)
-    if optimizer == "missing":
-        del saved["optimizer"]
-    else:
-        saved["optimizer"] = optimizer
+    del saved["optimizer"]
     torch.save(saved, "out/ckpt.pt")
-    with pytest.raises(UsageError, match="^out/ckpt.pt is not a checkpoint of a training run: it lacks optimizer$"):
+    with pytest.raises(UsageError, match="^out/ckpt.pt is not a checkpoint of a training run: it lacks optimizer"):
         train(init_from="resume")
 
 
-def test_an_optimizer_of_another_model_is_named():
+@pytest.mark.parametrize("state", [None, {}, {"state": {}, "param_groups": []}], ids=["none", "nothing", "no groups"])
+def test_an_optimizer_of_another_model_is_named(state):
     train(max_iters=10)
-    saved = torch.load("out/ckpt.pt", weights_only=True)
-    for state, sentence in (
-        ({"state": {}, "param_groups": []}, "the checkpoint's optimizer does not belong to its model: "),
-        (
-            {**saved["optimizer"], "state": {0: {"exp_avg": torch.ones(2)}}},
-            "step of weight 0 in its optimizer is missing",
-        ),
-    ):
-        torch.save({**saved, "optimizer": state}, "out/ckpt.pt")
-        with pytest.raises(UsageError, match=sentence):
-            train(init_from="resume")
+    torch.save({**torch.load("out/ckpt.pt", weights_only=True), "optimizer": state}, "out/ckpt.pt")
+    with pytest.raises(UsageError, match="the checkpoint's optimizer does not belong to its model: "):
+        train(init_from="resume")
 
 
 def test_resuming_with_a_shorter_block_crops_weights_and_moments():
