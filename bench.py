@@ -38,7 +38,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 # a field of GPTConfig that isn't nanoGPT's is a key too
-own_fields = models.own_fields(GPTConfig)
+own_fields = models.own_fields(GPTConfig, but=globals())
 config, given = configure(globals(), more=own_fields)
 
 settings.at_least(1, config, "batch_size", "block_size")

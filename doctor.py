@@ -49,7 +49,7 @@ def look_at_run(argv):
     from nanofit.tools.doctor.run import Run
 
     try:
-        own = models.own_fields(GPTConfig)
+        own = models.own_fields(GPTConfig, but=keys_of_train())
         with contextlib.redirect_stdout(io.StringIO()):
             config, given = configure({**keys_of_train(), "__file__": TRAIN}, argv, more=own)
     except UsageError as e:

@@ -92,7 +92,7 @@ dry_run = False  # print auto_fit's plan and stop; for a device that isn't here,
 ranks = 1  # in a plan for GPUs that aren't here: how many of them
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
 defaults = keys_of(globals())
-own_fields = models.own_fields(GPTConfig)  # those that nanoGPT's lacks are keys too
+own_fields = models.own_fields(GPTConfig, but=defaults)  # those that nanoGPT's lacks are keys too
 config, given = configure(globals(), more=own_fields)
 
 # ---- what was asked for: all that can fail cheaply is tried here, before anything is written ----------------

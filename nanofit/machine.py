@@ -7,6 +7,7 @@ torch releases live here too, one place each.
 import contextlib
 import importlib.util
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import torch
 
 from nanofit import host
@@ -380,8 +382,9 @@ def memory_in_use(device):
 
 
 def rng_state(device):
-    """States of the generators that dropout draws from, as a dict of uint8 tensors."""
-    state = {"cpu": torch.get_rng_state()}
+    """States of the generators that a model may draw from, torch's, Python's and numpy's: tensors and plain values."""
+    kind, words, *rest = np.random.get_state()
+    state = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, words.tolist(), *rest)}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
@@ -390,8 +393,11 @@ def rng_state(device):
 
 
 def set_rng_state(state, device):
-    """Put back what rng_state gave; a generator of a device that isn't used now is left alone."""
+    """Put back what rng_state gave; a generator that it lacks, or of a device that isn't used now, is left alone."""
     torch.set_rng_state(state["cpu"])
+    if "python" in state:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:

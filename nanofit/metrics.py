@@ -193,7 +193,9 @@ def _guarded(name, make, way_out=""):
         nonlocal reader
         try:
             return act(*given)
-        except Exception as e:  # a full disk, a lost connection, whatever others' software raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # a full disk, a lost connection, whatever others' software raises
             reader = None
             with contextlib.suppress(Exception):  # what failed may be the screen
                 print(f"{name} failed ({_why(e)}): the run goes on without it{also}")
@@ -204,7 +206,10 @@ def _guarded(name, make, way_out=""):
 
 
 def _why(error):
-    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {first_line(error)}"
+    try:
+        return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {first_line(error)}"
+    except Exception:  # one whose words can't be had
+        return type(error).__name__
 
 
 def print_line(figures):

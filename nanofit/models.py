@@ -41,8 +41,10 @@ def fields(config_class):
     return dict(inspect.signature(config_class).parameters)
 
 
-def own_fields(config_class):
+def own_fields(config_class, but=()):
     """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run.
+
+    but: names of keys that mean something else, such as batch_size: such a field keeps model.py's default.
 
     A field's annotation is its type, or its default where that says more. A field that no --key=value can set, a tuple
     for one, stays as it is in model.py.
@@ -53,7 +55,7 @@ def own_fields(config_class):
         hints = {name: hint for name, hint in inspect.get_annotations(config_class).items() if type(hint) is not str}
     own = {}
     for name, parameter in fields(config_class).items():
-        if name in SIZES or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if name in (*SIZES, *but) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = parameter.default
         if default is parameter.empty:

@@ -3,6 +3,7 @@
 import contextlib
 import random
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -37,7 +38,7 @@ def recomputed(block):
 
 
 class _State:
-    """What a block's forward may change beside its weights: buffers, attributes, Python's random numbers.
+    """What a block's forward may change beside its weights: buffers, attributes, Python's and numpy's random numbers.
 
     taken: copies of the buffers, of all at first, then of those that have been seen to change.
     """
@@ -52,7 +53,7 @@ class _State:
             buffers = {name: b for name, b in module._buffers.items() if b is not None}
             copied = {n: b.clone() for n, b in buffers.items() if self.changing is None or (i, n) in self.changing}
             taken.append((copied, {n: (b, b._version) for n, b in buffers.items()}, _attributes(module)))
-        return taken, random.getstate()
+        return taken, (random.getstate(), np.random.get_state())
 
     def look(self, before):
         """Note which buffers a pass has changed since."""
@@ -67,20 +68,26 @@ class _State:
     @contextlib.contextmanager
     def put_back(self, before):
         buffers = [dict(module._buffers) for module in self.modules]
-        attributes, drawn = [_attributes(module) for module in self.modules], random.getstate()
+        attributes = [_attributes(module) for module in self.modules]
+        drawn = random.getstate(), np.random.get_state()
         for module, (copied, _, were) in zip(self.modules, before[0], strict=True):
             module._buffers.update({name: buffer.clone() for name, buffer in copied.items()})
             vars(module).update(were)
-        random.setstate(before[1])
+        _set_random(before[1])
         try:
             yield
         finally:
             for module, now, are in zip(self.modules, buffers, attributes, strict=True):
                 module._buffers.update(now)
                 vars(module).update(are)
-            random.setstate(drawn)
+            _set_random(drawn)
 
 
 def _attributes(module):
     """Attributes that a forward pass may set."""
     return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "forward"}
+
+
+def _set_random(state):
+    random.setstate(state[0])
+    np.random.set_state(state[1])
