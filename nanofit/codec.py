@@ -76,11 +76,12 @@ def symbols_of(folder):
     path, meta = os.path.join(folder, "meta.pkl"), load_meta(folder)
     stoi, itos = meta.get("stoi"), meta.get("itos")
     for name, value in (("stoi", stoi), ("itos", itos)):
-        if value is not None and (not isinstance(value, (dict, list) if name == "itos" else dict) or not value):
+        kinds = (dict, list, tuple, str) if name == "itos" else dict
+        if value is not None and (not isinstance(value, kinds) or not value):
             raise UsageError(f"{path}: {name} is a {_type_of(value)}: write a dict that is not empty")
     if stoi is None and itos is None:
         raise UsageError(f"{path} has neither stoi nor itos: training needs neither, but text does; add one of them")
-    itos = dict(enumerate(itos)) if isinstance(itos, list) else itos
+    itos = dict(enumerate(itos)) if isinstance(itos, (list, tuple, str)) else itos
     itos = itos or {i: symbol for symbol, i in stoi.items()}
     stoi = stoi or {symbol: i for i, symbol in itos.items()}
     pairs = [*stoi.items(), *((symbol, i) for i, symbol in itos.items())]

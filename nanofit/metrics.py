@@ -166,7 +166,9 @@ def require_readers(config, world):
     for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
         if world.is_main and config[key]:
             with usage_errors(Exception, prefix=f"{key}=True: pip install {package}, or --{key}=False. "):
-                importlib.import_module(package)
+                module = importlib.import_module(package)
+            if key == "wandb_log" and not hasattr(module, "init"):  # a folder wandb/ that earlier runs have left here
+                raise UsageError("wandb_log=True: pip install wandb, or --wandb_log=False")
 
 
 def open_readers(config, folder, iter_num):
@@ -239,7 +241,7 @@ def _wandb(config, run_id):
     import wandb
 
     same_run = {} if config["eval_only"] else {"id": run_id, "resume": "allow"}  # an evaluation is none of its points
-    wandb.init(project=config["wandb_project"], name=config["wandb_run_name"], config=config, **same_run)
+    wandb.init(project=config["wandb_project"], name=config["wandb_run_name"], config=dict(config), **same_run)
     threading.excepthook = sys.unraisablehook = _tell_in_a_line  # what it raises in a thread, or when Python ends
     mfu = -100.0  # percent, of the last iteration
 

@@ -51,8 +51,9 @@ def own_fields(config_class, but=()):
     """
     try:
         hints = typing.get_type_hints(config_class)
-    except NameError:  # a name that is imported for type checkers alone
-        hints = {name: hint for name, hint in inspect.get_annotations(config_class).items() if type(hint) is not str}
+    except (NameError, TypeError):  # a name that is imported for type checkers alone; a function that makes configs
+        plain = {kind.__name__: kind for kind in KEY_TYPES}
+        hints = {name: plain.get(hint) for name, hint in getattr(config_class, "__annotations__", {}).items()}
     own = {}
     for name, parameter in fields(config_class).items():
         if name in (*SIZES, *but) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -168,7 +169,9 @@ def load_weights(model, weights, where):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of each weight without memory: it stays so
-            model.load_state_dict(weights)
+            # What a part of the model keeps as it is given must not be the checkpoint's file.
+            own = {name: copy.deepcopy(value) for name, value in weights.items() if name.endswith("_extra_state")}
+            model.load_state_dict({**weights, **own})
     except Exception as e:  # torch lists everything that differs, one line each: the first tells enough
         if is_out_of_memory(e):
             raise
@@ -192,9 +195,9 @@ def not_finite(model):
 def source_of(*classes):
     """Where GPT and GPTConfig come from, as JSON can hold it: for a process that must import them as this one did."""
     for cls in classes:
-        if cls.__module__ == "__main__":
+        if getattr(cls, "__module__", "__main__") == "__main__" or not hasattr(cls, "__qualname__"):
             raise UsageError(
-                f"{cls.__name__} must be in a module of its own, such as model.py: auto_fit's trials import it"
+                "GPT and GPTConfig must be classes in a module, such as model.py: auto_fit's trials import them"
             )
     path = [os.path.abspath(entry) for entry in sys.path]  # an entry '' is the current folder
     return {"path": path, "classes": [[cls.__module__, cls.__qualname__] for cls in classes]}
@@ -274,8 +277,8 @@ def blocks_of(model):
 
 def lacks(model_class):
     """A line for each thing that training would use and a model doesn't offer."""
-    if "return_logits" in _parameters_of_forward(model_class):
-        return []
+    if not hasattr(model_class, "forward") or "return_logits" in _parameters_of_forward(model_class):
+        return []  # what a function makes isn't known yet
     return ["model.py offers no return_logits: all logits are held, and loss_chunk_mb does nothing"]
 
 
