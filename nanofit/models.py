@@ -53,7 +53,7 @@ def own_fields(config_class, but=()):
         hints = typing.get_type_hints(config_class)
     except (NameError, TypeError):  # a name that is imported for type checkers alone; a function that makes configs
         plain = {kind.__name__: kind for kind in KEY_TYPES}
-        hints = {name: plain.get(hint) for name, hint in getattr(config_class, "__annotations__", {}).items()}
+        hints = {name: plain.get(hint, hint) for name, hint in getattr(config_class, "__annotations__", {}).items()}
     own = {}
     for name, parameter in fields(config_class).items():
         if name in (*SIZES, *but) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
