@@ -22,7 +22,7 @@ help:
 	@echo "make torture kill a small run a hundred times, and resume it each time; what only whole processes show"
 	@echo "make hosts   as root, on Linux: a run on two hosts, of which one is unplugged; two network namespaces"
 	@echo "make picture take the picture of a report that README shows, with Chromium"
-	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes, what kills leave; some minutes"
+	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes; some minutes"
 	@echo "make lint    check the style"
 	@echo "make gpu     on a GPU with 24 GB: benchmarks and the tests that need one, in stages; keeps what they measure;"
 	@echo "             NANOGPT=folder, a checkout of nanoGPT to compare with"

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
 RANK = ROOT / "tests" / "rank.py"  # train.py, and then a file that tells a rank's weights
 sys.path.insert(0, str(ROOT))
-
+sys.path.append(str(ROOT / "tests" / "models"))  # model.py as people bring it
 
 TOY = {  # the reference runs' model, on the reference runs' data
     "dataset": "markov", "device": "cpu", "compile": False, "n_layer": 2, "n_head": 2, "n_embd": 64,

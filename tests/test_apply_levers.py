@@ -55,16 +55,6 @@ def test_recomputing_trains_alike_whatever_a_block_draws_returns_or_keeps(kind):
             torch.testing.assert_close(state_again[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_recomputing_keeps_less_for_the_backward_pass():
-    idx, kept = tokens(), []
-    for model in pair(n_layer=4):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
-            models.loss_of(model, idx, idx)
-        kept.append(sum(sizes))
-    assert kept[1] < 0.5 * kept[0]
-
-
 @pytest.mark.parametrize("grad", [True, False])
 def test_blocks_run_again_in_the_backward_pass_alone(grad):
     passes = []
@@ -124,14 +114,6 @@ def recomputing(run):
     replaced = {"forward" in vars(block) for block in run.names["raw_model"].transformer.h}
     assert len(replaced) == 1, "all blocks or none"
     return replaced.pop()
-
-
-def test_a_run_that_recomputes_has_the_losses_of_one_that_does_not():
-    keys = dict(max_iters=6, dropout=0.1)
-    plain, again = train(**keys), train(**keys, recompute=True)
-    assert (recomputing(plain), recomputing(again)) == (False, True)
-    assert again.iter_loss == plain.iter_loss
-    assert len(again.iter_loss) == 7
 
 
 def test_resuming_takes_the_levers_that_were_fitted_unless_they_are_named():

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 from collections import OrderedDict
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -53,46 +52,8 @@ def test_batches_come_in_nanogpts_order_with_evaluations_in_between():
         ours.advance()
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_micro_batches_are_the_configured_batch_cut_up(micro):
-    whole, cut = stream(), stream(micro_batch_size=micro)
-    for _ in range(3):
-        pieces = []
-        for _ in range(8 // micro):
-            pieces.append(cut.current)
-            cut.advance()
-        assert same([torch.cat(p) for p in zip(*pieces, strict=True)], whole.current)
-        whole.advance()
-    parts = [torch.cat(p) for p in zip(*chain(*cut.evaluation("val", 2)), strict=True)]
-    assert same(parts, [torch.cat(p) for p in zip(*chain(*whole.evaluation("val", 2)), strict=True)])
-
-
-def test_joined_batches_are_those_that_come_one_by_one_with_evaluations_in_between():
-    apart, joined = stream(), stream(per_iter=4, micro_batch_size=16)
-    assert joined.micro_steps == 2
-    for _ in range(3):
-        place = joined.state_dict()
-        for a, b in zip(apart.evaluation("val", 2), joined.evaluation("val", 2), strict=True):
-            assert same(a[0], b[0])
-        assert joined.like_current[0].shape == (16, 32)
-        after = joined.state_dict()
-        for again in range(2):
-            if again:  # as after an iteration that is dropped
-                assert not torch.equal(place["generator"], after["generator"])
-                joined.load_state_dict(after)
-            found = []
-            for _ in range(2):
-                found.append(joined.current)
-                joined.advance()
-        expected = []
-        for _ in range(4):
-            expected.append(apart.current)
-            apart.advance()
-        assert same(*([torch.cat(p) for p in zip(*batches, strict=True)] for batches in (found, expected)))
-
-
-@pytest.mark.parametrize(("ranks", "micro"), [(2, 8), (4, 8), (2, 2), (2, 16)])
-def test_ranks_are_dealt_what_one_process_would_see_with_evaluations_in_between(ranks, micro):
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 16), (4, 8), (2, 2), (2, 16)])
+def test_batches_cut_joined_and_dealt_are_those_of_one_process_with_evaluations_in_between(ranks, micro):
     alone = stream(per_iter=4)
     dealt = [stream(per_iter=4 // ranks, rank=r, ranks=ranks, micro_batch_size=micro) for r in range(ranks)]
     for _ in range(3):
@@ -115,6 +76,7 @@ def test_ranks_are_dealt_what_one_process_would_see_with_evaluations_in_between(
                 for _ in range(one.micro_steps):
                     pieces.append(one.current)
                     one.advance()
+                torch.rand(7)  # whatever else draws
                 whole = [torch.cat(part).split(8) for part in zip(*pieces, strict=True)]
                 found.append(list(zip(*whole, strict=True)))
         for number in range(4):
@@ -127,51 +89,9 @@ def test_a_micro_batch_that_does_not_divide_the_batch():
         stream(micro_batch_size=3)
 
 
-def test_nothing_else_that_draws_moves_the_stream():
-    a, b = stream(), stream()
-    for _ in range(3):
-        torch.rand(7)
-        a.advance()
-    for _ in range(3):
-        b.advance()
-    assert same(a.current, b.current)
-
-
-def test_a_stream_goes_on_from_its_state():
-    a = stream()
-    for _ in range(3):
-        a.advance()
-    state, expected = a.state_dict(), [a.current]
-    expected += chain(*a.evaluation("val", 2))
-    a.advance()
-    expected.append(a.current)
-
-    b = stream(seed=5)
-    b.load_state_dict(state)
-    found = [b.current, *chain(*b.evaluation("val", 2))]
-    b.advance()
-    found.append(b.current)
-    assert all(same(p, q) for p, q in zip(found, expected, strict=True))
-
-
-def write(folder, train=None, val=None):
-    for name, tokens in (("train", train), ("val", val)):
-        data = np.zeros(100, "<u2") if tokens is None else tokens
-        (folder / f"{name}.bin").write_bytes(data if isinstance(data, bytes) else np.asarray(data, "<u2").tobytes())
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "train.bin has 0 bytes: expected uint16 tokens"),
-        (b"abc", "train.bin has 3 bytes: expected uint16 tokens"),
-        (np.zeros(32, "<u2"), "train.bin has 32 tokens: too few for block_size=32, which needs at least 33"),
-    ],
-)
-def test_files_that_cannot_be_tokens(tmp_path, content, sentence):
-    write(tmp_path, content)
-    with pytest.raises(UsageError, match=sentence):
-        stream(str(tmp_path))
+def write(folder, train):
+    for name, tokens in (("train", train), ("val", np.zeros(100))):
+        (folder / f"{name}.bin").write_bytes(np.asarray(tokens, "<u2").tobytes())
 
 
 def test_the_shortest_file_that_will_do(tmp_path):
@@ -179,14 +99,6 @@ def test_the_shortest_file_that_will_do(tmp_path):
     x, y = stream(str(tmp_path)).current
     assert x[0].tolist() == list(range(32))
     assert y[0].tolist() == list(range(1, 33))
-
-
-def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
-    tokens = np.zeros(33)
-    tokens[7] = 300
-    write(tmp_path, tokens)
-    with pytest.raises(UsageError, match="train.bin holds token 300 at position 7, but the vocabulary has 65"):
-        stream(str(tmp_path))
 
 
 def test_missing_data_names_what_to_run_or_what_was_meant(tmp_path):
@@ -219,7 +131,7 @@ def ids_below(vocab_size, count=4000, least=0):
 
 
 @pytest.mark.parametrize("kind", ["<u2", "<u4", "<i4", "<i8"])
-@pytest.mark.parametrize("vocab_size", [2, 65, 50257, 65536])
+@pytest.mark.parametrize("vocab_size", [2, 65536])
 def test_ids_of_any_width_are_read_as_what_they_are(tmp_path, kind, vocab_size):
     ids = ids_below(vocab_size)
     folder = write_ids(tmp_path, kind, ids)
@@ -228,15 +140,14 @@ def test_ids_of_any_width_are_read_as_what_they_are(tmp_path, kind, vocab_size):
     assert data.read(torch.tensor([7])).tolist() == [ids[7:40].tolist()]
 
 
-@pytest.mark.parametrize("kind", ["<u4", "<i8"])
-def test_a_large_vocabulary_needs_four_bytes(tmp_path, kind):
+def test_a_large_vocabulary_needs_four_bytes(tmp_path):
     ids = ids_below(100_277)
-    folder = write_ids(tmp_path, kind, ids)
+    folder = write_ids(tmp_path, "<u4", ids)
     assert open_data(folder, 32, 100_277)["train"].read(torch.tensor([0])).tolist() == [ids[:33].tolist()]
     assert token_type(write_ids(tmp_path, "<u2", ids_below(300)) + "/train.bin", 100_277) == np.dtype("<u2")
 
 
-@pytest.mark.parametrize("named", ["uint8", "int32", np.uint32, np.dtype("int64")], ids=str)
+@pytest.mark.parametrize("named", ["uint8", np.uint32, np.dtype("int64")], ids=str)
 @pytest.mark.parametrize("name", ["meta.pkl", "prepared.json"])
 def test_the_type_that_the_data_set_names_is_believed(tmp_path, named, name):
     folder = write_ids(tmp_path, named, ids_below(65, least=1))
@@ -309,20 +220,14 @@ def test_training_needs_vocab_size_alone_whatever_else_there_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("vocab_size", "kind"),
-    [
-        ("65", "str"),
-        (65.0, "float"),
-        (np.float64(65), "numpy.float64"),
-        (np.arange(1), "numpy.ndarray"),
-        (Evil(), "open"),
-    ],
+    [("65", "str"), (np.float64(65), "numpy.float64")],
 )
 def test_the_type_that_stands_in_the_way_is_named(tmp_path, vocab_size, kind):
     with pytest.raises(UsageError, match=rf"meta.pkl: vocab_size is a .*{kind}: write int\(...\)"):
         load_meta(write_meta(tmp_path, vocab_size=vocab_size))
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1]), pickle.dumps({"stoi": {}})])
+@pytest.mark.parametrize("content", [b"garbage", pickle.dumps({"stoi": {}})])
 def test_a_meta_file_that_is_none(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UsageError, match="meta.pkl"):
@@ -347,12 +252,8 @@ def test_the_longest_symbol_that_fits_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("symbols", "sentence"),
-    [
-        ({}, "has neither stoi nor itos"),
-        ({"stoi": Tokenizer()}, "stoi is a .*Tokenizer: write a dict"),
-        ({"stoi": {"a": 0}, "itos": np.array(["a"])}, "itos is a numpy.ndarray: write a dict"),
-        ({"stoi": {"a": 7}}, "from 0 to vocab_size - 1"),
-    ],
+    [({}, "has neither stoi nor itos"), ({"stoi": Tokenizer()}, "stoi is a .*Tokenizer: write a dict")],
+    ids=str,
 )
 def test_what_sampling_lacks_is_told_at_sampling(tmp_path, symbols, sentence):
     folder = write_meta(tmp_path, vocab_size=7, **symbols)
@@ -378,23 +279,6 @@ def test_bpe_there_and_back(bpe):
     assert decode([15496, 50300]) == "Hello", "the padding of the vocabulary stands for nothing"
 
 
-def test_going_back_to_a_state_repeats_the_batches_that_follow():
-    a = stream()
-    list(a.evaluation("val", 3))  # which moves the generator beyond the current batch
-    state, expected = a.state_dict(), []
-    for _ in range(3):
-        expected.append(a.current)
-        a.advance()
-    a.micro_batch_size = 4
-    a.load_state_dict(state)
-    found = []
-    for _ in range(6):
-        found.append(a.current)
-        a.advance()
-    whole = [tuple(torch.cat(pair) for pair in zip(*found[i : i + 2], strict=True)) for i in (0, 2, 4)]
-    assert all(same(p, q) for p, q in zip(whole, expected, strict=True))
-
-
 class Noted(TokenFile):
     """A file that keeps where the sequences begin that are drawn from it."""
 
@@ -418,7 +302,7 @@ def iteration(parts):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (4, 8, 2, 16), (6, 4, 12), (12, 5, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 8), (4, 8, 2, 16), (12, 5, 8)], ids=str)
 def test_each_sequence_is_trained_on_once_however_batches_are_cut_on_resuming(tmp_path, sizes, ranks):
     """Twice 4 go on as once 8, and so on."""
     folder = write_ids(tmp_path, "<u2", np.arange(60_000))  # a sequence's first token tells where it begins
@@ -468,12 +352,6 @@ def test_a_state_of_older_versions_goes_on_exactly():
         for batch in expected:
             assert same(b.current, batch)
             b.advance()
-    halves = stream(seed=5, batch_size=4)
-    halves.load_state_dict({"before": before, "after": after}, drawn=8)
-    for batch in expected:
-        for rows in (slice(4), slice(4, 8)):
-            assert same(halves.current, [part[rows] for part in batch])
-            halves.advance()
 
 
 def test_a_shorter_file_than_the_state_was_saved_of(tmp_path):
@@ -486,26 +364,11 @@ def test_a_shorter_file_than_the_state_was_saved_of(tmp_path):
     assert a.current[0].max() < 50
 
 
-def test_ranks_share_the_batches_that_one_would_draw():
-    alone, *shared = (stream() for _ in range(4))
-    expected = list(alone.evaluation("train", 5))
-    shares = [list(s.evaluation("train", 5, rank, 3)) for rank, s in enumerate(shared)]
-    assert [len(share) for share in shares] == [2, 2, 1]
-    dealt = [shares[i % 3][i // 3] for i in range(5)]
-    assert all(same(a[0], b[0]) for a, b in zip(dealt, expected, strict=True))
-    assert all(torch.equal(s.generator.get_state(), alone.generator.get_state()) for s in shared)
-
-
 def test_a_state_in_the_middle_of_a_batch_is_a_mistake_of_ours():
     a = stream(micro_batch_size=4)
     a.advance()
     with pytest.raises(AssertionError, match="an iteration ends with its last batch"):
         a.state_dict()
-
-
-@pytest.mark.parametrize(("per_iter", "micro", "micro_steps"), [(1, 8, 1), (5, 8, 5), (5, 2, 20), (3, 1, 24)])
-def test_micro_steps_of_an_iteration(per_iter, micro, micro_steps):
-    assert stream(per_iter=per_iter, micro_batch_size=micro).micro_steps == micro_steps
 
 
 def test_random_batches_stand_in_for_a_data_set():

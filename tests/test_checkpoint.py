@@ -3,13 +3,11 @@
 import math
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, run_script, train
+from conftest import TOY, run_script, train
 
 import model as our_model
 from nanofit import checkpoint
@@ -138,19 +136,6 @@ def test_what_cant_be_read_now_is_not_called_damaged(monkeypatch):
         checkpoint.load("out", for_training=True)
     assert "damaged" not in str(error.value)
     assert "rename" not in str(error.value), "the one before would take the place of what may be whole"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_resumed_run_lets_go_of_the_file_that_it_came_from():
-    train(**TINY, max_iters=5)
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['train.py', *{flags(**{**TOY, **TINY, 'max_iters': 10, 'init_from': 'resume'})!r}]\n"
-        f"names = runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-        "print('mapped:', [line for line in open('/proc/self/maps') if 'ckpt' in line])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
-    assert "mapped: []" in done.stdout, done.stdout[-1000:] + done.stderr
 
 
 def test_a_resumed_run_saves_at_every_evaluation_where_there_is_room_for_one_and_a_half(monkeypatch):

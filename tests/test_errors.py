@@ -1,13 +1,13 @@
 """What users read when something goes wrong, and which errors say that memory ran out."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
-from test_models import Checkout, training
+from conftest import REFERENCE, ROOT, TOY, environment, flags
 
 from nanofit import errors
 from nanofit.errors import UsageError, is_lost_rank, is_out_of_memory, lost_sentence, memory_sentence
@@ -147,13 +147,17 @@ def test_a_mistake_within_our_code_is_ours_wherever_it_was_called_from(capsys):
     ],
 )
 def test_a_mistake_in_model_py_is_told_as_the_users(tmp_path, old, new, sentence):
-    checkout = Checkout(tmp_path / "checkout", "nanogpt_like.py")
-    lines = (checkout.folder / "model.py").read_text().splitlines()
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "nanofit", checkout / "nanofit", ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("train.py", "configurator.py"):
+        shutil.copy(ROOT / script, checkout)
+    shutil.copytree(REFERENCE / "markov", checkout / "data" / "markov")
+    lines = (ROOT / "tests" / "models" / "nanogpt_like.py").read_text().splitlines()
     [line] = [i for i, text in enumerate(lines) if old in text]
     lines[line] = lines[line].replace(old, new)
-    (checkout.folder / "model.py").write_text("\n".join(lines))
-    command = [sys.executable, *training()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=checkout.folder, env=environment(PYTHONPATH=""))
+    (checkout / "model.py").write_text("\n".join(lines))
+    command = [sys.executable, "train.py", *flags(**TOY)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=checkout, env=environment(PYTHONPATH=""))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(sentence.format(line=line + 1)), done.stderr
     assert "mistake of the program's" not in done.stderr

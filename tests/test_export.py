@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFERENCE, ROOT, flags, run_script, train
+from conftest import REFERENCE, flags, run_script, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -171,12 +171,6 @@ def write_meta(symbols):
     Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def test_a_character_that_the_data_set_lacks_is_refused():
-    tokenizer = huggingface.tokenizer_of("data/markov")
-    with pytest.raises(Exception, match="UNK"):
-        tokenizer.encode("\u4e00")
-
-
 def test_symbols_of_several_characters_are_taken_before_shorter_ones():
     pytest.importorskip("tokenizers")
     write_meta(["a", "ab", "abc", ".", "(", "a.b", "b", "c"])
@@ -239,19 +233,6 @@ def test_training_goes_on_from_what_was_exported():
     export(out_dir="imported", to="again")
 
 
-def test_what_a_script_finds_is_no_matter():
-    """A folder whose name is not UTF-8, and Python that neither looks beside the script nor keeps assertions."""
-    trained()
-    name = os.fsdecode(b"caf\xe9")
-    keys = flags(to=name, weights_only_to=f"{name}.pt")
-    without = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-O", str(ROOT / "export.py"), *keys]
-    done = subprocess.run(command, capture_output=True, text=True, env={**without, "PYTHONSAFEPATH": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert os.path.isfile(f"{name}/model.safetensors")
-    assert set(torch.load(Path(f"{name}.pt"))["model"]) == set(torch.load("out/ckpt.pt")["model"])
-
-
 def test_the_symbols_of_an_exported_folder():
     trained()
     export(to="hf")
@@ -289,23 +270,6 @@ class Gated(GPT):
             block.mlp.gate = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
 
 
-class Wide(GPT):
-    """Another shape."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.transformer.h[1].mlp.c_fc = nn.Linear(config.n_embd, 6 * config.n_embd)
-        self.transformer.h[1].mlp.c_proj = nn.Linear(6 * config.n_embd, config.n_embd)
-
-
-class Grouped(GPT):
-    """Without a weight that GPT-2 has."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        del self.transformer.h[0].attn.c_proj
-
-
 class Untied(GPT):
     """A head of its own."""
 
@@ -324,8 +288,6 @@ def export_model(model):
     [
         (Squared, "with GPT-2's weights it computes something else .logits differ by"),
         (Gated, "Unexpected .*h.0.mlp.gate.weight"),
-        (Wide, "size mismatch for transformer.h.1.mlp.c_fc.weight: .*16, 96.*16, 64"),
-        (Grouped, "Missing .*h.0.attn.c_proj.weight"),
     ],
 )
 def test_what_transformers_can_not_express_is_said_and_not_written(kind, sentence):
@@ -344,17 +306,6 @@ def test_a_head_of_its_own_is_expressed():
 # ---- weights alone -----------------------------------------------------------------------------------------
 
 
-NANOGPT_READS = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from model import GPT, GPTConfig
-saved = torch.load("shared/ckpt.pt", map_location="cpu")
-model = GPT(GPTConfig(**saved["model_args"]))
-model.load_state_dict(saved["model"])
-print(saved["config"]["dataset"])
-"""
-
-
 def test_weights_alone_are_a_checkpoint_without_its_optimizer():
     trained()
     assert "out/ckpt.pt -> shared/ckpt.pt" in export(weights_only_to="shared/ckpt.pt")
@@ -364,9 +315,7 @@ def test_weights_alone_are_a_checkpoint_without_its_optimizer():
     assert alone["config"]["dataset"] == "markov"
     assert not {"out_dir", "device", "wandb_project"} & set(alone["config"])  # they tell of the machine
     assert os.path.getsize("shared/ckpt.pt") < 0.36 * os.path.getsize("out/ckpt.pt")
-    as_nanogpt = [sys.executable, "-c", NANOGPT_READS, str(ROOT)]  # the calls that nanoGPT's sample.py makes
-    done = subprocess.run(as_nanogpt, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["markov"], done.stderr
+    GPT(GPTConfig(**alone["model_args"])).load_state_dict(alone["model"])  # as nanoGPT's sample.py
 
 
 def test_weights_alone_are_sampled_from():
@@ -376,14 +325,6 @@ def test_weights_alone_are_sampled_from():
     sides = [dict(out_dir="out"), dict(out_dir="shared"), dict(init_from="shared/ckpt.pt")]
     said = [run_script("sample.py", *flags(**side, **keys)).text.split("symbols:")[1] for side in sides]
     assert said[0] == said[1] == said[2]
-
-
-def test_weights_alone_keep_the_activation():
-    model = drawn(vocab_size=65)
-    models.set_activation(model, "gelu_new")
-    save(model, activation=models.activation_of(model))
-    export(weights_only_to="w.pt")
-    assert checkpoint.load(".", "w.pt")["activation"] == "gelu_new"
 
 
 def test_an_activation_that_is_none_or_has_no_place():
@@ -408,17 +349,8 @@ def half_a_checkpoint():
     Path("out/ckpt.pt").write_bytes(data[: len(data) // 2])
 
 
-def no_meta():
-    os.remove("data/markov/meta.pkl")
-
-
 def other_meta():
     write_meta([chr(i) for i in range(300)])
-
-
-def crossed_meta():
-    meta = {"vocab_size": 65, "stoi": {chr(i): i for i in range(65)}, "itos": {i: chr(64 - i) for i in range(65)}}
-    Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 def occupied():
@@ -431,12 +363,10 @@ MISTAKES = [
     (lambda: None, {"weights_only_to": "w.bin"}, "weights_only_to must end in .pt, not 'w.bin'"),
     (no_checkpoint, {"to": "hf"}, "there is no checkpoint out/ckpt.pt"),
     (half_a_checkpoint, {"to": "hf"}, "out/ckpt.pt .*damaged"),
-    (half_a_checkpoint, {"weights_only_to": "w.pt"}, "out/ckpt.pt .*damaged"),
     (occupied, {"to": "hf"}, "hf is not empty: name another one, or remove it first"),
     (lambda: Path("w.pt").write_text("mine"), {"weights_only_to": "w.pt"}, "w.pt is there"),
     (lambda: None, {"to": "data/markov/meta.pkl/hf"}, "data/markov/meta.pkl/hf can't be written .File exists"),
     (other_meta, {"to": "hf"}, "vocabulary of 65 and data/markov/meta.pkl has 300 symbols: bring the meta.pkl"),
-    (crossed_meta, {"to": "hf"}, "data/markov/meta.pkl: stoi and itos are not each other's inverse"),
 ]  # fmt: skip
 
 
@@ -452,32 +382,15 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(act, keys, sentence):
 
 def test_gpt2s_symbols_are_not_taken_for_a_model_of_characters(bpe):
     trained()
-    no_meta()
+    os.remove("data/markov/meta.pkl")
     with pytest.raises(UsageError, match="vocabulary of 65 and GPT-2's BPE, which is taken .*meta.pkl.* has 50257"):
         export(to="hf")
-
-
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
-def test_prefixes_of_wrappers_are_taken_off(prefix):
-    trained()
-    saved = torch.load("out/ckpt.pt")
-    saved["model"] = {prefix + name: weight for name, weight in saved["model"].items()}
-    torch.save(saved, "out/ckpt.pt")
-    export(weights_only_to="w.pt")
-    assert "transformer.wte.weight" in torch.load("w.pt")["model"]
 
 
 def test_a_run_that_stopped_before_it_had_a_best_is_exported():
     trained()
     os.rename("out/ckpt.pt", f"out/{checkpoint.LAST}")
     assert "out/ckpt.last.pt -> w.pt" in export(weights_only_to="w.pt")
-
-
-def test_an_empty_folder_is_written_to():
-    trained()
-    os.mkdir("hf")
-    export(to="hf")
-    assert os.path.isfile("hf/config.json")
 
 
 @pytest.mark.parametrize("keys", [{"to": "hf"}, {"weights_only_to": "w.pt"}])
@@ -520,12 +433,3 @@ def test_pushing_uploads_the_whole_folder(monkeypatch):
     files = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     assert uploaded == {"me/markov": [*files, "tokenizer.json", "tokenizer_config.json"]}
     assert sorted(os.listdir()) == ["data", "out"]
-
-
-@pytest.mark.parametrize(("name", "reason"), [("me/mar kov", "Repo id must"), ("me/markov", "offline")])
-def test_pushing_that_fails_is_a_sentence_and_keeps_the_folder(monkeypatch, name, reason):
-    trained()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match=f"push_to='{name}' failed .*{reason}.*hf auth login"):
-        export(to="hf", push_to=name)
-    assert os.path.isfile("hf/model.safetensors")

@@ -1,18 +1,14 @@
-"""What someone who knows nanoGPT reads in the first two hours, to the very words."""
+"""What someone who knows nanoGPT reads in the first two hours."""
 
 import hashlib
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, run_script, torchrun, train, train_on_ranks
+from conftest import TOY, flags, run_script, torchrun, train, train_on_ranks
 
 from model import GPTConfig
 from nanofit import settings
@@ -44,26 +40,12 @@ def test_advice_on_a_cpu_counts_the_process_and_repeats_nothing():
 
 
 def test_eval_only_evaluates_once_and_changes_no_file():
-    short()
+    short(tensorboard_log=find_spec("tensorboard") is not None)
     before = files()
     text = short(eval_only=True, init_from="resume", max_iters=1000)
     assert re.findall(r"^step (\d+): train loss \d\.\d{4}, val loss \d\.\d{4}$", text, re.MULTILINE) == ["5"]
     assert "\niter " not in text
     assert files() == before
-
-
-def test_a_crop_is_told_before_it_is_saved_and_what_was_goes_on():
-    short()
-    text = short(init_from="resume", block_size=16, max_iters=6)
-    told = "block_size 32 -> 16: the model is cropped for good; a checkpoint before that is kept\n"
-    assert text.index(told) < text.index("iter 5: ")
-    kept = re.search(
-        r"^out/ckpt.pt, of iteration 5, is another run's: kept as (out/kept-of-run-\w+)/ckpt.pt$", text, re.M
-    )
-    assert torch.load("out/ckpt.pt", weights_only=True)["model_args"]["block_size"] == 16
-    goes_on = short(init_from="resume", max_iters=6, out_dir=kept[1])
-    assert f"resuming from {kept[1]} at iteration 5\n" in goes_on
-    assert torch.load(f"{kept[1]}/ckpt.pt", weights_only=True)["model_args"]["block_size"] == 32
 
 
 def test_a_run_that_ends_before_its_first_save_is_saved():
@@ -161,11 +143,8 @@ def test_what_differs_from_a_checkpoint_is_told_with_what_becomes_of_it():
 @pytest.mark.parametrize(
     "optimizer",
     [
-        {"param_groups": [{"lr": 0.1, "momentum": 0.9}]},
         {"param_groups": [{"betas": (0.9, 0.95, 0.99), "weight_decay": torch.tensor(0.1)}, {"weight_decay": 0}]},
         {"first": {"param_groups": []}, "second": {}},
-        [{"param_groups": []}],
-        None,
     ],
 )
 def test_whatever_optimizer_was_saved_the_differences_are_told(optimizer):
@@ -181,14 +160,6 @@ def test_what_stays_as_in_the_checkpoint_is_told_as_it_is_in_use_and_not_as_it_w
     short(max_iters=3, init_from="resume")
     text = short(max_iters=4, init_from="resume", weight_decay=0.3, beta1=0.9, beta2=0.99)
     assert "differs, but stays as it is in the checkpoint: weight_decay 0.0, not 0.3, beta2 0.9, not 0.99\n" in text
-
-
-def test_a_run_goes_on_with_the_keys_of_its_checkpoint_and_those_that_are_named():
-    short(block_size=16, n_layer=1, grad_clip=0.5, eval_interval=3, recompute=True)
-    run = run_script("train.py", "--init_from=resume", "--max_iters=5", "--batch_size=4")
-    assert "\ndiffers from the checkpoint, and is taken: batch_size 8 -> 4, max_iters 4 -> 5\n" in run.text
-    kept = dict(block_size=16, grad_clip=0.5, eval_interval=3, recompute=True, dataset="markov", batch_size=4)
-    assert {key: run.names["config"][key] for key in kept} == kept
 
 
 def test_shares_that_one_process_does_not_keep_are_told():
@@ -209,35 +180,6 @@ def test_on_a_cpu_mfu_is_of_that_cpu():
     assert all(0 < share <= 110 for share in shares)  # of a product's speed, which is measured with some noise
 
 
-def test_ctrl_c_while_compiling_is_a_sentence():
-    """A compiler that takes for ever; it is interrupted as soon as it has begun."""
-    code = (
-        "import runpy, sys, time, torch\n"
-        "def endless(*_, **__):\n"
-        "    print('now', flush=True)\n"
-        "    time.sleep(100)\n"
-        "torch.compile = endless\n"
-        f"sys.argv = ['train.py', *{flags(**{**TOY, **SHORT, 'compile': True})!r}]\n"
-        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-    )
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    # A shell that starts tests in the background lets them ignore SIGINT, and a run would go on doing so.
-    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
-        try:
-            printed = ""
-            while "now\n" not in printed:
-                line = child.stdout.readline()
-                assert line, child.stderr.read()
-                printed += line
-            os.kill(child.pid, signal.SIGINT)
-            _, said = child.communicate(timeout=60)
-        finally:
-            child.kill()
-    assert "compiling the model... (takes a minute or so; Ctrl-C ends it)\n" in printed
-    assert (child.returncode, said) == (130, "interrupted\n")
-
-
 def test_of_torchruns_ranks_one_speaks_and_torchrun_repeats_it():
     _, said, code = train_on_ranks(2, check=False, gradient_accumulation_steps=3)
     sentence = "error: gradient_accumulation_steps=3 can't be shared equally by 2 ranks: set it to 2 or 4\n"
@@ -255,30 +197,18 @@ import os, time
 import nanofit
 from nanofit.errors import UsageError
 nanofit.start()
-rank = os.environ["RANK"]
-{fails}
+if os.environ["RANK"] == "0":  # learns of it by a closed connection while rank 1 is still about to end
+    raise RuntimeError("Connection closed by peer")
+time.sleep(0.5)
+raise UsageError("rank 1: no", of_rank=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("fails", "cause"),
-    [
-        # Rank 1 is first, but leaves it to rank 0 to tell, and waits until torchrun ends it.
-        ("time.sleep(1.2 * (rank == '0')); raise UsageError('no')", "error: no"),
-        # Rank 0 learns of it by a closed connection while rank 1 is still about to end.
-        (
-            "if rank == '0': raise RuntimeError('Connection closed by peer')\n"
-            "time.sleep(0.5); raise UsageError('rank 1: no', of_rank=True)",
-            "error: rank 1: no",
-        ),
-        ("if rank == '1': raise MemoryError\ntime.sleep(60)", "error: memory ran out"),
-    ],
-)
-def test_torchrun_names_the_rank_that_failed_as_the_cause(workplace, fails, cause):
-    (workplace / "fails.py").write_text(FAILS.format(fails=fails))
+def test_torchrun_names_the_rank_that_failed_as_the_cause(workplace):
+    (workplace / "fails.py").write_text(FAILS)
     _, said, code = torchrun("--standalone", "--nproc_per_node=2", "fails.py", check=False)
     root_cause = said[said.index("Root Cause") :]
     assert code == 1
-    assert f"traceback : {cause}\n" in root_cause, said
+    assert "traceback : error: rank 1: no\n" in root_cause, said
     assert "exitcode  : 1 " in root_cause
     assert "SIGTERM" not in root_cause

@@ -7,16 +7,13 @@ import gc
 import json
 import os
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, run_script, train
+from conftest import flags, run_script, train, train_on_ranks
 
-import model as model_module
 from model import GPT, GPTConfig
 from nanofit import autofit, machine, models
 from nanofit.autofit.plan import OUT_OF_MEMORY, Job, Plan, from_dict
@@ -32,9 +29,14 @@ GPU = torch.device("cuda", 0)
 numbers = pytest.mark.numbers
 
 
+def computes():
+    """Whether this GPU computes: where its memory alone is real, weights are what that held."""
+    return torch.ones(2, device=GPU).sum().item() == 2
+
+
 @pytest.fixture(autouse=True)
 def gpu_only_while_it_lasts(monkeypatch):
-    if torch.ones(2, device=GPU).sum().item() != 2:  # nothing is computed here: weights are what memory held
+    if not computes():
         monkeypatch.setattr(models, "not_finite", lambda model: set())
     yield
     gc.collect()  # models in a run's globals hold each other
@@ -48,14 +50,10 @@ def test_facts_about_the_gpu():
     assert torch.cuda.current_device() == 0
     assert machine.device_name(GPU) == torch.cuda.get_device_name()
     assert machine.best_dtype("cuda") in ("bfloat16", "float16")
-
-
-def test_peak_memory_counts_what_tensors_hold():
-    torch.cuda.reset_peak_memory_stats()
-    before, _ = machine.memory_in_use(GPU)
-    block = torch.empty(64 * 2**20, dtype=torch.uint8, device=GPU)
-    del block
-    assert machine.memory_in_use(GPU)[0] - before >= 64 * 2**20
+    assert machine.sm_count(GPU) > 0
+    assert machine.capability(GPU) >= (5, 0)
+    assert 0 < machine.free_memory_bytes(GPU) <= machine.total_memory_bytes(GPU)
+    assert all(pid > 0 and mib >= 0 for pid, _, mib in machine.gpu_processes(GPU))
 
 
 @numbers
@@ -64,27 +62,6 @@ def test_generators_are_put_back():
     first = torch.rand(3, device=GPU)
     machine.set_rng_state(state, GPU)
     assert torch.equal(torch.rand(3, device=GPU), first)
-
-
-def test_facts_about_memory():
-    assert machine.sm_count(GPU) > 0
-    assert machine.capability(GPU) >= (5, 0)
-    assert 0 < machine.free_memory_bytes(GPU) <= machine.total_memory_bytes(GPU)
-    assert machine.device_info(GPU)["device"] == torch.cuda.get_device_name()
-    assert all(pid > 0 and mib >= 0 for pid, _, mib in machine.gpu_processes(GPU))
-
-
-def test_peaks_count_what_the_allocator_reserves():
-    machine.empty_cache(GPU)
-    machine.reset_peak_memory(GPU)
-    before = machine.peak_reserved_bytes(GPU)
-    block = torch.empty(256 * 2**20, dtype=torch.uint8, device=GPU)
-    assert machine.peak_reserved_bytes(GPU) >= before + 256 * 2**20
-    del block
-    machine.empty_cache(GPU)
-    machine.reset_peak_memory(GPU)
-    assert machine.peak_reserved_bytes(GPU) < before + 256 * 2**20
-    assert machine.allocator_retries(GPU) >= 0
 
 
 def test_a_cap_makes_an_overrun_an_error():
@@ -187,10 +164,8 @@ def test_a_trial_leaves_the_gpus_generator_alone():
 @numbers
 def test_sampling_and_benchmark():
     train(device="cuda", max_iters=10)
-    assert (
-        "---------------"
-        in run_script("sample.py", *flags(device="cuda", start="A", num_samples=1, max_new_tokens=9)).text
-    )
+    text = run_script("sample.py", *flags(device="cuda", start="A", num_samples=1, max_new_tokens=9)).text
+    assert "-" * 15 in text
     keys = dict(
         device="cuda", n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False, real_data=False
     )
@@ -227,17 +202,13 @@ def runs_with_and_without_a_thief(monkeypatch):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_memory_that_vanishes_in_mid_run_makes_micro_batches_smaller(monkeypatch):
-    _, run = runs_with_and_without_a_thief(monkeypatch)
+def test_memory_that_vanishes_in_mid_run_makes_micro_batches_smaller_and_changes_no_loss(monkeypatch):
+    whole, run = runs_with_and_without_a_thief(monkeypatch)
     assert "the same batches again, batch_size 64 -> 32" in run.text
     assert list(run.iter_loss) == list(range(13))
-
-
-@numbers
-def test_memory_that_vanishes_changes_no_loss(monkeypatch):
-    whole, run = runs_with_and_without_a_thief(monkeypatch)
-    assert run.iter_loss == pytest.approx(whole.iter_loss, abs=0.01)  # TF32 products
-    assert {float(s["step"]) for s in run.names["optimizer"].state_dict()["state"].values()} == {13.0}
+    if computes():
+        assert run.iter_loss == pytest.approx(whole.iter_loss, abs=0.01)  # TF32 products
+        assert {float(s["step"]) for s in run.names["optimizer"].state_dict()["state"].values()} == {13.0}
 
 
 @numbers
@@ -262,30 +233,6 @@ def test_a_bad_gradient_is_left_out_without_waiting():
 
 
 @numbers
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_in_chunks_is_as_exact_as_torchs_own(monkeypatch, dtype):
-    monkeypatch.setattr(model_module, "LOSS_CHUNK_BYTES", 4 * 3000 * 100)
-    monkeypatch.setattr(model_module, "SOFTMAX_BYTES", 4 * 3000 * 30)
-    g = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(700, 64, generator=g).to(GPU), 0.2 * torch.randn(3000, 64, generator=g).to(GPU)
-    targets = torch.randint(3000, (700,), generator=g).to(GPU)
-
-    def gradients(loss, h, weight):
-        h, weight = h.detach().requires_grad_(), weight.detach().requires_grad_()
-        (loss(h, weight, targets) * 1024).backward()
-        return h.grad.double() / 1024, weight.grad.double() / 1024
-
-    def plain(h, weight, targets):
-        return torch.nn.functional.cross_entropy(h @ weight.t(), targets)
-
-    exact = gradients(plain, h.double(), weight.double())
-    with torch.autocast("cuda", dtype):
-        ours, torchs = gradients(model_module.head_loss, h, weight), gradients(plain, h, weight)
-    for a, b, c in zip(ours, torchs, exact, strict=True):
-        assert (a - c).norm() <= 1.1 * (b - c).norm()
-
-
-@numbers
 @pytest.mark.parametrize("kind", ["offload", "8bit"])
 def test_the_optimizers_state_elsewhere(kind):
     if kind == "8bit":
@@ -298,19 +245,16 @@ def test_the_optimizers_state_elsewhere(kind):
 WIDE = dict(device="cuda", n_layer=6, n_embd=256, n_head=4, block_size=256, batch_size=32, max_iters=3, dropout=0.1)
 
 
-def test_recompute_takes_less():
-    peaks = []
+def test_recompute_takes_less_and_changes_nothing():
+    peaks, losses = [], []
     for on in (False, True):
         torch.cuda.reset_peak_memory_stats()
-        train(**WIDE, recompute=on)
+        losses.append(train(**WIDE, recompute=on).iter_loss)
         peaks.append(torch.cuda.max_memory_allocated())
         gc.collect()
     assert peaks[1] < 0.6 * peaks[0]
-
-
-@numbers
-def test_recompute_changes_nothing():
-    assert train(**WIDE, recompute=True).iter_loss == pytest.approx(train(**WIDE).iter_loss, abs=1e-3)
+    if computes():
+        assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 def test_auto_fit_from_start_to_checkpoint_and_resume(workplace):
@@ -332,55 +276,7 @@ def test_cuda_graphs_train_alike():
     assert graphs.iter_loss == pytest.approx(eager.iter_loss, abs=0.02)
 
 
-HELD = """
-import sys
-import nanofit
-nanofit.start()
-import torch
-from model import GPT, GPTConfig
-from nanofit import gradients, models, optimizers, machine, sharding
-from nanofit.units import MemoryLevers
-from nanofit.batches import RandomBatch
-from nanofit.ranks import World
-from nanofit.step import accumulate, clip
-
-device = machine.find_device("cuda")
-machine.set_device(device)
-levers = MemoryLevers(shard=sys.argv[1] == "sharded")
-world = World.imagined(2, sharded=levers.shard)
-model = models.build(GPT, GPTConfig, dict(block_size=64, n_layer=6, n_head=8, n_embd=512, bias=False))
-sharding.place(model, world, device, "bfloat16", levers)
-optimizer = optimizers.make_optimizer(model, "float32", 0.1, 6e-4, (0.9, 0.95), device)
-optimizers.allocate_state(optimizer)
-scaler, autocast = machine.grad_scaler(device, "bfloat16"), machine.autocast(device, "bfloat16")
-batches = RandomBatch(1, 64, 50304, device, micro_steps=2)
-accumulate(model, scaler, batches, autocast, gradients.of(model, world, levers))
-clip(model, optimizer, scaler, 1.0)
-print(torch.cuda.memory_allocated())
-"""
-
-
-def test_a_sharded_rank_holds_half():
-    """Weights, gradients and AdamW's state, by the allocator; of two ranks, of which one is imagined."""
-    held = {}
-    for way in ("replicated", "sharded"):
-        done = subprocess.run([sys.executable, "-c", HELD, way], capture_output=True, text=True, env=environment())
-        assert done.returncode == 0, done.stderr
-        held[way] = int(done.stdout.split()[-1])
-    assert held["replicated"] > 4 * 4 * 44e6, "four times 44M parameters in float32"
-    assert held["sharded"] <= 0.55 * held["replicated"]
-
-
 @numbers
 def test_one_nccl_rank():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    keys = {**TOY, "device": "cuda", "max_iters": 10}
-    done = subprocess.run(
-        [*launcher, str(ROOT / "train.py"), *flags(**keys)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "saving checkpoint to out" in done.stdout
+    run, _, _ = train_on_ranks(1, device="cuda", backend="nccl", max_iters=10)
+    assert "saving checkpoint to out" in run.text

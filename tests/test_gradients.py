@@ -1,12 +1,11 @@
 """Gradients of several ranks: how they travel, and what a rank that fails leaves the others."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, torchrun, train_on_ranks
+from conftest import RANK, torchrun
 
 from model import GPT, GPTConfig
 from nanofit import gradients
@@ -162,42 +161,3 @@ def test_ranks_of_which_not_every_one_uses_every_weight_learn_like_one_process()
 def test_ranks_learn_like_one_process_whatever_a_model_leaves_out_draws_or_changes(kinds, ranks):
     for case, differences in uneven(ranks, kinds, (ranks, 6), 30).items():
         assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case
-
-
-COUNTED = """
-import json, os, runpy, sys
-import torch.distributed as dist
-from nanofit.metrics import Metrics
-
-calls, at = [], []
-for name in ("all_reduce", "all_gather_object", "broadcast", "all_gather", "barrier", "reduce_scatter_tensor"):
-    def counted(*args, name=name, function=getattr(dist, name), **options):
-        calls.append(name)
-        return function(*args, **options)
-    setattr(dist, name, counted)
-iterated = Metrics.iterated
-Metrics.iterated = lambda *args: (at.append(len(calls)), iterated(*args))
-sys.argv[0] = {rank!r}
-runpy.run_path({rank!r}, run_name="__main__")
-if os.environ["RANK"] == "0":
-    json.dump(at, open("at.json", "w"))
-"""
-
-
-@pytest.mark.proof
-def test_messages_of_an_iteration_of_gpt2(workplace):
-    with torch.device("meta"):
-        gpt2 = GPT(GPTConfig(bias=False))
-    buckets = list(gradients._grouped(gpt2))
-    sizes = [sum(p.numel() * p.element_size() for p in params) for params in buckets]
-    assert sum(sizes) == 4 * sum(p.numel() for p in gpt2.parameters())
-    assert all(size >= gradients.BUCKET_BYTES for size in sizes[:-1])
-    (workplace / "counted.py").write_text(COUNTED.format(rank=str(RANK)))
-    train_on_ranks(2, script="counted.py", gradient_accumulation_steps=8, max_iters=9)
-    at = json.loads(Path("at.json").read_text())
-    assert len(at) == 10
-    each = {b - a for a, b in pairwise(at[1:])}  # the first evaluation has its own
-    assert len(each) == 1, "whatever the number of micro-steps"
-    beside = each.pop() - 1  # the toy's gradients are one bucket
-    assert beside > 0
-    assert len(buckets) + beside <= 24

@@ -92,14 +92,6 @@ def test_openais_names_compute_with_the_exact_gelu_as_nanogpt_does(theirs):
     assert differences(ours, type(theirs).from_pretrained("gpt2-medium")) < 1e-4
 
 
-def test_weights_of_16_bits(theirs):
-    theirs.to(torch.bfloat16).save_pretrained("hf")
-    theirs.float()
-    ours = GPT.from_pretrained("hf").eval()
-    assert ours.lm_head.weight.dtype == torch.float32
-    assert differences(ours, type(theirs).from_pretrained("hf", dtype=torch.float32)) < 1e-4
-
-
 def test_pretrained_models_that_are_not_to_be_had(theirs, monkeypatch):
     saved_whole(theirs)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -125,7 +117,6 @@ OTHERS = {  # what is done to a folder: what is said
         "its model_type is 'llama', and must be 'gpt2'",
     ),
     "another activation": (lambda: change(activation_function="relu"), "activation_function is 'relu', and must be"),
-    "another width": (lambda: change(n_inner=100), "n_inner is 100, and must be None or 128"),
     "another epsilon": (lambda: change(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
     "one weight less": (lambda: rewrite(**{NAME: None}), f"'hf' lacks 1 of GPT-2's weights: {NAME}"),
     "another head": (
@@ -154,19 +145,6 @@ def test_a_head_that_is_saved_beside_the_same_embedding_is_read(theirs):
 # ---- the rest ----------------------------------------------------------------------------------------------
 
 
-def test_weights_are_drawn_from_the_distributions_of_gpt2():
-    torch.manual_seed(0)
-    model = toy(n_layer=8, n_embd=128, bias=True)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert not p.any(), name
-        elif ".ln_" in name:
-            assert (p == 1).all(), name
-        else:
-            std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05), name
-
-
 def test_the_embedding_and_the_head_are_one_and_both_are_saved():
     model = toy()
     assert model.transformer.wte.weight is model.lm_head.weight
@@ -184,35 +162,6 @@ def test_ignored_targets_count_for_nothing():
     torch.testing.assert_close(loss, expected)
 
 
-def test_without_targets_only_the_last_position_is_predicted():
-    model = toy().eval()
-    idx = torch.randint(65, (2, 8))
-    logits, loss = model(idx)
-    assert logits.shape == (2, 1, 65)
-    assert loss is None
-    torch.testing.assert_close(logits[:, 0], model(idx, idx)[0][:, -1])
-
-
-def test_a_position_sees_nothing_behind_it():
-    model = toy().eval()
-    a = torch.randint(65, (1, 16))
-    b = a.clone()
-    b[0, 10:] = (b[0, 10:] + 1) % 65
-    la, lb = model(a, a)[0], model(b, b)[0]
-    torch.testing.assert_close(la[:, :10], lb[:, :10])
-    assert not torch.allclose(la[:, 10:], lb[:, 10:])
-
-
-def test_generating_beyond_the_block_size():
-    model = toy().eval()
-    torch.manual_seed(1)
-    out = model.generate(torch.zeros((2, 3), dtype=torch.long), 30, top_k=1)
-    assert out.shape == (2, 33)
-    # The likeliest token each time: every row is the same, and what the last window predicts comes next.
-    assert (out[0] == out[1]).all()
-    assert model(out[:, -17:-1])[0].argmax(-1)[0, 0] == out[0, -1]
-
-
 def test_cropping_keeps_the_first_positions():
     model = toy().eval()
     idx = torch.randint(65, (1, 8))
@@ -222,16 +171,6 @@ def test_cropping_keeps_the_first_positions():
     assert torch.equal(model(idx)[0], before)
     with pytest.raises(ValueError, match="at most 8, not 16"):
         model.crop_block_size(16)
-
-
-def test_what_decays_and_what_does_not():
-    model = toy(bias=True)
-    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
-    assert decay["weight_decay"] == 0.1
-    assert rest["weight_decay"] == 0.0
-    assert {p.dim() for p in decay["params"]} == {2}
-    assert {p.dim() for p in rest["params"]} == {1}
-    assert sum(p.numel() for g in (decay, rest) for p in g["params"]) == model.get_num_params(False)
 
 
 def test_mfu_is_the_share_of_an_a100():
@@ -310,7 +249,7 @@ def chunks_of(monkeypatch, rows, vocab_size):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("n_rows", "vocab_size", "ignored", "rows_of_a_chunk"),
-    [(37, 101, 0.0, 5), (37, 101, 0.5, 8), (1, 65, 0.0, 1), (6, 9, 1.0, 4), (12, 7, 0.2, 1), (64, 500, 0.1, 64)],
+    [(37, 101, 0.5, 8), (1, 65, 0.0, 1), (6, 9, 1.0, 4), (64, 500, 0.1, 64)],
 )
 def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, n_rows, vocab_size, ignored, rows_of_a_chunk):
     chunks_of(monkeypatch, rows_of_a_chunk, vocab_size)
@@ -326,31 +265,20 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch, dtype, n_rows, vocab_size, 
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance)  # nan: the mean over no target at all
 
 
-@pytest.mark.parametrize("rows_of_a_chunk", [100, 700])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.numbers])])
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
-def test_the_loss_in_16_bits_is_as_exact_as_torchs_own(monkeypatch, dtype, factor, rows_of_a_chunk):
-    chunks_of(monkeypatch, rows_of_a_chunk, 3000)
+def test_the_loss_in_16_bits_is_as_exact_as_torchs_own(monkeypatch, dtype, factor, device):
+    chunks_of(monkeypatch, 100, 3000)
     g = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(700, 64, generator=g), 0.2 * torch.randn(3000, 64, generator=g)
-    targets = torch.randint(3000, (700,), generator=g)
+    h, weight = torch.randn(700, 64, generator=g).to(device), 0.2 * torch.randn(3000, 64, generator=g).to(device)
+    targets = torch.randint(3000, (700,), generator=g).to(device)
     exact = loss_and_gradients(loss_without_chunks, h.double(), weight.double(), targets)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         ours = loss_and_gradients(head_loss, h, weight, targets, factor)
         torchs = loss_and_gradients(loss_without_chunks, h, weight, targets, factor)
     assert ours[0].dtype == torch.float32
     for name, ours_i, torchs_i, exact_i in zip(("loss", "h", "weight"), ours, torchs, exact, strict=True):
-        assert (ours_i - exact_i).norm() <= 1.05 * (torchs_i - exact_i).norm() + 1e-9 * exact_i.norm(), name
-
-
-def test_float16_keeps_the_gradients_of_unlikely_tokens():
-    # 1/50304 of a probability is far below what float16 can hold beside the one of the target.
-    g = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(64, 8, generator=g), 0.01 * torch.randn(50304, 8, generator=g)
-    targets = torch.randint(100, (64,), generator=g)
-    exact = loss_and_gradients(head_loss, h, weight, targets)
-    with torch.autocast("cpu", torch.float16):
-        ours = loss_and_gradients(head_loss, h, weight, targets, factor=2.0**10)
-    assert (ours[2][100:] - exact[2][100:]).norm() < 0.01 * exact[2][100:].norm()
+        assert (ours_i - exact_i).norm() <= 1.1 * (torchs_i - exact_i).norm() + 1e-9 * exact_i.norm(), name
 
 
 def test_the_loss_alone_is_the_one_that_comes_with_logits():
@@ -365,15 +293,6 @@ def test_the_loss_alone_is_the_one_that_comes_with_logits():
         torch.testing.assert_close(a, b, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(model(idx, idx, return_logits=False)[1], with_logits)
-
-
-def test_a_second_backward_pass_through_the_loss_is_refused():
-    model = toy()
-    idx = torch.randint(65, (3, 16))
-    loss = model(idx, idx, return_logits=False)[1]
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_the_loss_never_holds_all_logits():

@@ -45,7 +45,7 @@ def run(*argv, terminal, **variables):
     return printed, b"".join(heard).decode()
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_evaluations_and_trials_show_themselves_on_a_terminal_alone():
     keys = flags(**{**TOY, "max_iters": 1, "batch_size": 1, "auto_fit": True})
     printed, shown = run(str(ROOT / "train.py"), *keys, terminal=True)

@@ -53,9 +53,7 @@ def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
     assert weights_of_ranks() == expected
 
 
-@pytest.mark.parametrize(
-    ("rank", "restarts", "said"), [(0, 1, "attempt 2 of 4\n"), (0, 0, ""), (1, 1, ""), (0, "many", "")]
-)
+@pytest.mark.parametrize(("rank", "restarts", "said"), [(0, 1, "attempt 2 of 4\n"), (1, 1, "")])
 def test_an_attempt_after_the_first_says_so_before_anything_else(rank, restarts, said):
     told = dict(RANK=f"{rank}", TORCHELASTIC_RESTART_COUNT=f"{restarts}", TORCHELASTIC_MAX_RESTARTS="3")
     command = [sys.executable, "-c", "import nanofit; nanofit.start(); print('the rest')"]
@@ -71,17 +69,6 @@ def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
         UsageError, match=r"\(rank 0 none, rank 1 iteration 40\): it must be a folder that all machines"
     ):
         folder.take()
-    assert not Path("out").exists()
-
-
-def test_ranks_that_are_given_different_keys_are_told(workplace):
-    """Otherwise their weights would differ from the first update on, without a word."""
-    (workplace / "odd.py").write_text("import os\nlearning_rate = 0.1 + int(os.environ['RANK'])\n")
-    keys = flags(**{**TOY, "backend": "gloo", "gradient_accumulation_steps": 2})
-    arguments = ["--standalone", "--nproc_per_node=2", str(RANK), *keys, "odd.py"]
-    _, said, code = torchrun(*arguments, check=False)
-    assert code == 1
-    assert "error: learning_rate is 0.1 for rank 0 and 1.1 for rank 1: give all ranks the same --learning_rate" in said
     assert not Path("out").exists()
 
 
@@ -133,7 +120,7 @@ WHOLE, SHARED, GATHERED_ONCE = dict(), dict(shard=True), dict(shard=True, gather
 def test_ranks_learn_what_one_process_learns(whole, ranks, levers):
     train_on_ranks(ranks, **SAME, **levers)
     ours, alone = figures("out"), figures(whole)
-    assert len(ours) == 2 * 31 + 2 * 4
+    assert len(ours) == 2 * 31 + 2 * 4, "one rank writes"
     assert ours == pytest.approx(alone, abs=1e-5)
     assert_same_weights("out", whole)
 

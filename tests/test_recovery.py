@@ -1,7 +1,9 @@
 """What a run survives: kills, signals, full disks, memory that vanishes, numbers that go bad, data that changes."""
 
 import builtins
+import contextlib
 import errno
+import functools
 import io
 import math
 import os
@@ -9,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial, wraps
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import RANK as TOLD_BY_RANK
-from conftest import ROOT, TOY, environment, flags, train, train_on_ranks, weights_of_ranks
+from conftest import ROOT, TOY, environment, flags, train
 
 from model import GPT
 from nanofit import checkpoint as checkpoints
@@ -24,7 +26,7 @@ from nanofit.batches import Batches
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.ranks import World
-from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
+from nanofit.recovery import Recovery, StopSignals, Watch
 from nanofit.tokens import TokenFile, open_data
 
 CPU = torch.device("cpu")
@@ -96,33 +98,28 @@ def test_the_previous_checkpoint_makes_room_for_the_new_one(failing_files):
     assert (kept(), kept("ckpt.prev.pt")) == (3, 2)
 
 
-def test_no_permission_leaves_the_checkpoint_before(monkeypatch):
+def in_a_fork(act):
+    """The exit code of a child of this process that does this, or minus the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            act()
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_before_the_file_gets_its_name_leaves_the_checkpoint_before():
     checkpoints.save(small(1), "out")
+    replace = os.replace
 
-    def refused(*_, **__):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    def dies(*names):
+        return os.kill(os.getpid(), signal.SIGKILL) if names[1].endswith("ckpt.pt") else replace(*names)
 
-    for name in ("open", "replace"):  # the file, and the folder
-        with monkeypatch.context() as patch:
-            patch.setattr(files if name == "open" else os, name, refused, raising=False)
-            with pytest.raises(checkpoints.SaveError, match="Permission denied"):
-                checkpoints.save(small(2), "out")
-        assert kept() == 1
+    def save_and_die():
+        os.replace = dies
+        checkpoints.save(small(2), "out")
 
-
-def test_a_kill_before_the_file_gets_its_name_leaves_the_checkpoint_before(workplace):
-    code = (
-        "import os, signal, sys, torch\n"
-        "from nanofit import checkpoint\n"
-        "save = lambda n: checkpoint.save({'model': {'w': torch.ones(9)}, 'iter_num': n}, 'out')\n"
-        "save(1)\n"
-        "replace = os.replace\n"
-        "is_its_name = lambda target: target.endswith('ckpt.pt')\n"
-        "os.replace = lambda *names: os.kill(os.getpid(), 9) if is_its_name(names[1]) else replace(*names)\n"
-        "save(2)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment())
-    assert done.returncode == -signal.SIGKILL
+    assert in_a_fork(save_and_die) == -signal.SIGKILL
     assert kept() == 1
     checkpoints.save(small(3), "out")  # what was left lying about doesn't matter
     assert (kept(), kept("ckpt.prev.pt")) == (3, 1)
@@ -140,25 +137,6 @@ def test_weights_that_are_not_finite_overwrite_nothing():
     assert kept() == 10
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(workplace):
-    train(max_iters=20)
-    path = workplace / "out" / "ckpt.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1  # one bit, which torch.load alone would take
-    path.write_bytes(data)
-    offer = "checksum.*ckpt.prev.pt beside it is whole, of iteration 10: to go on from there, rename it to ckpt.pt"
-    with pytest.raises(UsageError, match=offer):
-        train(init_from="resume")
-    path.unlink()
-    with pytest.raises(UsageError, match="there is no checkpoint.*ckpt.prev.pt beside it is whole, of iteration 10"):
-        train(init_from="resume")
-    (workplace / "out" / "ckpt.prev.pt").write_bytes(b"")
-    path.write_bytes(data)
-    with pytest.raises(UsageError, match="checksum of .* is wrong") as error:
-        train(init_from="resume")
-    assert "prev" not in str(error.value)
-
-
 def test_training_goes_on_where_saving_fails_and_says_so_at_the_end(monkeypatch):
     steps, update = [], step.update
     monkeypatch.setattr(step, "update", lambda *a, **k: (steps.append(1), update(*a, **k))[1])
@@ -171,18 +149,6 @@ def test_training_goes_on_where_saving_fails_and_says_so_at_the_end(monkeypatch)
     with pytest.raises(UsageError, match="not saved: out/ckpt.pt can't be written"):
         train(max_iters=20)
     assert len(steps) == 11 + 21, "it went on to the end"
-    assert kept() == 10
-
-
-def test_a_folder_that_is_gone_is_made_again(monkeypatch):
-    real = step.evaluate
-
-    def evaluate(*args, **options):
-        shutil.rmtree("out", ignore_errors=True)
-        return real(*args, **options)
-
-    monkeypatch.setattr(step, "evaluate", evaluate)
-    train(max_iters=10)
     assert kept() == 10
 
 
@@ -285,31 +251,27 @@ def test_a_signal_before_anything_is_trained_saves_nothing(monkeypatch):
     assert os.listdir("out") == ["run.lock"]
 
 
-def test_a_second_signal_ends_it_at_once():
-    code = (
-        "import signal, os, time\n"
-        "from nanofit import recovery\n"
-        "recovery.SAME_SIGNAL_SECONDS = 0.3\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "signals = recovery.StopSignals()\n"
-        "with signals.listening():\n"
-        "    os.kill(os.getpid(), signal.SIGHUP)\n"
-        "    assert not signals.received\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"  # to the whole group of processes, and again from torchrun
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(signals.received, flush=True)\n"
-        "    time.sleep(0.4)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(60)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.stdout == "2\n"
-    assert done.returncode == 130
+def test_a_second_signal_ends_it_at_once(monkeypatch):
+    monkeypatch.setattr(recovery, "SAME_SIGNAL_SECONDS", 0.3)
+
+    def stubborn():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signals = StopSignals()
+        with signals.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.received
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # to the whole group of processes, and again from torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGINT
+            time.sleep(0.4)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert in_a_fork(stubborn) == 130
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.proof)])
 def test_ctrl_c_before_the_loop_is_not_lost_where_an_exception_would_be(ignored, workplace):
     (workplace / "lost.py").write_text(
         "class Lost:\n"
@@ -327,46 +289,18 @@ def test_ctrl_c_before_the_loop_is_not_lost_where_an_exception_would_be(ignored,
         assert text.endswith("Overriding config with lost.py:\n")
 
 
-def test_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    signals = StopSignals()
-    with signals.listening():
-        signals.check()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(StopRequested):
-            signals.check()
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 # ---- memory that vanishes ----------------------------------------------------------------------------------
 
 # Places of an iteration with two micro-steps in which memory can run out.
 PLACES = ["forward 1", "forward 2", "backward 1", "backward 2", "clipping", "optimizer", "evaluation"]
-# What torch raises on a GPU, where cuBLAS gets no memory, and on a CPU; and what a user reads of it.
-ENDS = {
-    "GPU": (
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.\nmore words"),
-        "memory ran out on asking for 6.14 GiB",
-    ),
-    "cuBLAS": (
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        "memory ran out",
-    ),
-    "CPU": (
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
-            "allocate 34359738368 bytes. Error code 12 (Cannot allocate memory)"
-        ),
-        "memory ran out on asking for 32.00 GiB",
-    ),
-    "Python": (MemoryError(), "memory ran out"),
-}
+# As torch raises it on a GPU; tests/test_errors.py has the words of others.
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB.\nmore words")
 
 
 class Thief:
     """Lets memory run out in chosen places of an iteration, so many times."""
 
-    def __init__(self, monkeypatch, place, iteration, times=1, error=ENDS["GPU"][0]):
+    def __init__(self, monkeypatch, place, iteration, times=1, error=FULL):
         self.place, self.times, self.taken, self.error = place, times, 0, error
         self.iteration, self.count = iteration, {}
         forward, backward, move = GPT.forward, torch.Tensor.backward, torch.optim.AdamW.step
@@ -423,12 +357,19 @@ def weights_are_alike(run, other):
 RUN = dict(max_iters=8, eval_interval=4, gradient_accumulation_steps=2, eval_iters=2)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
-@pytest.mark.parametrize("place", PLACES)
+@functools.cache
+def in_peace(scaled=False, **keys):
+    """A run to compare with, made once."""
+    return train(**{**RUN, **keys}, out_dir="peace")
+
+
+@pytest.mark.parametrize(
+    ("place", "scaled"), [*((place, False) for place in PLACES), ("clipping", True), ("optimizer", True)]
+)
 def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place, scaled):
     if scaled:
         scaled_on_the_cpu(monkeypatch)
-    whole = train(**RUN, dropout=0.2)
+    whole = in_peace(scaled, dropout=0.2)
     thief = Thief(monkeypatch, place, iteration=4)
     run = train(**RUN, dropout=0.2)
     assert thief.taken == 1
@@ -441,27 +382,15 @@ def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place, sc
     assert scalers[0].get("scale") == (8192.0 if scaled else None)
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_whoever_says_that_memory_ran_out_is_understood(monkeypatch, end):
-    error, sentence = ENDS[end]
-    whole = train(**RUN)
-    thief = Thief(monkeypatch, "backward 2", iteration=4, error=error)
-    run = train(**RUN)
-    assert thief.taken == 1
-    assert f"\n{sentence}: the same batches again, at the same size\n" in run.text
-    assert run.iter_loss == whole.iter_loss
-    assert weights_are_alike(run, whole)
-
-
 def test_another_error_ends_the_run_with_its_traceback(monkeypatch):
     Thief(monkeypatch, "backward 2", iteration=4, error=RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="^shapes cannot be multiplied$"):
         train(**RUN)
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "optimizer"])
+@pytest.mark.parametrize("place", ["forward 2", "clipping", "evaluation"])
 def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, place):
-    whole = train(**RUN)
+    whole = in_peace()
     thief = Thief(monkeypatch, place, iteration=4, times=3)
     run = train(**RUN)
     assert thief.taken == 3
@@ -481,7 +410,7 @@ def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, plac
 
 
 def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(monkeypatch):
-    whole = train(**{**RUN, "max_iters": 12}, out_dir="whole")
+    whole = in_peace(max_iters=12)
     with monkeypatch.context() as patch:
         Thief(patch, "forward 1", iteration=6, times=10**9)
         sentence = (
@@ -495,13 +424,9 @@ def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(
     assert rest.iter_loss == pytest.approx({i: v for i, v in whole.iter_loss.items() if i >= 6}, abs=1e-4)
 
 
-@pytest.mark.parametrize("call", [1, 2, 9])
+@pytest.mark.parametrize("call", [1, 9])
 def test_memory_that_runs_out_while_the_optimizers_state_is_made(monkeypatch, call):
-    from test_step import toy
-
-    from nanofit.optimizers import allocate_state
-
-    whole = train(**RUN)
+    whole = in_peace()
     zeros_like, calls = torch.zeros_like, []
 
     def failing(tensor, **options):
@@ -513,16 +438,6 @@ def test_memory_that_runs_out_while_the_optimizers_state_is_made(monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros_like", failing)
         assert train(**RUN).iter_loss == whole.iter_loss
-    # The state is what AdamW would have made.
-    made, own = (toy().configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu") for _ in range(2))
-    allocate_state(made)
-    for optimizer in (made, own):
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-    for a, b in zip(made.state_dict()["state"].values(), own.state_dict()["state"].values(), strict=True):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
 def test_an_optimizer_that_may_have_moved_is_not_called_again(monkeypatch):
@@ -536,88 +451,6 @@ def test_an_optimizer_that_may_have_moved_is_not_called_again(monkeypatch):
     monkeypatch.setattr(GPT, "configure_optimizers", foreach)
     with pytest.raises(torch.OutOfMemoryError):
         train(**RUN)
-
-
-RANK = """
-import os, runpy, sys
-import torch
-sys.argv[0] = "train.py"
-sys.path.insert(0, {tests!r})
-import pytest
-from test_recovery import Thief
-from nanofit import gradients
-gradients.BUCKET_BYTES = 20_000  # several, which are on their way when memory runs out
-rank = int(os.environ["RANK"])
-patch = pytest.MonkeyPatch()
-if rank == {failing}:
-    thief = Thief(patch, {place!r}, iteration=4, times={times})
-names = runpy.run_path({rank!r}, run_name="__main__")
-if rank == {failing}:
-    assert thief.taken == {times} and thief.updates == 9, (thief.taken, thief.updates)
-"""
-
-
-def two_ranks(**keys):
-    """(what two ranks printed, {digest of a rank's weights: their sum})."""
-    run, _, _ = train_on_ranks(2, **{**RUN, **keys})
-    return run, {told["digest"]: told["sum"] for told in weights_of_ranks()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "times"),
-    [
-        ("backward 1", 1),
-        pytest.param("clipping", 1, marks=pytest.mark.proof),
-        pytest.param("forward 1", 2, marks=pytest.mark.proof),
-    ],
-)
-def test_all_ranks_go_back_where_memory_runs_out_on_one(workplace, place, times):
-    keys = dict(gradient_accumulation_steps=2)  # the only micro-step of each rank
-    peace, expected = two_ranks(**keys)
-    assert len(peace.iter_loss) == 9
-    script = workplace / "rank.py"
-    tests = str(ROOT / "tests")
-    script.write_text(RANK.format(tests=tests, failing=1, place=place, times=times, rank=str(TOLD_BY_RANK)))
-    run, weights = two_ranks(script=script, **keys)
-    assert "rank 1: memory ran out on asking for 6.14 GiB: the same batches again, at the same size" in run.text
-    assert len(weights) == len(expected) == 1, "the ranks hold the same weights"
-    if times == 1:
-        assert weights == expected, place
-        assert (run.iter_loss, run.eval_loss) == (peace.iter_loss, peace.eval_loss)
-    else:
-        assert list(weights.values()) == pytest.approx(list(expected.values()), abs=1e-2)
-        assert "batch_size 8 -> 4" in run.text
-
-
-@pytest.mark.slow
-def test_ranks_share_an_evaluation_and_stop_together():
-    one = train(**RUN, eval_only=True)
-    run, _ = two_ranks(eval_only=True)
-    assert run.eval_loss == one.eval_loss
-    assert list(run.eval_loss) == [0]
-    assert not run.iter_loss
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_rank_ends_both_with_one_checkpoint(workplace):
-    (workplace / "rank.py").write_text(
-        "import os, runpy, signal, threading\n"
-        "from nanofit.recovery import StopSignals\n"
-        "listening = StopSignals.listening\n"
-        "def and_one_comes(self):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()\n"
-        "    return listening(self)\n"
-        "StopSignals.listening = and_one_comes\n"
-        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-    )
-    keys = {**RUN, "max_iters": 10**6, "eval_interval": 10**6}
-    run, _, code = train_on_ranks(2, script=workplace / "rank.py", check=False, **keys)
-    assert code != 0
-    saved = torch.load("out/ckpt.pt", weights_only=True)
-    assert len(saved["rng"]) == 2
-    assert f"SIGUSR1 before iteration {saved['iter_num']}: checkpoint saved" in run.text
 
 
 # ---- numbers that go bad -----------------------------------------------------------------------------------
@@ -650,12 +483,11 @@ def test_two_bad_gradients_are_named_and_leave_the_weights_alone(monkeypatch):
     assert steps == {8.0}
 
 
-@pytest.mark.parametrize("log_interval", [1, 7])
-def test_three_bad_gradients_in_a_row_end_the_run_and_the_checkpoint_stays(monkeypatch, log_interval):
+def test_three_bad_gradients_in_a_row_end_the_run_and_the_checkpoint_stays(monkeypatch):
     poisoned(monkeypatch, {12, 13, 14, 15})
     sentence = "the gradient's norm was not finite in 3 iterations in a row, the last was 14"
     with pytest.raises(UsageError, match=sentence):
-        train(max_iters=30, log_interval=log_interval)
+        train(max_iters=30, log_interval=7)
     assert kept() == 10
 
 
@@ -663,28 +495,6 @@ def test_a_long_interval_of_logging_does_not_hide_them(monkeypatch):
     poisoned(monkeypatch, set(range(3, 300)))
     with pytest.raises(UsageError, match="the last was 5"):
         train(max_iters=250, log_interval=1000, eval_interval=1000)
-
-
-@pytest.mark.parametrize("kind", ["float32", "offload"])
-def test_a_bad_gradient_moves_nothing(kind):
-    from test_step import batch, toy
-
-    from nanofit.optimizers import make_optimizer
-
-    model = toy()
-    optimizer = make_optimizer(model, kind, 0.1, 1e-2, (0.9, 0.95), CPU)
-    before = [p.clone() for p in model.parameters()]
-    for bad in (True, False):
-        model(*batch(2))[1].backward()
-        if bad:
-            next(model.parameters()).grad[0, 0] = float("inf")
-        scaler = machine.grad_scaler(CPU, "float32")
-        norm = step.clip(model, optimizer, scaler, grad_clip=0.0)
-        step.update(optimizer, scaler, norm)
-        assert math.isfinite(norm) != bad
-        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        assert same == bad
-        assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_scaler_may_leave_out_more_before_that_is_an_error(capsys):
@@ -698,24 +508,11 @@ def test_the_scaler_may_leave_out_more_before_that_is_an_error(capsys):
         watch.check()
 
 
-def test_a_watch_looks_by_itself_after_a_while(monkeypatch, capsys):
-    monkeypatch.setattr(recovery, "LOOK_EVERY", 4)
-    watch = Watch("the loss")
-    for i, value in enumerate([1.0, math.inf, 1.0]):
-        watch.note(i, torch.tensor(value))
-    assert capsys.readouterr().out == ""
-    watch.note(3, torch.tensor(math.nan))
-    assert capsys.readouterr().out.splitlines() == [
-        "iteration 1: the loss is inf: the weights stay as they were",
-        "iteration 3: the loss is nan: the weights stay as they were",
-    ]
-
-
 # ---- data that changes -------------------------------------------------------------------------------------
 
 
 def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace, monkeypatch):
-    whole = train(**{**RUN, "max_iters": 12}, dropout=0.2, out_dir="whole")
+    whole = in_peace(max_iters=12, dropout=0.2)
     path = workplace / "data" / "markov" / "train.bin"
     content = path.read_bytes()
     draw, drawn = TokenFile.draw, []
@@ -751,18 +548,6 @@ def tried(recovery, *parts):
         with attempt:
             values = [part() for part in parts]
     return values
-
-
-def test_what_is_no_lack_of_memory_is_passed_on():
-    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
-    made = recovery_of(batches)
-
-    def bug():
-        raise ZeroDivisionError("a bug")
-
-    with pytest.raises(ZeroDivisionError):
-        tried(made, bug)
-    assert tried(made, lambda: 3, lambda: 4) == [3, 4]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 12, 30, 45])
@@ -803,42 +588,6 @@ def test_memory_is_not_held_by_the_error_that_told_of_its_end():
         raise torch.OutOfMemoryError("full")
 
     assert tried(made, part) == [True]
-
-
-def test_the_parts_before_are_done_again_with_the_same_batches_and_random_numbers():
-    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
-    made = recovery_of(batches)
-    seen = []
-
-    def first():
-        seen.append((batches.current[0].clone(), torch.rand(3)))
-        batches.advance()
-        return "first"
-
-    def second():
-        if len(seen) == 1:
-            raise torch.OutOfMemoryError("full")
-        return "second"
-
-    assert tried(made, first, second) == ["first", "second"]
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
-def test_what_was_stopped_leaves_batches_and_random_numbers_where_they_were():
-    batches = Batches(open_data("data/markov", 8, 65), batch_size=4, device=CPU)
-    made = recovery_of(batches)
-    before = batches.state_dict(), torch.get_rng_state()
-
-    def stopped():
-        list(batches.evaluation("val", 2))
-        torch.rand(3)
-        raise StopRequested
-
-    with pytest.raises(StopRequested):
-        tried(made, stopped)
-    after = batches.state_dict(), torch.get_rng_state()
-    assert all(torch.equal(before[0][name], after[0][name]) for name in ("starts", "generator"))
-    assert torch.equal(before[1], after[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,13 +78,6 @@ def test_a_log_as_columns():
     assert run.evaluations["val_loss"].tolist() == [4.0]
 
 
-def test_an_evaluation_that_is_not_finite_is_one_still():
-    write("out", [evaluation(0, train_loss=None, val_loss=None, best_val_loss=None), iteration(0)])
-    run = Run("out", "out")
-    assert (len(run.iterations["iter"]), len(run.evaluations["iter"])) == (1, 1)
-    assert np.isnan(run.evaluations["val_loss"]).all()
-
-
 def test_figures_of_ones_own_are_columns_that_may_begin_late():
     write("out", [evaluation(0, acc=0.2), iteration(0), iteration(1, noise=1.5), iteration(2, noise="odd")])
     run = Run("out", "out")
@@ -105,13 +96,7 @@ def test_what_a_run_took_leaves_out_its_pauses():
     ]  # fmt: skip
 
 
-DAMAGES = (
-    '{"iter": 3, "lo\n', "\0\0\0\n", '[1, 2]\n{"iter": "3"}\n', '{"loss": {"a": 1}}\n',
-    '{"iter": 9, "run": [], "time": "?"}\n',
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ['{"iter": 3, "lo\n', '[1, 2]\n{"iter": "3"}\n'])
 def test_a_damaged_line_costs_no_other(damage):
     write("out", map(iteration, range(3)))
     with open("out/metrics.jsonl", "a") as file:
@@ -178,17 +163,6 @@ def test_a_sample_of_another_run_is_not_shown():
     assert run.sample == (12, "To be\nor not")
 
 
-def test_settings_are_those_that_were_chosen():
-    from nanofit.tools.report.page import tables_of
-
-    plan = {**FACTS["plan"], "micro_batch_size": 8}
-    config = {**FACTS["config"], "init_from": "resume"}
-    tables = tables_of(a_run(config=config, changed=["init_from", "lr"], plan=plan))
-    assert tables["changed"] == {"lr": 0.1}, "going on is no setting"
-    assert tables["split"] == "As configured: batch_size 8, gradient_accumulation_steps 1"
-    assert [trial["verdict"] for trial in tables["trials"]] == ["fits", "out of memory"]
-
-
 def test_every_picture_has_a_text():
     from nanofit.tools.report.page import page_of
 
@@ -213,35 +187,6 @@ def test_a_page_of_next_to_nothing(records):
 
     write("out", records)
     assert "Loss" in page_of([Run("out", "out")])
-
-
-def test_one_figure_is_drawn_as_a_mark_and_resumes_are_marked():
-    from bokeh.models import Scatter, Span
-
-    from nanofit.tools.report.charts import charts_of
-
-    write("out", [start(), evaluation(0), iteration(0), start(1), start(1)])
-    charts = charts_of([Run("out", "out")])
-    assert charts["speed"].y_range is not charts["memory"].y_range
-    loss = charts["loss"]
-    assert {r.glyph.y for r in loss.renderers if isinstance(r.glyph, Scatter)} >= {"loss", "val_loss", "train_loss"}
-    assert [span.location for span in loss.center if isinstance(span, Span)] == [1, 1]
-
-
-def test_a_long_run_makes_a_small_page():
-    from nanofit.tools.report.page import page_of
-
-    write(
-        "out",
-        [start(), *(iteration(it, loss=4 + it % 7, lr=it / 7, mfu=it % 11) for it in range(50_000))],
-    )
-    with open("out/metrics.jsonl", "a") as file:
-        file.write(json.dumps(iteration(50_000, loss=1234.5)) + "\n")
-    run = Run("out", "out")
-    rows, _ = run.drawn(1)
-    assert 1000 < len(rows["iter"]) <= 8000
-    assert rows["loss"].max() == 1234.5
-    assert len(page_of([run])) < 5e6
 
 
 # ---- the script --------------------------------------------------------------------------------------------
@@ -291,24 +236,12 @@ def test_what_is_missing_is_told(monkeypatch):
     a_run()
     with pytest.raises(UsageError, match=r"out/metrics.jsonl is a file: report.py takes the out_dir of a run"):
         run_script("report.py", "out/metrics.jsonl")
-    for package in ("bokeh", "jinja2"):
-        for name in [n for n in sys.modules if n.startswith("nanofit.tools.report.")]:
-            monkeypatch.delitem(sys.modules, name)
-        with monkeypatch.context() as without:
-            for name in [package, *(n for n in sys.modules if n.startswith(f"{package}."))]:
-                without.setitem(sys.modules, name, None)
-            with pytest.raises(UsageError, match="pip install bokeh"):
-                run_script("report.py", "out")
-
-
-def test_the_script_wherever_it_is_called_and_whatever_the_folder_is_called(tmp_path):
-    a_run()
-    odd = os.fsencode(tmp_path) + b"/out-\xff @ <b>"
-    os.rename("out", odd)
-    command = [sys.executable, "-OO", str(ROOT / "report.py"), odd]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
-    assert done.returncode == 0, done.stderr
-    assert b"&lt;b&gt;" in Path(os.fsdecode(odd), "report.html").read_bytes()
+    for name in [n for n in sys.modules if n.startswith("nanofit.tools.report.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    monkeypatch.setitem(sys.modules, "bokeh.plotting", None)
+    with pytest.raises(UsageError, match="pip install bokeh"):
+        run_script("report.py", "out")
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------

@@ -20,14 +20,6 @@ def sample(**keys):
     return run_script("sample.py", *flags(**{"device": "cpu", **keys})).text
 
 
-def test_samples_in_the_data_sets_own_symbols():
-    train(max_iters=10)
-    text = sample(num_samples=2, max_new_tokens=20, start="HELLO")
-    found = re.findall(r"^(HELLO.{20})\n-{15}$", text, re.M)
-    assert len(found) == 2
-    assert found[0] != found[1]
-
-
 def drawn(batches, start="A", seed=7):
     """The texts of GPT.generate for the checkpoint in out: nanoGPT seeds, builds the model, which draws, samples."""
     saved = checkpoints.load("out")
@@ -48,13 +40,9 @@ def printed(num_samples, **keys):
     return texts
 
 
-def test_one_sample_is_nanogpts_for_a_seed():
-    train(max_iters=10)
-    assert printed(1) == drawn([1])
-
-
 def test_several_samples_are_drawn_in_one_batch():
     train(max_iters=10)
+    assert printed(1) == drawn([1]), "nanoGPT's for a seed"
     texts = printed(4)
     assert texts == drawn([4])
     assert len(set(texts)) == 4
@@ -66,8 +54,8 @@ def unknown(device):
 
 @pytest.mark.parametrize(
     ("free_memory_bytes", "batches"),
-    [(unknown, [1] * 5), (lambda device: 1, [1] * 5), (lambda device: 550_000, [2, 2, 1])],  # a sample takes 128,536
-    ids=["unknown", "none", "two"],
+    [(unknown, [1] * 5), (lambda device: 550_000, [2, 2, 1])],  # a sample takes 128,536
+    ids=["unknown", "two"],
 )
 def test_samples_that_memory_can_not_hold_together_are_drawn_in_turn(monkeypatch, free_memory_bytes, batches):
     train(max_iters=10)
@@ -75,24 +63,7 @@ def test_samples_that_memory_can_not_hold_together_are_drawn_in_turn(monkeypatch
     assert printed(5) == drawn(batches)
 
 
-def test_a_checkpoint_may_hold_more_sizes_than_a_model_has():
-    train(max_iters=10)
-    before = printed(1)
-    saved = torch.load("out/ckpt.pt")
-    torch.save({**saved, "model_args": {**saved["model_args"], "rotary": True}}, "out/ckpt.pt")
-    assert printed(1) == before
-
-
-def test_weights_of_another_model():
-    train(max_iters=10)
-    saved = torch.load("out/ckpt.pt")
-    torch.save({**saved, "model_args": {**saved["model_args"], "n_embd": 32}}, "out/ckpt.pt")
-    with pytest.raises(UsageError, match="out/ckpt.pt: its weights don't fit its model_args: size mismatch.*wte") as e:
-        sample()
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("nothing", ["missing", None, {}], ids=str)
+@pytest.mark.parametrize("nothing", ["missing", None], ids=str)
 def test_a_checkpoint_that_was_stripped_for_sharing_samples(nothing):
     train(max_iters=10)
     before = printed(1)
@@ -128,32 +99,6 @@ def test_compiled_sampling_gives_the_same_text():
     compiled = sample(compile=True, **keys)
     assert "compile failed" not in compiled
     assert compiled.splitlines()[-2:] == sample(**keys).splitlines()[-2:]
-
-
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        ({"start": "FILE:nowhere.txt"}, "the prompt can't be read: .*nowhere.txt"),
-        ({"start": "''"}, "start is empty"),
-        ({"temperature": 0.0}, "temperature must be from 0.0001 on, not 0.0; for the likeliest token each time, use"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"out_dir": "nowhere"}, "there is no checkpoint nowhere/ckpt.pt"),
-        ({"init_from": "gpt5"}, "no pretrained model 'gpt5'"),
-    ],
-    ids=str,
-)
-def test_mistakes(keys, sentence):
-    train(max_iters=10)
-    with pytest.raises(UsageError, match=sentence):
-        sample(**keys)
-
-
-def test_a_character_that_the_data_lacks_is_named():
-    train(max_iters=10)
-    with pytest.raises(
-        UsageError, match="the character 'ü', which is not among the 65 symbols of data/markov/meta.pkl"
-    ):
-        sample(start="Aü")
 
 
 def test_no_bpe_without_a_network(monkeypatch):
@@ -217,8 +162,6 @@ def test_bench_ends_with_nanogpts_line():
 
 
 def test_bench_on_real_data(workplace):
-    with pytest.raises(UsageError, match="data/openwebtext/train.bin does not exist"):
-        run_script("bench.py", *flags(**BENCH))
     (workplace / "data" / "markov").rename(workplace / "data" / "openwebtext")
     losses = [float(v) for v in re.findall(r"/20 loss: (\S+)", run_script("bench.py", *flags(**BENCH)).text)]
     assert losses[-1] < losses[0]

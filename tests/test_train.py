@@ -5,18 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOY, environment, flags, run_script, train
 
 from configurator import configure
+from nanofit import errors
 from nanofit.batches import Batches
-from nanofit.errors import UsageError
 
 
 def test_log_lines():
@@ -70,9 +67,7 @@ def test_a_run_follows_its_schedule(decay_lr, last):
     "keys",
     [
         {},
-        {"dropout": 0.2},
-        {"gradient_accumulation_steps": 3, "dropout": 0.1, "bias": True},
-        {"dtype": "bfloat16"},
+        {"gradient_accumulation_steps": 3, "dropout": 0.1, "bias": True, "dtype": "bfloat16"},
     ],
     ids=str,
 )
@@ -124,14 +119,6 @@ def groups(saved):
     return [[n for n in names if saved["model"][n].dim() >= 2], [n for n in names if saved["model"][n].dim() < 2]]
 
 
-def test_a_compiled_models_prefix_is_taken_off():
-    train(max_iters=10)
-    saved = torch.load("out/ckpt.pt", weights_only=True)
-    saved["model"] = {f"_orig_mod.{n}": w for n, w in saved["model"].items()}
-    torch.save(saved, "out/ckpt.pt")
-    assert 10 in train(init_from="resume", max_iters=10).eval_loss
-
-
 def as_version_0_1(patch, **keys):
     """The checkpoint of a run that saves as version 0.1: no memory lever, no mark of the data and no run's id was kept.
 
@@ -161,13 +148,6 @@ def test_auto_begins_and_goes_on_by_the_same_command():
     assert torch.load("out/ckpt.pt", weights_only=True)["config"]["init_from"] == "resume"
 
 
-def test_auto_does_not_begin_anew_over_a_checkpoint_that_is_damaged():
-    train(max_iters=10, init_from="auto")
-    Path("out/ckpt.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(UsageError, match="out/ckpt.pt is damaged"):
-        train(max_iters=10, init_from="auto")
-
-
 def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(monkeypatch):
     keys = dict(dropout=0.2, gradient_accumulation_steps=2)
     whole = train(max_iters=20, out_dir="whole", **keys)
@@ -185,23 +165,6 @@ def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(monkeypatch):
     assert rest.iter_loss == {i: loss for i, loss in whole.iter_loss.items() if i >= 10}
     assert rest.eval_loss == {i: losses for i, losses in whole.eval_loss.items() if i >= 10}
     assert len(rest.iter_loss) == 11
-
-
-def test_a_checkpoint_without_an_optimizer_can_not_be_resumed():
-    train(max_iters=10)
-    saved = torch.load("out/ckpt.pt", weights_only=True)
-    del saved["optimizer"]
-    torch.save(saved, "out/ckpt.pt")
-    with pytest.raises(UsageError, match="^out/ckpt.pt is not a checkpoint of a training run: it lacks optimizer"):
-        train(init_from="resume")
-
-
-@pytest.mark.parametrize("state", [None, {}, {"state": {}, "param_groups": []}], ids=["none", "nothing", "no groups"])
-def test_an_optimizer_of_another_model_is_named(state):
-    train(max_iters=10)
-    torch.save({**torch.load("out/ckpt.pt", weights_only=True), "optimizer": state}, "out/ckpt.pt")
-    with pytest.raises(UsageError, match="the checkpoint's optimizer does not belong to its model: "):
-        train(init_from="resume")
 
 
 def test_resuming_with_a_shorter_block_crops_weights_and_moments():
@@ -258,97 +221,16 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one():
 def test_a_dtype_asked_for_on_the_cpu_is_used():
     default, half = train(max_iters=3), train(max_iters=3, dtype="bfloat16")
     assert default.names["dtype"] == "float32"
-    assert half.iter_loss != default.iter_loss
+    assert half.names["dtype"] == "bfloat16"
     assert half.iter_loss == pytest.approx(default.iter_loss, abs=0.02)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        ({"dataset": "markow"}, "data/markow/train.bin does not exist: did you mean --dataset=markov"),
-        ({"block_size": 60000}, "train.bin has 60,000 tokens: too few for block_size=60000"),
-        ({"n_embd": 64, "n_head": 3}, "n_embd=64 is not divisible by n_head=3.*set n_head to 2 or 4"),
-        ({"init_from": "resume", "out_dir": "nowhere"}, "there is no checkpoint nowhere/ckpt.pt"),
-        ({"init_from": "gtp2"}, "init_from must be 'scratch', 'resume', 'auto', one of gpt2, .*not 'gtp2'"),
-        ({"dtype": "half"}, "dtype must be one of 'float32', 'bfloat16', 'float16', not 'half'"),
-        ({"device": "gpu"}, "device must be 'cuda', 'cuda:N', 'mps' or 'cpu', not 'gpu'"),
-        ({"beta2": 1.5}, "beta2 must be below 1, not 1.5"),
-        ({"compile_mode": "max_autotune"}, "compile_mode must be one of 'default', .*not 'max_autotune'"),
-        ({"out_dir": "data/markov/train.bin"}, "out_dir='data/markov/train.bin' can't be made"),
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"log_interval": 0}, "log_interval must be at least 1, not 0"),
-    ],
-    ids=str,
-)
-def test_mistakes(keys, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        train(**keys)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_cuda_where_there_is_none():
-    with pytest.raises(UsageError, match="device='cuda', but torch sees no CUDA GPU.*leave --device out"):
-        train(device="cuda")
-
-
-def test_a_token_beyond_the_vocabulary(workplace):
-    np.full(100, 65, "<u2").tofile(workplace / "data/markov/val.bin")
-    with pytest.raises(UsageError, match="val.bin holds token 65 at position .*, but the vocabulary has 65"):
-        train()
-
-
-def test_a_damaged_checkpoint(workplace):
-    train(max_iters=10)
-    path = workplace / "out" / "ckpt.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UsageError, match="out/ckpt.pt is damaged or not a checkpoint .its end is missing"):
-        train(init_from="resume")
-    torch.save({"model": {}}, path)
-    with pytest.raises(UsageError, match="it lacks model, model_args, optimizer, iter_num, best_val_loss"):
-        train(init_from="resume")
-
-
-def test_a_block_longer_than_the_checkpoints():
-    train(max_iters=10)
-    with pytest.raises(UsageError, match="block_size=64 is more than the 32 positions"):
-        train(init_from="resume", block_size=64)
-
-
-def test_a_mistake_prints_one_sentence_and_leaves_nothing(workplace):
-    command = [sys.executable, str(ROOT / "train.py"), *flags(**{**TOY, "n_head": 3})]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: n_embd=64 is not divisible by n_head=3")
-    assert len(done.stderr.splitlines()) == 1
-    assert not (workplace / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "advice"),
-    [
-        ([], "--auto_fit=True finds a split that fits"),
-        (["--auto_fit=True"], "less was free than auto_fit found: --init_from=resume goes on from the checkpoint"),
-    ],
-)
-def test_running_out_of_memory_tells_what_to_do(argv, advice):
-    code = f"""
-import nanofit
-nanofit.start()
-import torch
-from configurator import configure
-auto_fit = False
-configure(globals(), {argv})
-raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.14 GiB. GPU 0 has a total capacity of 12 GiB. If "
-    "reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
-    assert done.returncode == 1
-    error, what = done.stderr.splitlines()
-    assert error == "error: memory ran out on asking for 6.14 GiB"
-    assert what.startswith(advice)
+def test_running_out_of_memory_tells_what_to_do():
+    assert errors._when_memory_ends({"auto_fit": False}) == "--auto_fit=True finds a split that fits"
+    assert errors._when_memory_ends({"auto_fit": True}).startswith("less was free than auto_fit found: --init_from=res")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
@@ -363,40 +245,12 @@ def test_a_plan_needs_no_data_set_and_makes_no_folder(workplace):
     assert [path.name for path in workplace.iterdir()] == ["data"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_a_plan_for_a_card_that_is_not_here_wants_to_know_its_memory():
-    with pytest.raises(UsageError, match="there is no cuda here: to plan for one, say how much memory it has"):
-        train(device="cuda", dry_run=True)
-
-
 def test_no_warnings():
     command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *flags(**TOY, dropout=0.1)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "saving checkpoint to out" in done.stdout
-
-
-# ---- Weights & Biases --------------------------------------------------------------------------------------
-
-
-def test_wandb_gets_every_evaluation(monkeypatch):
-    seen = []
-    fake = types.SimpleNamespace(init=lambda **k: seen.append(k), log=lambda d: seen.append(d))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run = train(wandb_log=True, wandb_run_name="mine", max_iters=10)
-    start, first, last = (entry for entry in seen if "project" in entry or "val/loss" in entry)
-    assert (start["project"], start["name"], start["config"]["batch_size"]) == ("owt", "mine", 8)
-    assert set(first) == {"iter", "train/loss", "val/loss", "lr", "mfu"}
-    assert last["iter"] == 10
-    assert last["val/loss"] == pytest.approx(run.eval_loss[10][1], abs=1e-4)
-
-
-def test_wandb_is_only_missed_when_asked_for(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert train(max_iters=0).iter_loss
-    with pytest.raises(UsageError, match="pip install wandb, or --wandb_log=False"):
-        train(wandb_log=True)
 
 
 # ---- config files ------------------------------------------------------------------------------------------
@@ -417,12 +271,16 @@ def test_every_config_file_runs(path, hugging_face_gpt2, capsys):
     assert "no script knows" not in capsys.readouterr().err
 
 
-TOKENS_PER_ITER = {"train_gpt2": 491520, "train_openwebtext": 65536, "train_shakespeare_char": 16384,
-                   "finetune_shakespeare": 32768}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TOKENS_PER_ITER)
-def test_the_configs_arithmetic(name):
+@pytest.mark.parametrize(
+    ("name", "tokens_per_iter"),
+    [
+        ("train_gpt2", 491520),
+        ("train_openwebtext", 65536),
+        ("train_shakespeare_char", 16384),
+        ("finetune_shakespeare", 32768),
+    ],
+)
+def test_the_configs_arithmetic(name, tokens_per_iter):
     names = {"batch_size": 12, "block_size": 1024, "gradient_accumulation_steps": 40, "__file__": "train.py"}
     config, _ = configure(names, [str(ROOT / "config" / f"{name}.py")])
-    assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == TOKENS_PER_ITER[name]
+    assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == tokens_per_iter

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import torchrun, train, train_on_ranks
+from conftest import RANK, ROOT, torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.errors import UsageError
 from nanofit.ranks import ALONE, World
@@ -145,11 +145,44 @@ def test_what_ranks_tell_each_other(workplace):
     }  # fmt: skip
 
 
+ROBBED = """
+import os, runpy, sys
+import pytest
+sys.argv[0] = "train.py"
+sys.path.insert(0, {tests!r})
+from test_recovery import Thief
+from nanofit import gradients
+gradients.BUCKET_BYTES = 20_000  # several, which are on their way when memory runs out
+rank = os.environ["RANK"]
+thief = Thief(pytest.MonkeyPatch(), {place!r}, iteration=2, times={times} * (rank == "1"))
+runpy.run_path({rank!r}, run_name="__main__")
+assert thief.taken == thief.times and thief.updates == 5, (thief.taken, thief.updates)
+"""
+
+
 @pytest.mark.slow
-def test_two_ranks_resume_exactly():
-    keys = dict(dropout=0.1, gradient_accumulation_steps=2, max_iters=14)
-    whole = train_on_ranks(2, **keys)[0].iter_loss
-    os.replace("out/ckpt.prev.pt", "out/ckpt.pt")  # of the evaluation at 10
-    rest = train_on_ranks(2, **keys, init_from="resume")[0].iter_loss
-    assert rest == {i: loss for i, loss in whole.items() if i >= 10}
-    assert len(rest) == 5
+@pytest.mark.parametrize(
+    ("place", "times"),
+    [
+        ("backward 1", 1),
+        pytest.param("clipping", 1, marks=pytest.mark.proof),
+        pytest.param("forward 1", 2, marks=pytest.mark.proof),
+    ],
+)
+def test_two_ranks_resume_and_go_back_exactly_where_memory_runs_out_on_one(workplace, place, times):
+    keys = dict(dropout=0.1, gradient_accumulation_steps=2, max_iters=8, eval_interval=4, eval_iters=2)
+    whole, _, _ = train_on_ranks(2, **keys)
+    expected = weights_of_ranks()
+    os.replace("out/ckpt.prev.pt", "out/ckpt.pt")  # of the evaluation at 4
+    script = workplace / "robbed.py"
+    script.write_text(ROBBED.format(tests=str(ROOT / "tests"), place=place, times=times, rank=str(RANK)))
+    rest, _, _ = train_on_ranks(2, script=script, **keys, init_from="resume")
+    assert "rank 1: memory ran out on asking for 6.14 GiB: the same batches again, at the same size" in rest.text
+    weights = weights_of_ranks()
+    assert weights[0]["digest"] == weights[1]["digest"], "the ranks hold the same weights"
+    if times == 1:
+        assert weights == expected
+        assert rest.iter_loss == {i: loss for i, loss in whole.iter_loss.items() if i >= 4}
+        assert len(rest.iter_loss) == 5
+    else:
+        assert "batch_size 8 -> 4" in rest.text

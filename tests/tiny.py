@@ -2,18 +2,14 @@
 
 import contextlib
 import io
-import sys
 
 import torch
-from conftest import ROOT
+from brought import GPT, KINDS, GPTConfig  # noqa: F401
 
 from nanofit import optimizers
 from nanofit.models import apply_levers, build
 from nanofit.step import train_step
 from nanofit.units import MemoryLevers
-
-sys.path.append(str(ROOT / "tests" / "models"))
-from brought import GPT, KINDS, GPTConfig  # noqa: F401
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=65, dropout=0.0, bias=True)

@@ -1,28 +1,22 @@
 """A stand-in for a fork of nanoGPT's model.py: RMSNorm, rotary positions, SwiGLU, grouped heads, nothing pretrained.
 
-tests/test_models.py puts it in the place of model.py. Of nanoGPT's names for modules it keeps transformer.h, where
-the blocks are, and renames what its author liked to; its GPTConfig has two fields more.
+tests/test_models.py puts it in the place of model.py, with nanogpt_like.py beside it, of which it takes what its author
+left as it was. Of nanoGPT's names for modules it keeps transformer.h, where the blocks are; its GPTConfig has two
+fields more.
 
 Shapes: B sequences, T tokens of each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = C // nh, V = vocab_size.
 """
 
-import math
 from dataclasses import dataclass
 
+import nanogpt_like
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 
 @dataclass
-class GPTConfig:
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = False  # never used
+class GPTConfig(nanogpt_like.GPTConfig):
     n_kv_head: int = None  # heads of keys and values, each shared by as many heads of queries; None: n_head
     rope_base: float = 10000.0  # the longest wavelength of positions, over 2 pi
 
@@ -132,24 +126,6 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         self.config.block_size = block_size  # no weight belongs to a position
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        groups = [
-            dict(params=[p for p in self.parameters() if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0),
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == "cuda")
-
-    def estimate_mfu(self, fwdbwd_per_iter, dt):
-        c = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / 312e12
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1] / temperature  # (B, V)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)), dim=1)
-        return idx
+    configure_optimizers = nanogpt_like.GPT.configure_optimizers
+    estimate_mfu = nanogpt_like.GPT.estimate_mfu
+    generate = nanogpt_like.GPT.generate

@@ -81,6 +81,3 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
-
-    def estimate_mfu(self, fwdbwd_per_iter, dt):
-        return 0.0
