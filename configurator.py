@@ -16,8 +16,8 @@ import ast
 import builtins
 import contextlib
 import difflib
+import glob
 import os
-import re
 import symtable
 import sys
 import traceback
@@ -34,8 +34,8 @@ except ModuleNotFoundError as e:
         "error: configurator.py uses nanofit/, which lies beside it: start there, or add that folder to PYTHONPATH"
     )
 
-SCRIPTS = ("train.py", "sample.py", "bench.py")  # they share config files, so one may name another's keys
-NO_CONFIGS = (*SCRIPTS, "configurator.py", "doctor.py", "export.py", "model.py", "report.py")
+PATHS = ("out_dir", "init_from", "dataset", "to", "weights_only_to")  # a ~ at their beginning is the home folder
+NEAR = 0.8  # how alike two names are, of which one may be the other misspelt; scripts share config files
 
 
 def keys_of(namespace):
@@ -47,18 +47,21 @@ def coerce(key, value, kind, default, source, text=None):
     """value as a kind (bool, int, float or str), where nothing is lost on the way; else a UsageError.
 
     default, and source, where the value stands, are for the message. text: the value as typed, which a str key takes
-    as it is.
+    as it is. Numbers of numpy and torch become Python's, which every checkpoint may hold.
     """
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
         raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {shown(value)}")
-    if kind is str and "\0" in (value if type(value) is str else text or ""):
-        raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
+    if kind is str:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = text if text is not None and type(value) is not str else value
+        if type(value) is str and "\0" in value:
+            raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
     if type(value) is kind:
-        return value
-    if kind is str and text is not None:
-        return text
+        return os.path.expanduser(value) if key in PATHS else value
     if kind is float and type(value) is int:
         return float(value)
     if kind is bool and shown(value, str).lower() in ("true", "false", "1", "0"):
@@ -67,100 +70,61 @@ def coerce(key, value, kind, default, source, text=None):
     raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {shown(value)}")
 
 
-def _nearest(word, words):
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else "--help lists the keys"
-
-
-def _scripts_that_know(key):
-    """The scripts beside this file, or in the current folder, that have a default for key; else model.py, if it has."""
-    known = []
-    for script in (*SCRIPTS, "model.py"):
-        path = os.path.join(os.path.dirname(os.path.abspath(globals().get("__file__") or ".")), script)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as f:
-                # A key stands at the beginning of a line; a field of GPTConfig doesn't, and has a type.
-                if re.search(rf"^({re.escape(key)} *|    {re.escape(key)} *:.*[^=])=[^=]", f.read(), re.MULTILINE):
-                    known.append(script)
-    return known if known == ["model.py"] else [script for script in known if script in SCRIPTS]
-
-
-def _nearest_config(path):
-    """The config file whose name is most like that of path, in its folder or in config/; None where none is."""
-    found = {}
-    for folder in (os.path.dirname(path), "config"):
-        with contextlib.suppress(OSError, ValueError):
-            for name in sorted(os.listdir(folder or ".")):
-                stem, extension = os.path.splitext(name)
-                if extension == ".py" and name not in NO_CONFIGS:
-                    found.setdefault(stem, os.path.join(folder, name))
-    near = difflib.get_close_matches(os.path.basename(path).removesuffix(".py"), found, n=1)
-    return found[near[0]] if near else None
+def _nearest(word, words, cutoff=0.6):
+    """'did you mean ...?', or '' where no word is so much alike."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 def _run_config_file(path, namespace):
     """The names that a config file assigns, as a dict; it sees the script's names, as in nanoGPT."""
     if not os.path.isfile(path):
-        near = _nearest_config(path)
-        hint = f"; did you mean '{near}'?" if near else ""
+        near, folders = "", (os.path.dirname(path), "config")
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            found = [glob.glob(os.path.join(glob.escape(folder), "*.py")) for folder in folders]
+            scripts = os.path.join(folders[0], "configurator.py") in found[0]  # that lie beside it are no config files
+            near = _nearest(path, found[1] + (found[0] if not scripts else []))
         what = "is not a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"config file '{path}' {what}{hint} (a key is set by --key=value)")
+        raise UsageError(f"config file '{path}' {what}{near and '; '}{near} (a key is set by --key=value)")
     after = dict(namespace)
     try:
-        with open(path, encoding="utf-8-sig") as f:  # some editors begin UTF-8 with a mark
-            text = f.read()
-    except UnicodeDecodeError as e:
-        raise UsageError(
-            f"{path} is no UTF-8 text (byte {e.start} is {e.object[e.start]:#04x}): a config file is Python "
-            "text: save it as UTF-8"
-        ) from e
-    except OSError as e:
-        raise UsageError(f"{path} can't be read: {e.strerror}") from e
-    try:
+        with open(path, "rb") as f:
+            text = f.read()  # bytes: Python knows how a source tells its encoding
         symbols = symtable.symtable(text, path, "exec").get_symbols()
         exec(builtins.compile(text, path, "exec"), after)  # run by exec, compile is the script's key
-    except SystemExit as e:
-        raise UsageError(f"{path} ends the program (sys.exit): a config file is Python that assigns keys") from e
-    except SyntaxError as e:
-        where = f"{path}, line {e.lineno}" if e.lineno else path
-        raise UsageError(f"{where}: {e.msg}: a config file is Python that assigns keys") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        raise UsageError(f"{where}: {type(e).__name__}: {e}") from e
+        line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
+        where = f"{path}, line {line}" if line else path
+        said = shown(e, str)
+        raise UsageError(f"{where}: {type(e).__name__}: {said}: a config file is Python that assigns keys") from e
     names = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
     unset = object()
-    changed = {name for name, value in after.items() if namespace.get(name, unset) is not value}  # by an exec inside
-    return {name: value for name, value in after.items() if name in names | changed and not name.startswith("_")}
-
-
-def _notes(script, keys):
-    """({key: the comment beside it}, {key: the comment above its group}) as they stand in a script's source."""
-    beside, groups, group = {}, {}, "keys"
-    if script and os.path.isfile(script):
-        with open(script, encoding="utf-8") as f:
-            for line in f:
-                if title := re.match(r"# (?:-+ )?(.*?)(?: -+)?$", line):
-                    group = title[1]
-                elif (found := re.match(r"(\w+) = .*?(?:  # (.*))?$", line)) and found[1] in keys:
-                    beside.setdefault(found[1], found[2] or "")
-                    groups.setdefault(found[1], group)
-    return beside, groups
+    names |= {name for name, value in after.items() if namespace.get(name, unset) is not value}  # by an exec inside
+    return {name: value for name, value in after.items() if name in names and not name.startswith("_")}
 
 
 def _print_help(namespace, defaults):
-    """List the keys in their groups, with their values so far and what the script's source says of them."""
-    script = namespace.get("__file__")
-    print(f"usage: python {os.path.basename(script or 'this script')} [config/file.py ...] [--key=value ...]")
-    beside, groups = _notes(script, defaults)
-    group = None
-    for key, default in defaults.items():
-        if groups.get(key, "model.py's own") != group:
-            group = groups.get(key, "model.py's own")
-            print(f"\n{group}:")
-        changed = "" if namespace[key] == default else f" (default {default!r})"
-        about = f"{beside.get(key, '')}{changed}".strip()
-        print(f"  --{key}={namespace[key]!r:<{max(1, 34 - len(key))}} {about}".rstrip())
+    """List the keys with their values so far, in the groups and with the comments of the script's source."""
+    script = namespace.get("__file__") or ""
+    print(f"usage: python {os.path.basename(script) or 'this script'} [config/file.py ...] [--key=value ...]")
+    lines = []
+    if os.path.isfile(script):
+        with open(script, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    lines += ["# model.py's own" if lines else "# keys", *(f"{key} = " for key in defaults)]
+    title, left = "", dict(defaults)
+    for line in lines:
+        key, assigned, rest = line.partition(" = ")
+        if line.startswith("#"):
+            title = line.strip("#- ")
+        elif assigned and key in left:
+            default, value = left.pop(key), namespace[key]
+            if title:
+                print(f"\n{title}:")
+            title = ""
+            changed = "" if value == default else f" (default {default!r})"
+            print(f"  --{key}={value!r:<{max(1, 34 - len(key))}} {rest.partition('  # ')[2]}{changed}".rstrip())
 
 
 class _Keys:
@@ -198,15 +162,12 @@ class _Keys:
             # A helper of the file's own is kept, as in nanoGPT, but may not replace a name that the script uses.
             if not hasattr(builtins, key):
                 self.namespace.setdefault(key, value)
-            if isinstance(value, (bool, int, float, str)) and not _scripts_that_know(key):
-                print(
-                    f"warning: {path}: no script knows the key '{key}': {_nearest(key, self.defaults)}", file=sys.stderr
-                )
+            if near := isinstance(value, (bool, int, float, str)) and _nearest(key, self.defaults, NEAR):
+                print(f"warning: {path}: {self.script} has no key '{key}': {near}", file=sys.stderr)
 
     def read_argument(self, key, text):
         if key not in self.defaults:
-            others = _scripts_that_know(key)
-            hint = f"it belongs to {' and '.join(others)}" if others else _nearest(key, self.defaults)
+            hint = _nearest(key, self.defaults) or "--help lists the keys"
             raise UsageError(f"{self.script} has no key '{key}': {hint}")
         try:
             value = ast.literal_eval(text)
@@ -230,20 +191,16 @@ def configure(namespace, argv=None, more=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     keys = _Keys(namespace, more or {})
-    for arg, following in zip(argv, [*argv[1:], ""], strict=False):  # the last has none
+    for arg in argv:
+        name, sign, text = arg.partition("=")
         if arg in ("-h", "--help"):
             continue
-        name, sign, text = arg.partition("=")
         if sign and name.startswith("--"):
             keys.read_argument(name[2:], text)
         elif sign:
             raise UsageError(f"'{arg}' is neither a config file nor an override: write --{arg.lstrip('-')}")
         elif arg.startswith("-"):
-            key = arg.lstrip("-")
-            meant = following if following and not following.startswith("-") else "value"
-            if keys.kinds.get(key) is bool and meant.lower() not in ("true", "false", "1", "0"):
-                meant = "True"
-            raise UsageError(f"'{arg}' has no value: write --{key}={meant}, with the sign between them")
+            raise UsageError(f"'{arg}' has no value: write --{arg.lstrip('-')}=value, with the sign between them")
         else:
             keys.read_file(arg)
     if {"-h", "--help"} & set(argv):

@@ -12,6 +12,8 @@ import textwrap
 import time
 import traceback
 
+from nanofit.units import gib
+
 # What torch and the libraries below it say, in a plain RuntimeError, where memory ran out.
 _OUT_OF_MEMORY = re.compile(
     "out of memory"  # CUDA, MPS and NCCL
@@ -23,7 +25,7 @@ _OUT_OF_MEMORY = re.compile(
     "|could not create a (primitive(?! descriptor)|memory object)"  # oneDNN
 )
 
-_LOST_RANK = ("gloo/transport", "Gloo connectFullMesh", "Connection closed by peer", "Connection reset by peer")
+_LOST_RANK = re.compile("gloo/transport|Gloo connectFullMesh|Connection (closed|reset) by peer")
 
 
 class UsageError(ValueError):
@@ -75,15 +77,14 @@ def is_lost_rank(error):
     """Whether an exception says that another rank, or the way to it, is gone."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):  # torch's
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_RANK)
+    return isinstance(error, RuntimeError) and bool(_LOST_RANK.search(str(error)))
 
 
 def memory_sentence(error):
     """What an out-of-memory error tells, in a few words: torch's own message goes on with advice that is in force."""
     asked = re.search(r"ried to allocate ([\d.]+ [KMGT]?i?B|(\d+) bytes)", str(error))
-    if not asked:
-        return "memory ran out"
-    return f"memory ran out on asking for {f'{int(asked[2]) / 2**30:.2f} GiB' if asked[2] else asked[1]}"
+    size = asked and (gib(int(asked[2])) if asked[2] else asked[1])
+    return f"memory ran out on asking for {size}" if size else "memory ran out"
 
 
 def lost_sentence(rank, error):
@@ -120,7 +121,8 @@ def show_errors_as_sentences():
         if issubclass(kind, KeyboardInterrupt):
             if speaks:
                 _tell("interrupted")
-            _flush()
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                sys.stdout.flush()
             os._exit(128 + signal.SIGINT)
         sentence = _sentence_on(error)
         if issubclass(kind, UsageError) and not speaks and not error.of_rank:
@@ -182,13 +184,11 @@ def _has_no_reader(descriptor):
 
 def _when_memory_ends(keys):
     """What the user of a script with these keys may do then."""
+    if keys.get("auto_fit"):
+        return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
     if "auto_fit" in keys:
-        if keys["auto_fit"]:
-            return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
         return "--auto_fit=True finds a split that fits"
-    if "max_new_tokens" in keys:
-        return "use a shorter prompt or max_new_tokens"
-    return "use a smaller batch_size" if "batch_size" in keys else "use less at a time"
+    return "use less at a time: a smaller batch_size, a shorter prompt"
 
 
 def mend_standard_streams():
@@ -227,12 +227,6 @@ def _tell_torchrun(sentence):
             with open(f"{path}.part", "w") as file:
                 json.dump(told, file)
             os.replace(f"{path}.part", path)
-
-
-def _flush():
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            stream.flush()
 
 
 class PatientOutput:

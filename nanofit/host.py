@@ -1,4 +1,4 @@
-"""Memory and processors of this machine, as far as this process may use them: a container gives it a part.
+"""What the system tells without torch: memory and processors that this process may use, and NVIDIA's driver.
 
 A process is in one control group for each resource, and that one is within others: the tightest limit counts, whichever
 level sets it. Version 1 and 2 of control groups differ in the names of their files, and may be there side by side.
@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def cap_memory(limit_bytes):
 
         # What is asked for counts here, used or not: threads' stacks and libraries get room beside the limit.
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes + 2**30, resource.RLIM_INFINITY))
+
+
+def nvidia_smi(query):
+    """Lines of nvidia-smi's answer to a query; none where it isn't installed or fails."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def driver_version():
+    """Of NVIDIA's driver, '' where nvidia-smi doesn't tell it."""
+    return next(iter(nvidia_smi("--query-gpu=driver_version")), "")
 
 
 MALLOC_NAMES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")

@@ -9,20 +9,17 @@ import importlib.util
 import os
 import random
 import re
-import shutil
-import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import torch
 
 from nanofit import host
-from nanofit.errors import UsageError, first_line, is_out_of_memory
+from nanofit.errors import UsageError, first_line
+from nanofit.units import gib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-A100_FLOPS = 312e12
 
 # Dense bfloat16/float16 matrix products with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and
 # architecture white papers (the larger figures quoted there are for sparse matrices, or for float16
@@ -91,23 +88,17 @@ def find_device(name):
             raise UsageError(f"device={name!r}, but there are {count} GPUs, numbered from 0")
         device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(
-            f"device='mps', but this machine has no Metal GPU; leave --device out to use {best_device()!r}"
-        )
+        raise UsageError(f"device='mps', but there is no Metal GPU: leave --device out to use {best_device()!r}")
     return device
 
 
 def _why_no_gpu():
-    """Why torch sees no CUDA GPU, and what to do."""
+    """What torch tells of the CUDA GPU that it doesn't see: no driver, one that is too old, a build without CUDA."""
     build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
-        if "too old" in str(e) or "driver version is insufficient" in str(e):
-            return (
-                f"its driver is too old for torch {torch.__version__}, which {build}: install a newer NVIDIA driver, "
-                "or a torch that is built for an older CUDA (pytorch.org/get-started/previous-versions)"
-            )
+        build += f"; it says: {first_line(e).partition('. ')[0]}"
     return f"torch sees no CUDA GPU (torch {torch.__version__} {build}): python doctor.py says why"
 
 
@@ -119,12 +110,10 @@ def require_kernels(device):
     fitting = [v for kind, *v in built if tuple(v) <= mine and (kind == "compute" or v[0] == mine[0])]
     if fitting or not built:
         return
-    versions = sorted({tuple(version) for _, *version in built})
-    known = ", ".join(f"{major}.{minor}" for major, minor in versions)
-    instead = "a newer torch" if mine > versions[-1] else "an older torch, or one that is built for an older CUDA"
     raise UsageError(
         f"{device_name(device)} has compute capability {mine[0]}.{mine[1]}, and torch {torch.__version__} has kernels "
-        f"for {known} alone: install {instead} (pytorch.org/get-started/previous-versions), or use --device=cpu"
+        f"for {architectures} alone: install another (pytorch.org/get-started/previous-versions), for a newer GPU a "
+        "newer one, for an older GPU an older one, or use --device=cpu"
     )
 
 
@@ -187,7 +176,7 @@ def device_info(device):
     return {
         "device": device_name(device),
         "memory": total_memory_bytes(device),
-        "driver": next(iter(_nvidia_smi("--query-gpu=driver_version")), "") if device.type == "cuda" else "",
+        "driver": host.driver_version() if device.type == "cuda" else "",
         "torch": torch.__version__,
     }
 
@@ -198,56 +187,11 @@ def gpu_processes(device):
         return []
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     found = []
-    for line in _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory"):
+    for line in host.nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory"):
         match = re.fullmatch(r"(\S+), (\d+), (.*), (\d+)", line.strip())  # some systems answer [N/A]
         if match and match[1].endswith(uuid) and int(match[2]) not in (os.getpid(), os.getppid()):
             found.append((int(match[2]), match[3], int(match[4])))
     return found
-
-
-def _nvidia_smi(query):
-    """Lines of nvidia-smi's answer to a query; none where it isn't installed or fails."""
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
-
-
-def cuda_facts():
-    """What torch and nvidia-smi tell of CUDA here, for a person who looks for a mistake: a dict.
-
-    "cuda": the version that torch is built for, '' where it isn't; "architectures" that it has kernels for; "driver":
-    its version; "said": what torch warned of when it looked for GPUs, which it does once in a process; "gpus": a dict
-    of each. To ask for free memory takes some of it, as training does: CUDA's context.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = []
-    for device in (torch.device("cuda", index) for index in range(count)):
-        try:
-            free = free_memory_bytes(device)
-        except RuntimeError as e:  # no room for CUDA's context, or a GPU in distress
-            free = 0 if is_out_of_memory(e) else None
-        gpus.append(
-            {
-                "name": device_name(device),
-                "sm_count": sm_count(device),
-                "capability": capability(device),
-                "total_bytes": total_memory_bytes(device),
-                "free_bytes": free,
-                "holders": tuple(gpu_processes(device)) if shutil.which("nvidia-smi") else None,
-            }
-        )
-    return {
-        "cuda": torch.version.cuda or "",
-        "architectures": tuple(torch.cuda.get_arch_list()),
-        "driver": next(iter(_nvidia_smi("--query-gpu=driver_version")), ""),
-        "said": " ".join(first_line(warning.message) for warning in caught),
-        "gpus": gpus,
-    }
 
 
 def peak_flops(device, dtype):
@@ -272,18 +216,16 @@ def gpu_peak_flops(name):
     for known, tflops in PEAK_TFLOPS:
         if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
             return tflops * 1e12, ""
-    return A100_FLOPS, f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's 312 TFLOPS"
+    a100 = dict(PEAK_TFLOPS)["A100"]
+    return a100 * 1e12, f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's {a100} TFLOPS"
 
 
-# ---- time and memory ---------------------------------------------------------------------------------
+# ---- time, memory, random numbers -------------------------------------------------------------------
 
 
 def synchronize(device):
     """Wait until the device has done all that was asked of it, so that a clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    getattr(torch, device.type).synchronize()
 
 
 def total_memory_bytes(device):
@@ -313,10 +255,8 @@ def memory_now(device):
     """A few words on the device's memory as it is now, for messages."""
     if device.type != "cuda":
         return f"on {device.type}"
-    free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
-    return (
-        f"{free:.2f} of {total:.2f} GiB are free, this process holds {torch.cuda.memory_reserved(device) / 2**30:.2f}"
-    )
+    free, total = map(gib, torch.cuda.mem_get_info(device))
+    return f"{free} of {total} are free, this process holds {gib(torch.cuda.memory_reserved(device))}"
 
 
 def cap_memory(device, limit_bytes):
@@ -378,18 +318,12 @@ def memory_in_use(device):
         return None, None
 
 
-# ---- random numbers ----------------------------------------------------------------------------------
-
-
 def rng_state(device):
     """States of the generators that a model may draw from, torch's, Python's and numpy's: tensors and plain values."""
     kind, words, *rest = np.random.get_state()
-    state = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, words.tolist(), *rest)}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
+    own = {} if device.type == "cpu" else {device.type: getattr(torch, device.type).get_rng_state()}
+    state = {"cpu": torch.get_rng_state(), **own}
+    return {**state, "python": random.getstate(), "numpy": (kind, words.tolist(), *rest)}
 
 
 def set_rng_state(state, device):
@@ -398,7 +332,5 @@ def set_rng_state(state, device):
     if "python" in state:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu" and device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])

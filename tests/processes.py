@@ -22,7 +22,8 @@ LONG = [*TRAIN, "--max_iters=1000000", "--eval_interval=50", "--log_interval=10"
 
 def shell(command, **more):
     """(exit code, standard output and error) of a command line; $RUN is a short run."""
-    env = environment(RUN=" ".join(TRAIN), **more)
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+    env = environment(RUN=" ".join(TRAIN), ROOT=str(ROOT), PATH=path, **more)
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=240)
     return done.returncode, (done.stdout + done.stderr).decode(errors="replace")
 
@@ -69,6 +70,16 @@ def saved():
         ("env -i PATH=$PATH $RUN", 0, "saving checkpoint"),
         ("umask 0; $RUN; stat -c %a out/ckpt.pt", 0, "666"),
         ("ulimit -f 20; $RUN", 1, "not saved: out/ckpt.pt can't be written (File too large)"),
+        (
+            "$RUN; (ulimit -f 20; python $ROOT/export.py --weights_only_to=w.pt)",
+            1,
+            "w.pt can't be written (File too large",
+        ),
+        (
+            "$RUN; (ulimit -f 20; python $ROOT/report.py out)",
+            1,
+            "report.html can't be written: [Errno 27] File too large",
+        ),
     ],
 )
 def test_streams_and_limits(command, code, said):
@@ -88,21 +99,6 @@ def test_a_second_run_says_who_holds_the_folder_and_a_killed_one_holds_nothing()
         first.wait()
     code, printed = shell("$RUN --init_from=resume --max_iters=0")
     assert code == 0, printed
-
-
-def test_a_run_that_was_stopped_goes_on():
-    with started() as child:
-        child.send_signal(signal.SIGSTOP)
-        time.sleep(0.5)
-        before = iterations()
-        time.sleep(1)
-        assert iterations() == before
-        child.send_signal(signal.SIGCONT)
-        while iterations()[-1] == before[-1]:
-            time.sleep(0.05)
-        child.terminate()
-        assert child.wait(60) == 128 + signal.SIGTERM
-    assert "checkpoint saved to out" in Path("log").read_text()
 
 
 def script_of(name, first):
@@ -147,7 +143,7 @@ def interrupted(script, keys, moments):
 @pytest.mark.parametrize("auto_fit", [False, True])
 def test_ctrl_c_at_any_moment_is_a_line(auto_fit):
     """From the first import on; before that, Python itself starts."""
-    moments = [i / 2 for i in range(16)] if auto_fit else [i / 5 for i in range(25)]
+    moments = range(8) if auto_fit else [i / 3 for i in range(15)]
     said = interrupted("train.py", [*LONG[2:], f"--auto_fit={auto_fit}"], moments)
     assert len(said) == len(moments)
     early = [text.splitlines()[-1] == "interrupted" for text in said]
@@ -170,7 +166,7 @@ def test_ctrl_c_at_any_moment_is_a_line(auto_fit):
 )
 def test_ctrl_c_is_a_line_in_every_script(script, keys):
     assert shell("$RUN")[0] == 0
-    assert interrupted(script, keys, [0.3 * i for i in range(12)])
+    assert interrupted(script, keys, [0.5 * i for i in range(8)])
     assert not list(Path().rglob("*.part"))
 
 
@@ -206,8 +202,7 @@ def test_a_rank_that_dies_ends_the_others_in_words(number, victim):
     assert code == 0, printed
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_was_stopped_goes_on(victim):
+def test_a_rank_that_was_stopped_goes_on(victim=1):
     with started(on_ranks(TELL_PID, *LONG[-3:])) as launcher:
         os.kill(pid_of(victim), signal.SIGSTOP)
         time.sleep(1)
@@ -229,10 +224,10 @@ OF_ONE = "os.environ['RANK'] == '{}' and {}"
 SHORT_OF_DISK = "__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (20480, 20480))"
 NEVER_COMES = "__import__('time').sleep(600)"
 SAY_WHERE = (
-    "d = __import__('nanofit.ranks').distributed; wait = d.ctrl_c_ends_at_once; "
+    "d = __import__('nanofit.ranks').ranks; wait = d.ctrl_c_ends_at_once; "
     "d.ctrl_c_ends_at_once = lambda: (print('meeting', file=sys.stderr, flush=True), wait())[1]"
 )
-HASTE = "d = __import__('nanofit.ranks').distributed; d.MEETING = d.timedelta(seconds=12); "
+HASTE = "d = __import__('nanofit.ranks').ranks; d.MEETING = d.timedelta(seconds=12); "
 
 
 @pytest.mark.parametrize(

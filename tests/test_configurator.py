@@ -1,13 +1,13 @@
 """Config files and --key=value."""
 
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, environment
 
-import configurator
 from configurator import configure
 from nanofit.errors import UsageError
 from nanofit.settings import at_least, one_of
@@ -64,15 +64,15 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
     ("argument", "sentence"),
     [
         ("--batchsize=3", "train.py has no key 'batchsize': did you mean 'batch_size'"),
-        ("--top_k=3", "train.py has no key 'top_k': it belongs to sample.py"),
+        ("--top_k=3", "train.py has no key 'top_k': --help lists the keys"),
         ("--batch_size=1.5", "batch_size must be a whole number .its default is 12., not 1.5"),
         ("--batch_size=True", "batch_size must be a whole number"),
         ("--batch_size=many", "batch_size must be a whole number .*not 'many'"),
         ("--learning_rate=fast", "learning_rate must be a number"),
         ("--compile=2", "compile must be True or False"),
-        ("--compile", "'--compile' has no value: write --compile=True, with the sign between them"),
-        ("-compile", "'-compile' has no value: write --compile=True"),
-        ("--batch_size", "'--batch_size' has no value: write --batch_size=value"),
+        ("--compile", "'--compile' has no value: write --compile=value, with the sign between them"),
+        ("-compile", "'-compile' has no value: write --compile=value"),
+        ("--out_dir='a\\0b'", "out_dir holds a zero byte"),
         ("batch_size=3", "'batch_size=3' is neither a config file nor an override: write --batch_size=3"),
         ("nowhere.py", "config file 'nowhere.py' does not exist"),
     ],
@@ -82,19 +82,42 @@ def test_mistakes_are_value_errors_with_a_sentence(argument, sentence):
         configured(argument)
 
 
-@pytest.mark.parametrize(("word", "meant"), [("a.py", "True"), ("False", "False"), ("--batch_size=3", "True")])
-def test_what_follows_a_key_without_a_sign_is_its_value_where_it_can_be(word, meant):
-    with pytest.raises(UsageError, match=f"'--compile' has no value: write --compile={meant},"):
-        configured("--compile", word)
-
-
 def test_a_missing_file_gets_its_nearest_neighbour():
     with pytest.raises(UsageError, match="did you mean '.*train_gpt2.py'"):
         configured(str(ROOT / "config" / "trian_gpt2.py"))
 
 
-def test_no_script_of_the_project_is_offered_as_a_config_file():
-    assert set(configurator.NO_CONFIGS) == {path.name for path in ROOT.glob("*.py")}
+def test_numbers_of_numpy_and_torch_are_kept_as_pythons(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import numpy as np, torch, pathlib\nbatch_size = np.int64(6)\nlearning_rate = np.float64(0.5)\n"
+        "compile = np.bool_(False)\nn_kv_head = torch.tensor(2)\nout_dir = pathlib.Path('a') / 'b'\n"
+    )
+    names, _ = configured("a.py", more={"n_kv_head": (int, None)})
+    expected = dict(batch_size=6, learning_rate=0.5, compile=False, n_kv_head=2, out_dir="a/b")
+    assert {key: names[key] for key in expected} == expected
+    assert [type(names[key]) for key in expected] == [int, float, bool, int, str]
+    (tmp_path / "b.py").write_text("import numpy as np\nbatch_size = np.float32(1.5)\n")
+    with pytest.raises(UsageError, match="batch_size must be a whole number"):
+        configured("b.py")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    (tmp_path / "a.py").write_text("out_dir = '~/a'\n")
+    assert configured("a.py")[0]["out_dir"] == "/home/ada/a"
+    assert configured("--out_dir=~/b")[0]["out_dir"] == "/home/ada/b"
+    assert configured("--out_dir=b~/c")[0]["out_dir"] == "b~/c"
+    assert configured("--start=~/b", start="x")[0]["start"] == "~/b", "a prompt is no path"
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "bench.py", "export.py"])
+def test_the_configs_that_scripts_share_warn_in_none(name, capsys):
+    source = (ROOT / name).read_text().split("configure(globals()")[0]
+    keys = re.findall(r"^([a-z]\w*) = ", source, re.MULTILINE)
+    for path in (ROOT / "config").glob("*.py"):
+        values = runpy.run_path(str(path))
+        configure({"__file__": name, **{key: values.get(key, 0) for key in keys}}, [str(path)])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -111,12 +134,12 @@ def test_a_config_file_with_a_mistake(tmp_path, text, sentence):
         configured("a.py")
 
 
-def test_an_unknown_key_in_a_file_is_warned_about_and_another_scripts_is_not(tmp_path, capsys):
-    (tmp_path / "a.py").write_text("bacth_size = 3\ntop_k = 5\n_mine = 1\ndef helper(): pass\nprint = 3\n")
+def test_a_misspelt_key_in_a_file_is_warned_about_and_another_scripts_is_not(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("bacth_size = 3\ntop_k = 5\nbatch = 2\n_mine = 1\ndef helper(): pass\nprint = 3\n")
     names, _ = configured("a.py")
     error = capsys.readouterr().err
-    assert "a.py: no script knows the key 'bacth_size': did you mean 'batch_size'?" in error
-    for word in ("top_k", "_mine", "helper"):
+    assert "a.py: train.py has no key 'bacth_size': did you mean 'batch_size'?" in error
+    for word in ("top_k", "'batch'", "_mine", "helper"):
         assert word not in error
     assert names["print"] is print, "a config file may not replace the script's functions"
     assert names["bacth_size"] == 3, "helpers are kept, as in nanoGPT"

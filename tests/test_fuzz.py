@@ -1,7 +1,6 @@
 """Whatever a user hands over, however odd or damaged: it works, or ends in a UsageError, and nothing in it runs."""
 
 import contextlib
-import copy
 import copyreg
 import io
 import itertools
@@ -9,10 +8,7 @@ import os
 import pickle
 import random
 import struct
-import sys
-import zipfile
 from collections import Counter
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configurator import configure
-from nanofit import checkpoint as checkpoints
-from nanofit import codec
-from nanofit.autofit.plan import Plan
+from nanofit import checkpoint, codec
 from nanofit.batches import Batches
 from nanofit.errors import UsageError
-from nanofit.models import SIZES as MODEL_KEYS
 from nanofit.tokens import open_data
-from nanofit.units import MemoryLevers
 
 CPU = torch.device("cpu")
 
@@ -121,14 +113,8 @@ def configured(argv):
     return config
 
 
-@pytest.fixture
-def quiet_hook(monkeypatch):
-    """configure() replaces the hook for uncaught exceptions."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-
-
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
-def test_any_command_line_configures_or_is_refused(quiet_hook):
+def test_any_command_line_configures_or_is_refused():
     seen = Counter()
     names = [*DEFAULTS, "config file", "has no key", "has no value"]
 
@@ -147,7 +133,7 @@ def test_any_command_line_configures_or_is_refused(quiet_hook):
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
-def test_any_odd_value_of_any_key_is_taken_or_refused(quiet_hook):
+def test_any_odd_value_of_any_key_is_taken_or_refused():
     seen = Counter()
     for key, text in itertools.product(DEFAULTS, ODD_LITERALS):
         typed = result_of(seen, partial(configured, [f"--{key}={text}"]), [key])
@@ -158,7 +144,7 @@ def test_any_odd_value_of_any_key_is_taken_or_refused(quiet_hook):
     assert seen["longest sentence"] < 400, "what was given may have thousands of characters"
 
 
-def test_a_value_written_as_python_writes_it_arrives(quiet_hook):
+def test_a_value_written_as_python_writes_it_arrives():
     whole, real = st.integers(-(2**63), 2**64 - 1), st.floats(allow_nan=False, allow_infinity=False)
 
     @cases(150)
@@ -187,7 +173,7 @@ LINES = st.builds("{} = {}".format, NAMES, VALUES) | st.sampled_from(
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
-def test_any_config_file_configures_or_is_refused(quiet_hook):
+def test_any_config_file_configures_or_is_refused():
     seen = Counter()
     texts = st.lists(LINES, max_size=3).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass"))
 
@@ -200,21 +186,6 @@ def test_any_config_file_configures_or_is_refused(quiet_hook):
 
     check()
     assert min(seen["works"], seen["refused"]) >= 20
-
-
-def test_a_folder_that_may_not_be_listed_hides_its_files_and_no_more(quiet_hook):
-    if os.geteuid() == 0:
-        pytest.skip("root may list every folder")
-    os.mkdir("closed", 0o300)
-    try:
-        for wanted in (
-            lambda: configured(["closed/a.py"]),
-            lambda: open_data("closed/x", 1, 65),
-        ):
-            with pytest.raises(UsageError, match="does not exist"):
-                wanted()
-    finally:
-        os.chmod("closed", 0o700)
 
 
 # ---- pickles that want to run something --------------------------------------------------------------------
@@ -243,63 +214,52 @@ class Evil:
         return self.call
 
 
-def nothing_ran():
-    return not Spy.calls and not os.path.exists("ran")
-
-
 def string(text):
     return b"X" + struct.pack("<I", len(text)) + text.encode()
 
 
-def opcode_programs():
-    """Pickles of Spy() put together by hand, one for each way in which an opcode imports or calls."""
-    module = Spy.__module__
-    spy = f"c{module}\nSpy\n".encode()
-    return [
-        spy + b")R",  # REDUCE
-        string(module) + string("Spy") + b"\x93)R",  # STACK_GLOBAL
-        f"(i{module}\nSpy\n".encode(),  # INST
-        b"(" + spy + b"o",  # OBJ
-        spy + b")\x81",  # NEWOBJ
-        spy + b")}\x92",  # NEWOBJ_EX
-        spy + b")\x81" + string("state") + b"b",  # BUILD
-        b"\x82\xc8)R",  # EXT1
-        b"\x83\xc8\0)R",  # EXT2
-        b"\x84\xc8\0\0\0)R",  # EXT4
-        f"P{module}.Spy\n".encode(),  # PERSID
-        string(f"{module}.Spy") + b"Q",  # BINPERSID
-    ]
-
-
-EVIL_OBJECTS = st.sampled_from(
-    (Evil(os.system, "touch ran"), Evil(eval, "open('ran', 'w')"), Evil(open, "ran", "w"), Evil(Spy), Evil(Spy, 1))
-)
+MODULE = Spy.__module__
+NAMED = f"c{MODULE}\nSpy\n".encode()
+PROGRAMS = [  # of a pickle that makes a Spy, one for each way in which an opcode imports or calls
+    NAMED + b")R",  # REDUCE
+    string(MODULE) + string("Spy") + b"\x93)R",  # STACK_GLOBAL
+    f"(i{MODULE}\nSpy\n".encode(),  # INST
+    b"(" + NAMED + b"o",  # OBJ
+    NAMED + b")\x81",  # NEWOBJ
+    NAMED + b")}\x92",  # NEWOBJ_EX
+    NAMED + b")\x81" + string("state") + b"b",  # BUILD
+    b"\x82\xc8)R",  # EXT1
+    b"\x83\xc8\0)R",  # EXT2
+    b"\x84\xc8\0\0\0)R",  # EXT4
+]
+EVIL = (Evil(os.system, "touch ran"), Evil(eval, "open('ran', 'w')"), Evil(open, "ran", "w"), Evil(Spy, 1))
 
 
 def evil_pickles(holder):
-    """Pickles of holder, a dict, in which something at any depth wants to run."""
-    deeper = st.sampled_from((lambda x: [x], lambda x: (x, x), lambda x: {"a": x}, lambda x: [0, {1: x}]))
-    nested = st.recursive(EVIL_OBJECTS, lambda inner: st.builds(lambda way, x: way(x), deeper, inner), max_leaves=3)
-    dumped = st.builds(lambda x, protocol: pickle.dumps({**holder, "x": x}, protocol), nested, st.integers(0, 5))
+    """Pickles of holder, a dict, in which something wants to run: as a value, within one, as a key, dropped at once."""
+    for evil, protocol in itertools.product(EVIL, range(6)):
+        yield from (pickle.dumps({**holder, "x": x}, protocol) for x in (evil, [(evil,)]))
     start = pickle.dumps(holder, 2)[:-1]
-    # As a value, popped again at once, as a key.
-    ways = st.sampled_from((lambda p: string("x") + p + b"s", lambda p: p + b"0", lambda p: p + string("v") + b"s"))
-    programs = st.sampled_from(opcode_programs())
-    return dumped | st.builds(lambda program, way: start + way(program) + b".", programs, ways)
+    for program in PROGRAMS:
+        yield from (start + way + b"." for way in (string("x") + program + b"s", program + b"0", program + b"Ns"))
+
+
+def nothing_ran():
+    return not Spy.calls and not os.path.exists("ran")
 
 
 @pytest.fixture
 def spy():
     """Spy, which has not been called, and which a pickle may also name by the number 200."""
     Spy.calls = ()
-    copyreg.add_extension(Spy.__module__, "Spy", 200)
+    copyreg.add_extension(MODULE, "Spy", 200)
     yield
-    copyreg.remove_extension(Spy.__module__, "Spy", 200)
+    copyreg.remove_extension(MODULE, "Spy", 200)
     Spy.calls = ()
 
 
 def test_the_evil_pickles_do_run_under_plain_pickle(spy):
-    for program in opcode_programs()[:-2]:
+    for program in PROGRAMS:
         Spy.calls = ()
         pickle.loads(b"\x80\x04" + program + b".")
         assert not nothing_ran(), program
@@ -307,60 +267,44 @@ def test_the_evil_pickles_do_run_under_plain_pickle(spy):
 
 # ---- meta.pkl ----------------------------------------------------------------------------------------------
 
-SYMBOLS = "abcdefghijklmné"
+SYMBOLS = "abcdefghijklmn\u00e9"
 META = {"vocab_size": 15, "stoi": {s: i for i, s in enumerate(SYMBOLS)}, "itos": dict(enumerate(SYMBOLS))}
 
 
-def write_meta(data):
+def use_meta(seen, data):
+    """Read and use meta.pkl of these bytes, as train.py and sample.py do."""
     Path("meta.pkl").write_bytes(data)
-
-
-def use_codec(seen):
-    """encode and decode as sample.py does, with the meta.pkl in the current folder."""
-    made = result_of(seen, lambda: codec.codec_of("."), ["meta.pkl"])
-    if made is None:
-        return
-    encode, decode, _ = made
-    vocab_size = codec.load_meta(".")["vocab_size"]
-    assert isinstance(decode(range(100)), str)
-    ids = result_of(Counter(), lambda: encode("ab"), ["meta.pkl"])
-    assert ids is None or all(0 <= i < vocab_size for i in ids)
+    meta = result_of(seen, lambda: codec.load_meta("."), ["meta.pkl"])
+    made = meta and result_of(Counter(), lambda: codec.codec_of("."), ["meta.pkl"])
+    assert nothing_ran()
+    if made:
+        encode, decode, _ = made
+        assert type(meta["vocab_size"]) is int
+        assert meta["vocab_size"] > 0
+        assert isinstance(decode(range(100)), str)
+        ids = result_of(Counter(), lambda: encode("ab"), ["meta.pkl"])
+        assert ids is None or all(0 <= i < meta["vocab_size"] for i in ids)
 
 
 def test_a_meta_file_that_wants_to_run_something_runs_nothing(spy):
-    @cases(100)
-    @given(evil_pickles(META))
-    def check(data):
-        write_meta(data)
-        result_of(Counter(), lambda: codec.load_meta("."), ["meta.pkl"])
-        assert nothing_ran()
-
-    check()
+    for data in evil_pickles(META):
+        use_meta(Counter(), data)
 
 
 def test_a_damaged_meta_file_works_or_is_refused(spy):
     seen = Counter()
-    with_list = {**META, "itos": list(SYMBOLS)}
-    originals = [pickle.dumps(meta, protocol) for meta in (META, with_list) for protocol in range(6)]
+    originals = [pickle.dumps(meta, n) for meta in (META, {**META, "itos": list(SYMBOLS)}) for n in range(6)]
 
     @cases(300)
     @given(damaged(*originals))
     def check(data):
-        write_meta(data)
-        meta = result_of(seen, lambda: codec.load_meta("."), ["meta.pkl"])
-        if meta is not None:
-            assert type(meta["vocab_size"]) is int
-            assert meta["vocab_size"] > 0
-            use_codec(Counter())
-        assert nothing_ran()
+        use_meta(seen, data)
 
     check()
-    assert seen["works"] >= 10, "most damage makes so short a pickle unreadable"
-    assert seen["refused"] >= 20
+    assert min(seen["works"], seen["refused"]) >= 10
 
 
 def test_odd_symbols_work_or_are_refused():
-    seen = Counter()
     ids, symbols = st.integers(-1, 3) | ATOMS, st.sampled_from("abc") | ATOMS
     itos = st.dictionaries(st.integers(0, 2), st.text(max_size=1)) | st.dictionaries(ids, symbols) | st.lists(symbols)
     stoi = st.dictionaries(st.sampled_from("abc"), st.integers(0, 2)) | st.dictionaries(symbols, ids)
@@ -368,36 +312,25 @@ def test_odd_symbols_work_or_are_refused():
     @cases(200)
     @given(st.integers(1, 4), stoi, itos | st.text().map(list))
     def check(vocab_size, stoi, itos):
-        write_meta(pickle.dumps({"vocab_size": vocab_size, "stoi": stoi, "itos": itos}))
-        use_codec(seen)
+        use_meta(Counter(), pickle.dumps({"vocab_size": vocab_size, "stoi": stoi, "itos": itos}))
 
     check()
-    assert min(seen["works"], seen["refused"]) >= 20
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
-LEVER_TYPES = {name: type(value) for name, value in asdict(MemoryLevers()).items()}
-SIZES = dict(n_layer=1, n_head=1, n_embd=2, block_size=4, bias=False, vocab_size=3, dropout=0.0)
-
-
-def optimizer_of(weights):
-    return torch.optim.AdamW([torch.nn.Parameter(w) for w in weights])
+TYPES = {"model": dict, "model_args": dict, "optimizer": dict, "iter_num": int}
 
 
 def good_checkpoint():
     """What train.py saves, with two small weights."""
     weights = {"_orig_mod.a": torch.ones(4, 2), "_orig_mod.b": torch.ones(2)}
-    optimizer = optimizer_of(weights.values())
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(w) for w in weights.values()])
     state = torch.get_rng_state()
     return {
-        "model": weights, "optimizer": optimizer.state_dict(), "model_args": dict(SIZES), "iter_num": 5,
-        "best_val_loss": torch.tensor(1.5), "config": {"dataset": "markov"}, "scaler": {},
-        "rng": [{"data": {"before": state, "after": state}, "generators": {"cpu": state}}],
-        "split": {"of": [8, 2], "into": [4, 4], "levers": asdict(MemoryLevers(recompute=True))},
+        "model": weights, "optimizer": optimizer.state_dict(), "model_args": dict(n_layer=1, n_head=1, n_embd=2),
+        "iter_num": 5, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "markov"},
+        "rng": [{"data": {"before": state}, "generators": {"cpu": state}}],
     }  # fmt: skip
 
 
@@ -407,120 +340,58 @@ def saved(value, zipped=True):
     return file.getvalue()
 
 
-def zip_of(members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return file.getvalue()
-
-
-def load_and_use(data, seen):
-    """Load ckpt.pt with these bytes; what comes back must be fit for what train.py and sample.py do."""
+def load(data, seen):
+    """Load ckpt.pt with these bytes: a UsageError, or all that a run goes on with."""
     Path("ckpt.pt").write_bytes(data)
-    checkpoint = result_of(seen, lambda: checkpoints.load(".", for_training=True), ["ckpt.pt"])
-    if checkpoint is None:
-        return
-    assert set(checkpoints.REQUIRED) <= set(checkpoint)
-    assert all(isinstance(w, torch.Tensor) and n[:10] != "_orig_mod." for n, w in checkpoint["model"].items())
-    assert all(type(checkpoint["model_args"][k]) is type(SIZES[k]) for k in MODEL_KEYS if k != "dropout")
-    assert isinstance(float(checkpoint["best_val_loss"]), float)
-    assert isinstance(checkpoint["iter_num"], int)
-    assert isinstance(checkpoint["model_args"]["dropout"], (int, float))
-    assert isinstance(checkpoint.get("scaler", {}), dict)
-    assert isinstance(os.path.join("data", checkpoint["config"].get("dataset", "")), str)
-    for rank in checkpoint.get("rng", ()):
-        torch.Generator().set_state(rank["data"]["before"])
-        torch.Generator().set_state(rank["data"].get("after", rank["data"]["before"]))
-    plan = checkpoints.split_as_saved(checkpoint, Plan(8, 2, 8), dict(out_dir="out", auto_fit=False), given=())
-    assert 8 % plan.micro_batch_size == 0
-    assert {name: type(value) for name, value in asdict(plan.levers).items()} == LEVER_TYPES
-    optimizer = optimizer_of([torch.ones(4, 2), torch.ones(2)])
-    result_of(seen, partial(checkpoints.load_optimizer, optimizer, checkpoint["optimizer"]), ["checkpoint's optimizer"])
-    assert all(m[k].shape == p.shape for p, m in optimizer.state.items() for k in m if k != "step")
+    found = result_of(seen, lambda: checkpoint.load(".", for_training=True), ["ckpt.pt"])
+    assert found is None or all(isinstance(found[name], TYPES.get(name, object)) for name in checkpoint.OF_A_RUN)
+    assert nothing_ran()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_damaged_checkpoint_loads_or_is_refused(spy):
-    seen = Counter()
-    good = good_checkpoint()
-    small = {**good, "rng": []}
-    originals = [saved(good), saved(small), saved(small), saved(small, zipped=False), pickle.dumps(SIZES)]
+    seen, good = Counter(), good_checkpoint()
+    originals = [saved(good), saved({**good, "rng": []}), saved(good, zipped=False), pickle.dumps({"a": 1})]
 
     @cases(400)
     @given(damaged(*originals))
     def check(data):
-        Path("ckpt.pt").write_bytes(data)
-        checkpoint = result_of(seen, lambda: checkpoints.load(".", for_training=True), ["ckpt.pt"])
-        assert checkpoint is None or set(checkpoints.REQUIRED) <= set(checkpoint)
-        assert nothing_ran()
+        load(data, seen)
 
     check()
-    assert min(seen["works"], seen["refused"]) >= 20
+    assert min(seen["works"], seen["refused"]) >= 10
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_checkpoint_that_wants_to_run_something_is_refused(spy):
-    good = good_checkpoint()
-    entry, zipped = st.sampled_from([*good]), st.booleans()
-    by_torch = st.builds(lambda x, key, z: saved({**good, key: x}, z), EVIL_OBJECTS, entry, zipped)
-    plain = evil_pickles({"a": 1})
-    names = st.sampled_from(("archive/data.pkl", "data.pkl", "x/constants.pkl"))
-    in_a_zip = st.builds(lambda name, data: zip_of({name: data, "archive/version": b"3\n"}), names, plain)
-
-    @cases(250)
-    @given(by_torch | plain | in_a_zip)
-    def check(data):
-        Path("ckpt.pt").write_bytes(data)
-        with pytest.raises(UsageError, match="ckpt.pt can't be read"):
-            checkpoints.load(".", for_training=True)
-        assert nothing_ran()
-
-    check()
+    good, seen = good_checkpoint(), Counter()
+    by_torch = [saved({**good, key: [x]}, z) for key, x, z in itertools.product(good, EVIL, (True, False))]
+    for data in [*by_torch, *evil_pickles({"a": 1})]:
+        load(data, seen)
+    assert seen["works"] == 0
 
 
-ODD = (
-    None, -1, 1.5, True, "x", [], [{}], {}, {1: 2}, {"a": 1}, {"cpu": torch.ones(1)}, torch.ones(2), torch.ones(9, 2),
-    torch.ones(4, 3), torch.tensor(1j), torch.zeros(16, dtype=torch.uint8),
-)  # fmt: skip
-PLACES = (  # () is the whole, ("model_args", "bias") its entry "bias" in its entry "model_args"
-    (), *((entry,) for entry in (*checkpoints.REQUIRED, "scaler", "rng")), *(("model_args", key) for key in SIZES),
-    ("model", "_orig_mod.a"), ("model", 3), ("config", "dataset"), ("rng", 0), ("rng", 0, "data"),
-    ("rng", 0, "generators"), ("rng", 0, "generators", "cpu"), ("optimizer", "param_groups"),
-    ("optimizer", "param_groups", 0), ("optimizer", "param_groups", 0, "params"), ("optimizer", "state"),
-    *(("optimizer", "state", *key) for key in ((0,), (0, "exp_avg"), (0, "step"), (7,), ("x",))),
-    ("rng", 0, "data", "before"), ("rng", 0, "data", "after"), ("split",), ("split", "of"), ("split", "into"),
-    ("split", "levers"), ("split", "levers", "recompute"), ("split", "levers", "loss_chunk_mb"),
-)  # fmt: skip
-
-
-def put(value, place, odd):
-    """value with what stands at place, a path of keys, replaced by odd."""
-    if not place:
-        return odd
-    changed = copy.copy(value)
-    changed[place[0]] = put(value[place[0]], place[1:], odd) if place[1:] else odd
-    return changed
+ODD = (None, -1, 1.5, True, "x", [], [{}], {}, {1: 2}, {"a": 1}, torch.ones(2), torch.tensor(1j))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_checkpoint_with_an_odd_entry_loads_or_is_refused():
-    seen = Counter()
-    good = saved(good_checkpoint())
-    for place, odd in itertools.product(PLACES, ODD):
-        original = torch.load(io.BytesIO(good), weights_only=True)
-        load_and_use(saved(put(original, place, odd)), seen)
+    seen, good = Counter(), good_checkpoint()
+    for odd in ODD:
+        load(saved(odd), seen)
+        for entry, value in good.items():
+            load(saved({**good, entry: odd}), seen)
+            inside = {**value, next(iter(value), 0): odd} if isinstance(value, dict) else odd
+            load(saved({**good, entry: inside}), seen)
     assert min(seen["works"], seen["refused"]) >= 20
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
 def test_a_checkpoint_without_its_optimizer_is_enough_for_sampling(nothing):
-    Path("ckpt.pt").write_bytes(saved({**good_checkpoint(), "optimizer": nothing, "config": nothing, "rng": None}))
-    with pytest.raises(UsageError, match="it lacks optimizer, config"):
-        checkpoints.load(".", for_training=True)
-    for_sampling = checkpoints.load(".")
-    assert list(for_sampling["model"]) == ["a", "b"]
-    assert for_sampling.get("config", {}) == {}, "sample.py looks up its data set like this"
+    Path("ckpt.pt").write_bytes(saved({**good_checkpoint(), "optimizer": nothing, "config": {}, "rng": None}))
+    with pytest.raises(UsageError, match="it lacks optimizer"):
+        checkpoint.load(".", for_training=True)
+    assert list(checkpoint.load(".")["model"]) == ["a", "b"]
 
 
 # ---- token files -------------------------------------------------------------------------------------------

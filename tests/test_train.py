@@ -268,7 +268,7 @@ def test_every_config_file_runs(path, hugging_face_gpt2, capsys):
     run = run_script("train.py", str(path), *flags(**keys))
     assert 0 in run.eval_loss
     assert bool(run.iter_loss) != path.stem.startswith("eval_")
-    assert "no script knows" not in capsys.readouterr().err
+    assert "has no key" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 
 from nanofit import host
 from nanofit.autofit.search import TRITON_CAPABILITY
-from nanofit.errors import UsageError, first_line
-from nanofit.units import GIB
+from nanofit.errors import UsageError, first_line, is_out_of_memory
+from nanofit.units import GIB, gib
 
 OK, WARNING, STOP = "ok", "warning", "stop"
 MOSTLY_FREE = 0.9  # of a GPU's memory, where nobody else holds much of it
@@ -25,6 +26,7 @@ PACKAGES = (
     "numpy", "triton", "tiktoken", "datasets", "safetensors", "transformers", "torchao", "wandb", "tensorboard", "bokeh"
 )  # fmt: skip
 TORCHS = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_")  # how torch's variables begin
+SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,57 @@ class Verdict:
 
 
 def facts():
-    """What there is here, as a dict. Call it before anything else asks torch for GPUs: see machine.cuda_facts."""
+    """What there is here, as a dict; bytes, or None where the system doesn't tell.
+
+    Call it before anything else asks torch for GPUs: what torch warns of then, it tells once in a process.
+    """
     known = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "wsl": "microsoft" in platform.release().lower(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TORCHS)},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(TORCHS) and k not in SET_BY_TORCH},
+        "driver": host.driver_version(),
         "driver_cuda": _driver_cuda(),
+        "memory": host.machine_memory(),
+        "free": None,
+        "container": host.group_memory()[0],
     }
+    with contextlib.suppress(UsageError):
+        known["free"] = host.free_memory()
     try:
         import numpy  # noqa: F401
         import torch
     except Exception as e:  # a library that it lacks, another version of numpy, half an installation
         return {**known, "torch": None, "torch_failure": f"{type(e).__name__}: {first_line(e)}"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        **known,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",  # that torch is built for
+        "architectures": tuple(torch.cuda.get_arch_list()),  # that it has kernels for
+        "said": " ".join(first_line(warning.message) for warning in caught),
+        "gpus": [_facts_of(torch.device("cuda", index)) for index in range(count)],
+    }
+
+
+def _facts_of(device):
+    """What there is to know of a GPU. To ask for free memory takes some of it, as training does: CUDA's context."""
     from nanofit import machine
 
-    memory = {"memory": host.machine_memory(), "free": None, "container": host.group_memory()[0]}  # bytes or None
-    with contextlib.suppress(UsageError):  # where the system doesn't tell
-        memory["free"] = host.free_memory()
-    return {**known, "torch": torch.__version__, **machine.cuda_facts(), **memory}
+    try:
+        free = machine.free_memory_bytes(device)
+    except RuntimeError as e:  # no room for CUDA's context, or a GPU in distress
+        free = 0 if is_out_of_memory(e) else None
+    return {
+        "name": machine.device_name(device),
+        "sm_count": machine.sm_count(device),
+        "capability": machine.capability(device),
+        "total_bytes": machine.total_memory_bytes(device),
+        "free_bytes": free,
+        "holders": machine.gpu_processes(device),
+    }
 
 
 def _version(package):
@@ -77,19 +111,12 @@ def _driver_cuda():
     return version.value // 1000, version.value % 1000 // 10
 
 
-def size_of(count):
-    """A number of bytes for people, None where it isn't known."""
-    if count is None:
-        return "unknown"
-    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
-
-
 def _dotted(pair):
     return ".".join(map(str, pair))
 
 
 def _gpu(facts, config):
-    """The GPU that the run would use, as cuda_facts tells of it; None where it is another device."""
+    """The GPU that the run would use, as facts() tells of it; None where it is another device."""
     kind, _, index = config.get("device", "cpu").partition(":")
     at = int(index) if index.isdigit() else 0
     gpus = facts.get("gpus", ())
@@ -145,7 +172,7 @@ def memory_held_by_others(facts, config):
     gpu = _gpu(facts, config)
     if gpu is None or gpu["free_bytes"] is None:
         return None
-    free = f"{size_of(gpu['free_bytes'])} of {size_of(gpu['total_bytes'])} are free"
+    free = f"{gib(gpu['free_bytes'])} of {gib(gpu['total_bytes'])} are free"
     if gpu["holders"]:
         who = ", ".join(f"{name} (pid {pid}) {mib:,} MiB" for pid, name, mib in gpu["holders"])
         return Verdict(WARNING, f"{free}; held by {who}", f"kill {gpu['holders'][0][0]}, if that may end")
@@ -197,8 +224,8 @@ def compiler_there(facts, config):
 def memory_left(facts, config):
     if facts.get("free") is None:
         return None
-    limit = f", the container's limit is {size_of(facts['container'])}" if facts["container"] else ""
-    says = f"{size_of(facts['free'])} of {size_of(facts['memory'])} are free{limit}"
+    limit = f", the container's limit is {gib(facts['container'])}" if facts["container"] else ""
+    says = f"{gib(facts['free'])} of {gib(facts['memory'])} are free{limit}"
     if facts["free"] < LEAST_MEMORY:
         return Verdict(WARNING, f"{says}: Linux may kill the run", "free -h, and end what needn't run")
     return Verdict(OK, says)

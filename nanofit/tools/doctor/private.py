@@ -27,7 +27,7 @@ def _private_text(text, root):
     text = re.sub(r"(?:(?<![\w.…/])/(?!/)|~/|\b[A-Za-z]:\\)(?:[^\s'\":,;()]*[/\\])+", "…/", text)
     text = re.sub(r"(process \d+) on [^,\s]+", r"\1", text)  # as run.lock names a holder, maybe on another host
     for name in {_user(), socket.gethostname(), socket.gethostname().split(".")[0]} - {""}:
-        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text)
+        text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", "…", text)
     return text
 
 

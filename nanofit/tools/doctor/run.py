@@ -1,238 +1,199 @@
-"""What would stop the run that is asked about: train.py's own steps up to its first iteration, by its own functions.
+"""What would stop the run that is asked about: train.py's own first lines, run here, and what it tries after them.
 
 The sentence with which a function refuses is what train.py would end with. What is found stays as it is.
 """
 
+import ast
 import contextlib
-import importlib.util
 import io
+import itertools
 import os
 import shutil
-import urllib.request
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from nanofit import autofit, machine, models, settings
-from nanofit.codec import load_meta
+from nanofit.codec import differs
 from nanofit.errors import UsageError, first_line
-from nanofit.folder import LOCK, RunFolder
+from nanofit.folder import LOCK
 from nanofit.metrics import require_readers
-from nanofit.ranks import ALONE
 from nanofit.tokens import open_data
-from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict, size_of
-from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, PADDED_VOCAB_SIZE, memory_limit
+from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict
+from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, gib, memory_limit
 
 LOOKED_AT = 8  # batches of each split whose tokens are looked at
 CHECKPOINTS_AT_ONCE = 3  # the last, the one before, and the one that is being written
 REACHED_SECONDS = 5
+OF_RANKS = ("--shard", "--gather_once")  # which need torchrun's ranks, and this is one process
 
 
-class Run:
-    """verdicts: {name of a step: its Verdict}, of those that have one.
+def look(train, argv):
+    """(the keys as the run would have them, {name of a check: its Verdict}). train: the path of train.py.
 
-    config, given: train.py's keys, and those of them that were named. own: models.own_fields of config_class.
+    Each check is taken, whatever others have found, but for the first and the last one.
     """
-
-    def __init__(self, config, given, model_class, config_class, own):
-        self.config, self.given, self.own, self.verdicts = dict(config), given, own, {}
-        self.model_class, self.config_class = model_class, config_class
-        self.folder = RunFolder(config["out_dir"])
-        self.data_dir = os.path.join("data", config["dataset"])
-        self.of_checkpoint = self.meta = self.data = self.sizes = None  # as the steps find them out
-
-    def look(self):
-        """Take the steps in turn. One that needs what another has failed to find out has nothing to say."""
-        for name, step in STEPS.items():
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):  # what training would tell
-                    found = step(self)
-            except (UsageError, OSError) as e:
-                found = Verdict(STOP, str(e))
-            if found:
-                self.verdicts[name] = found
-            if name == "keys" and found:
-                return
-
-    def _checkpoint(self):
-        config = self.config
-        config["init_from"] = self.folder.settle(config["init_from"])
-        if config["init_from"] != "resume":
-            return None
-        saved = self.folder.load()
-        config |= settings.go_on_with(saved, config, self.given)
-        self.of_checkpoint = {"model_args": saved["model_args"]}  # all of it is a whole second model
-        return Verdict(OK, f"goes on at iteration {saved['iter_num']:,}")
-
-    def _keys(self):
-        config = self.config
-        settings.check({**config, "shard": False}, ALONE)  # how many ranks torchrun would start isn't known
-        if "dtype" in self.given or machine.is_here(config["device"]):
-            config["dtype"] = settings.dtype(config, self.given)
-
-    def _no_effect(self):
-        told = settings.without_effect(self.config, self.given, self.config_class, ALONE.size)
-        return Verdict(WARNING, "\n".join(told), "leave them out") if told else None
-
-    def _kernels(self):
-        if self.config["device"].startswith("cuda") and not settings.is_elsewhere(self.config):
-            machine.require_kernels(machine.find_device(self.config["device"]))
-
-    def _data(self):
-        self.meta = load_meta(self.data_dir)
-        if self.config["dry_run"]:  # which reads none
-            return None
-        own = self.of_checkpoint and "block_size" not in self.given
-        block_size = (self.of_checkpoint["model_args"] if own else self.config)["block_size"]
-        vocab_size = self.meta["vocab_size"] if self.meta else PADDED_VOCAB_SIZE
-        if self.of_checkpoint:
-            vocab_size = self.of_checkpoint["model_args"]["vocab_size"]
-        self.data = open_data(self.data_dir, block_size, vocab_size)
-        counts = ", ".join(f"{file.tokens:,} {split} tokens" for split, file in self.data.items())
-        return Verdict(OK, f"{self.config['dataset']}: {counts}")
-
-    def _model(self):
-        init_from = self.config["init_from"]
-        if init_from == "resume" and not self.of_checkpoint:
-            return
-        sizes = models.sizes_of(init_from, self.config, self.of_checkpoint, self.meta, self.own)
-        models.config_of(self.config_class, sizes)
-        sizes["block_size"] = settings.cropped_to(self.config, self.given, sizes["block_size"])
-        self.sizes = sizes
-
-    def _vocabulary(self):
-        """Whether the tokens of some batches are the model's, by the look that a run takes at each."""
-        if not (self.data and self.sizes):
-            return None
-        model_has = self.sizes["vocab_size"]
-        for file in open_data(self.data_dir, self.sizes["block_size"], model_has).values():
-            file.read(file.draw(LOOKED_AT * self.config["batch_size"], torch.Generator()))
-        has = self.meta["vocab_size"] if self.meta else model_has
-        if has == model_has:
-            return Verdict(OK, f"the model's vocabulary has {model_has}")
-        says = f"meta.pkl of the data names {has} symbols, the model's vocabulary has {model_has}"
-        do = f"python data/{self.config['dataset']}/prepare.py, or --out_dir=... of a model of this data set"
-        return Verdict(WARNING, says, do)
-
-    def _weights(self):
-        """Whether the weights that a run starts from, where they aren't a checkpoint's, can be had."""
-        name = self.config["init_from"]
-        if name in ("scratch", "resume") or not self.sizes:
-            return None
-        if name not in GPT2_SIZES:
-            there = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
-            return None if there else Verdict(STOP, f"{name} holds no weights: neither .safetensors nor .bin")
-        if not importlib.util.find_spec("huggingface_hub"):
-            return Verdict(STOP, f"init_from={name!r} fetches weights by huggingface_hub", "pip install transformers")
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        files = ("model.safetensors", "pytorch_model.bin")
-        if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
-            return Verdict(OK, f"the weights of {name} are in the hub's cache")
-        address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        run = begin(train, [argument for argument in argv if argument.partition("=")[0] not in OF_RANKS])
+    except UsageError as e:
+        return {}, {"run": Verdict(STOP, str(e))}
+    begins = f"goes on at iteration {run.iter_num:,}" if run.saved else "begins anew"
+    found, run.saved = {"run": Verdict(OK, "\n".join([*run.opening, begins]))}, None
+    for name, step in STEPS.items():
+        if name == "fit" and any(verdict.level == STOP for verdict in found.values()):
+            break  # it takes longest
         try:
-            if constants.HF_HUB_OFFLINE:
-                raise OSError("HF_HUB_OFFLINE is set")
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACHED_SECONDS).close()
-        except OSError as e:
-            says = f"the weights of {name} are not in the hub's cache, and {address} can't be reached ({first_line(e)})"
-            return Verdict(WARNING, says, "--init_from=... a folder with a copy of them")
-        return Verdict(OK, f"the weights of {name} are fetched from the hub")
+            with contextlib.redirect_stdout(io.StringIO()):  # what training would tell
+                verdict = step(run)
+        except (UsageError, OSError) as e:
+            verdict = Verdict(STOP, str(e))
+        if verdict:
+            found[name] = verdict
+    return run.config, found
 
-    def _readers(self):
-        if not self.config["dry_run"]:
-            require_readers(self.config, ALONE)
 
-    def _folder(self):
-        """Take the folder as a run does, and give it back as it was."""
-        if self.config["eval_only"] or self.config["dry_run"]:  # which write nothing there
-            return None
-        path = Path(os.path.abspath(self.folder.out_dir))
-        made = [place for place in (path, *path.parents) if not os.path.lexists(place)]
-        lock = [] if os.path.lexists(self.folder.path(LOCK)) else [self.folder.path(LOCK)]
-        try:
-            self.folder.take()
-        finally:
-            self.folder.release()
-            with contextlib.suppress(OSError):  # it was never made, or somebody else uses it by now
-                for file in lock:
-                    os.remove(file)
-                for place in made:
-                    os.rmdir(place)
-        return Verdict(OK, f"{self.folder.out_dir} can be written to")
+def begin(train, argv):
+    """train.py's names after its first lines, which set and check the keys, and write nothing."""
+    names, before = {"__name__": "__main__", "__file__": train}, sys.argv
+    with open(train, encoding="utf-8") as file:
+        body = ast.parse(file.read()).body
+    first = itertools.takewhile(lambda statement: "folder.take" not in ast.unparse(statement), body)
+    sys.argv = [train, *argv]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(ast.Module([*first], []), train, "exec"), names)
+    finally:
+        sys.argv = before
+    return SimpleNamespace(**names)
 
-    def _disk(self):
-        """Whether there is room for checkpoints, each with AdamW's two moments."""
-        path = Path(os.path.abspath(self.folder.out_dir))
-        place = next((folder for folder in (path, *path.parents) if os.path.isdir(folder)), None)
-        if not self.sizes or not place:
-            return None
-        try:
-            with torch.device("meta"):
-                model = self.model_class(models.config_of(self.config_class, self.sizes))
-        except Exception as e:  # a model that reads values while it is built
-            return Verdict(WARNING, f"what a checkpoint takes isn't known ({first_line(e)})")
-        needed, free = 3 * sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(place).free
-        says = f"{size_of(free)} are free where out_dir is, a checkpoint takes about {size_of(needed)}"
-        if free < needed:
-            return Verdict(STOP, f"{says}: none could be written", "--out_dir=... on a larger disk")
-        if free < CHECKPOINTS_AT_ONCE * needed:
-            says += f", and {CHECKPOINTS_AT_ONCE} are there while one is written"
-            return Verdict(WARNING, says, "--out_dir=... on a larger disk")
-        return Verdict(OK, says)
 
-    def _fit(self):
-        """Whether the batch fits, by the plan of --dry_run=True; always simulated."""
-        if not self.sizes or any(found.level == STOP for found in self.verdicts.values()):
-            return None
-        config, free = self.config, None
+def _no_effect(run):
+    return Verdict(WARNING, "\n".join(run.without_effect), "leave them out") if run.without_effect else None
+
+
+def _vocabulary(run):
+    do = f"python data/{run.dataset}/prepare.py, or --out_dir=... of a model of this data set"
+    lines = differs(run.meta, run.model_args["vocab_size"])
+    return Verdict(WARNING, lines[0].removeprefix("warning: "), do) if lines else None
+
+
+def _kernels(run):
+    if isinstance(run.device, torch.device) and run.device.type == "cuda":
+        machine.require_kernels(run.device)
+
+
+def _data(run):
+    """Whether the tokens of some batches are the model's, by the look that a run takes at each."""
+    if run.dry_run:  # which reads none
+        return None
+    files = open_data(run.data_dir, run.block_size, run.model_args["vocab_size"])
+    for file in files.values():
+        file.read(file.draw(LOOKED_AT * run.batch_size, torch.Generator()))
+    counts = ", ".join(f"{file.tokens:,} {split} tokens" for split, file in files.items())
+    return Verdict(OK, f"{run.dataset}: {counts}")
+
+
+def _weights(run):
+    """Whether the weights that a run starts from, where they aren't a checkpoint's, can be had."""
+    name = run.init_from
+    if name in ("scratch", "resume"):
+        return None
+    if name not in GPT2_SIZES:
+        there = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
+        return None if there else Verdict(STOP, f"{name} holds no weights: neither .safetensors nor .bin")
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        return Verdict(STOP, f"init_from={name!r} fetches weights by huggingface_hub", "pip install transformers")
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files):
+        return Verdict(OK, f"the weights of {name} are in the hub's cache")
+    try:
+        hub.model_info(name, timeout=REACHED_SECONDS)
+    except Exception as e:  # of the library that asks, which isn't the same in all versions
+        says = f"the weights of {name} are not in the hub's cache, and the hub can't be reached ({first_line(e)})"
+        return Verdict(WARNING, says, "--init_from=... a folder with a copy of them")
+    return Verdict(OK, f"the weights of {name} are fetched from the hub")
+
+
+def _readers(run):
+    if not run.dry_run:
+        require_readers(run.config, run.world)
+
+
+def _folder(run):
+    """Take the folder as a run does, and give it back as it was."""
+    if run.eval_only or run.dry_run:  # which write nothing there
+        return None
+    path = Path(os.path.abspath(run.out_dir))
+    made = [place for place in (path, *path.parents) if not os.path.lexists(place)]
+    lock = [] if os.path.lexists(run.folder.path(LOCK)) else [run.folder.path(LOCK)]
+    try:
+        run.folder.take()
+    finally:
+        run.folder.release()
+        with contextlib.suppress(OSError):  # it was never made, or somebody else uses it by now
+            for file in lock:
+                os.remove(file)
+            for place in made:
+                os.rmdir(place)
+    return Verdict(OK, f"{run.out_dir} can be written to")
+
+
+def _disk(run):
+    """Whether there is room for checkpoints, each with AdamW's two moments."""
+    path = Path(os.path.abspath(run.out_dir))
+    place = next(place for place in (path, *path.parents) if os.path.exists(place))
+    try:
+        with torch.device("meta"):
+            model = run.GPT(models.config_of(run.GPTConfig, run.model_args))
+    except Exception as e:  # a model that reads values while it is built
+        return Verdict(WARNING, f"what a checkpoint takes isn't known ({first_line(e)})")
+    needed, free = 3 * sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(place).free
+    says = f"{gib(free)} are free where out_dir is, a checkpoint takes about {gib(needed)}"
+    if free < needed:
+        return Verdict(STOP, f"{says}: none could be written", "--out_dir=... on a larger disk")
+    if free < CHECKPOINTS_AT_ONCE * needed:
+        says += f", and {CHECKPOINTS_AT_ONCE} are there while one is written"
+        return Verdict(WARNING, says, "--out_dir=... on a larger disk")
+    return Verdict(OK, says)
+
+
+def _fit(run):
+    """Whether the batch fits, by the plan of --dry_run=True; always simulated."""
+    card, config = run.memory_limit_gb, run.config
+    try:
         if not settings.is_elsewhere(config):
-            try:
-                free = machine.free_memory_bytes(machine.find_device(config["device"]))
-            except (UsageError, RuntimeError) as e:
-                return Verdict(WARNING, f"what is free isn't known, and so not what fits ({first_line(e)})")
-        card = config["memory_limit_gb"]
-        if free is not None:
-            holds = config["auto_fit"] or config["device"].startswith("cuda")
-            limit = memory_limit(free, card if holds else 0.0)
+            is_gpu = run.device.type == "cuda"
+            limit = memory_limit(machine.free_memory_bytes(run.device), card if run.auto_fit or is_gpu else 0.0)
             # From a simulated card, CUDA's context and the margin are taken off: this card leaves the limit.
-            card = (limit + min(limit / 19, GIB) + CONTEXT_BYTES * config["device"].startswith("cuda")) / GIB
+            card = (limit + min(limit / 19, GIB) + CONTEXT_BYTES * is_gpu) / GIB
         asked = {**config, "memory_limit_gb": card, "dry_run": True, "shard": False}
-        try:
-            classes = self.model_class, self.config_class
-            plan = autofit.fit(ALONE, config["device"], asked, self.given, self.sizes, classes, config["max_iters"])
-        except UsageError as e:
-            if "nothing fits" in str(e):
-                return Verdict(STOP, str(e))
-            return Verdict(WARNING, f"whether it fits can't be simulated: {e}")
-        except Exception as e:  # a model that can't be simulated
-            return Verdict(WARNING, f"whether it fits can't be simulated: {type(e).__name__}: {first_line(e)}")
-        return self._judged(plan)
-
-    def _judged(self, plan):
-        size, limit = self.config["batch_size"], f"{size_of(plan.limit_bytes)} may be taken, simulated"
-        if plan.micro_batch_size >= size and plan.levers.recompute == self.config["recompute"]:
-            what = "it" if plan.micro_batch_size == size else f"even {plan.micro_batch_size}"
-            return Verdict(OK, f"batch_size {size} fits: {what} takes {size_of(plan.peak_bytes)}, {limit}")
-        if self.config["auto_fit"]:
-            return Verdict(OK, f"auto_fit makes it fit: {plan}; {limit}")
-        told = (
-            f"batch_size {size} would not fit, {plan.micro_batch_size} would with {size_of(plan.peak_bytes)}; {limit}"
-        )
-        return Verdict(WARNING, told, "--auto_fit=True")
+        classes, iterations = (run.GPT, run.GPTConfig), run.max_iters
+        plan = autofit.fit(run.world, config["device"], asked, run.given, run.model_args, classes, iterations)
+    except Exception as e:  # a model that can't be simulated, a device in distress
+        nothing_fits = isinstance(e, UsageError) and "nothing fits" in str(e)
+        return Verdict(STOP, str(e)) if nothing_fits else Verdict(WARNING, f"whether it fits can't be simulated: {e}")
+    size, limit = run.batch_size, f"{gib(plan.limit_bytes)} may be taken, simulated"
+    if plan.micro_batch_size >= size and plan.levers.recompute == run.recompute:
+        what = "it" if plan.micro_batch_size == size else f"even {plan.micro_batch_size}"
+        return Verdict(OK, f"batch_size {size} fits: {what} takes {gib(plan.peak_bytes)}, {limit}")
+    if run.auto_fit:
+        return Verdict(OK, f"auto_fit makes it fit: {plan}; {limit}")
+    says = f"batch_size {size} would not fit, {plan.micro_batch_size} would with {gib(plan.peak_bytes)}; {limit}"
+    return Verdict(WARNING, says, "--auto_fit=True")
 
 
 STEPS = {  # in train.py's order, but for what takes longest
-    "checkpoint": Run._checkpoint,
-    "keys": Run._keys,
-    "no effect": Run._no_effect,
-    "kernels": Run._kernels,
-    "data": Run._data,
-    "model": Run._model,
-    "vocabulary": Run._vocabulary,
-    "weights": Run._weights,
-    "readers": Run._readers,
-    "folder": Run._folder,
-    "disk": Run._disk,
-    "fit": Run._fit,
+    "no effect": _no_effect,
+    "vocabulary": _vocabulary,
+    "kernels": _kernels,
+    "data": _data,
+    "weights": _weights,
+    "readers": _readers,
+    "folder": _folder,
+    "disk": _disk,
+    "fit": _fit,
 }
