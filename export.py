@@ -17,7 +17,7 @@ import torch
 from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import checkpoint, models
-from nanofit.errors import UsageError, usage_errors
+from nanofit.errors import UsageError
 from nanofit.files import refuse_to_replace, whole_or_not_at_all
 from nanofit.tools import huggingface
 
@@ -48,12 +48,7 @@ saved["config"] = {
     if key not in NOT_FOR_OTHERS and not key.startswith("wandb")
 }
 if weights_only_to:
-    full = f"{weights_only_to} can't be written: "
-    with (
-        whole_or_not_at_all(weights_only_to) as part,
-        usage_errors(RuntimeError, prefix=full),
-        open(part, "wb") as file,
-    ):
+    with whole_or_not_at_all(weights_only_to) as part, open(part, "wb") as file:
         torch.save(saved, file)
     print(f"{source} -> {weights_only_to}: {os.path.getsize(weights_only_to) / 2**20:.1f} MiB")
 

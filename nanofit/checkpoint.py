@@ -11,7 +11,7 @@ import zipfile
 import torch
 from torch.utils._pytree import tree_map_only
 
-from nanofit.errors import UsageError, first_line, is_out_of_memory, shown
+from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, system_error
 from nanofit.files import replacing
 
 NAME = "ckpt.pt"
@@ -54,21 +54,14 @@ def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours
         ) from e
 
 
-def _systems(error):
-    """The first error in a chain of them that comes from the system, or None."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def _is_full(error):
-    inner = _systems(error)
+    inner = system_error(error)
     return inner is not None and inner.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _reason(error):
     """What the system said, or else the error itself."""
-    inner = _systems(error)
+    inner = system_error(error)
     return (inner.strerror if inner is not None else None) or first_line(error)
 
 

@@ -55,6 +55,13 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def system_error(error):
+    """The first error in a chain of them that comes from the system, or None: torch.save hides it behind another."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def shown(value, form=repr):
     """value as text for a message, cut where it is long."""
     try:

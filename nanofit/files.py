@@ -5,7 +5,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, system_error
 
 
 def refuse_to_replace(path):
@@ -68,5 +68,8 @@ def whole_or_not_at_all(path):
             if os.path.isdir(path):
                 os.rmdir(path)
             os.rename(part, path)
-    except OSError as e:
-        raise UsageError(f"{path} can't be written ({e.strerror or e})") from e
+    except (OSError, RuntimeError) as e:
+        own = system_error(e)
+        if own is None:
+            raise
+        raise UsageError(f"{path} can't be written ({own.strerror or own})") from e

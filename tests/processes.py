@@ -202,14 +202,14 @@ def test_a_rank_that_dies_ends_the_others_in_words(number, victim):
     assert code == 0, printed
 
 
-def test_a_rank_that_was_stopped_goes_on(victim=1):
+def test_a_rank_that_was_stopped_goes_on():
     with started(on_ranks(TELL_PID, *LONG[-3:])) as launcher:
-        os.kill(pid_of(victim), signal.SIGSTOP)
+        os.kill(pid_of(1), signal.SIGSTOP)
         time.sleep(1)
         before = iterations()
         time.sleep(1)
         assert iterations() == before
-        os.kill(pid_of(victim), signal.SIGCONT)
+        os.kill(pid_of(1), signal.SIGCONT)
         end = time.monotonic() + 60
         while iterations()[-1] <= before[-1] + 20:
             assert time.monotonic() < end
