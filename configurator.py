@@ -197,10 +197,9 @@ def configure(namespace, argv=None, more=None):
             continue
         if sign and name.startswith("--"):
             keys.read_argument(name[2:], text)
-        elif sign:
-            raise UsageError(f"'{arg}' is neither a config file nor an override: write --{arg.lstrip('-')}")
-        elif arg.startswith("-"):
-            raise UsageError(f"'{arg}' has no value: write --{arg.lstrip('-')}=value, with the sign between them")
+        elif sign or arg.startswith("-"):
+            meant = f"--{name.lstrip('-')}={text or 'value'}"
+            raise UsageError(f"'{arg}' is neither a config file nor --key=value: write {meant}")
         else:
             keys.read_file(arg)
     if {"-h", "--help"} & set(argv):

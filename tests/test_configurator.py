@@ -70,10 +70,10 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
         ("--batch_size=many", "batch_size must be a whole number .*not 'many'"),
         ("--learning_rate=fast", "learning_rate must be a number"),
         ("--compile=2", "compile must be True or False"),
-        ("--compile", "'--compile' has no value: write --compile=value, with the sign between them"),
-        ("-compile", "'-compile' has no value: write --compile=value"),
+        ("--compile", "'--compile' is neither a config file nor --key=value: write --compile=value"),
+        ("-compile", "'-compile' is neither .* write --compile=value"),
         ("--out_dir='a\\0b'", "out_dir holds a zero byte"),
-        ("batch_size=3", "'batch_size=3' is neither a config file nor an override: write --batch_size=3"),
+        ("batch_size=3", "'batch_size=3' is neither a config file nor --key=value: write --batch_size=3"),
         ("nowhere.py", "config file 'nowhere.py' does not exist"),
     ],
 )
@@ -186,14 +186,6 @@ def test_nanogpts_way_far_from_the_checkout_says_what_is_missing(workplace):
     assert re.fullmatch("error: configurator.py uses nanofit/, which lies beside it: .*PYTHONPATH\n", done.stderr)
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_help_lists_every_key(capsys):
-    with pytest.raises(SystemExit) as stop:
-        configured("--help")
-    assert stop.value.code == 0
-    listed = re.findall(r"^  --(\w+)=", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["batch_size", "learning_rate", "compile", "out_dir"]
 
 
 HELP = """\

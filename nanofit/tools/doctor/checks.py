@@ -26,7 +26,7 @@ PACKAGES = (
     "numpy", "triton", "tiktoken", "datasets", "safetensors", "transformers", "torchao", "wandb", "tensorboard", "bokeh"
 )  # fmt: skip
 TORCHS = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_")  # how torch's variables begin
-SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)
+SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)  # itself, with the user's name
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def facts():
     known = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "wsl": "microsoft" in platform.release().lower(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES},
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(TORCHS) and k not in SET_BY_TORCH},
         "driver": host.driver_version(),
         "driver_cuda": _driver_cuda(),
@@ -90,13 +90,6 @@ def _facts_of(device):
         "free_bytes": free,
         "holders": machine.gpu_processes(device),
     }
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _driver_cuda():
