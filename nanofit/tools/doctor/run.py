@@ -61,6 +61,7 @@ def begin(train, argv):
         body = ast.parse(file.read()).body
     first = itertools.takewhile(lambda statement: "folder.take" not in ast.unparse(statement), body)
     sys.argv = [train, *argv]
+    os.environ.pop("RANK", None)  # torchrun's others aren't here to be met
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(ast.Module([*first], []), train, "exec"), names)
