@@ -208,7 +208,7 @@ def load(out_dir, name=NAME, for_training=False):
 
 def _unwrapped(model):
     """A state_dict without the prefixes of torch.compile and of DDP, in whatever order they wrapped the model."""
-    names, before = list(model), None
+    names, before = list(map(str, model)), None
     while names != before:
         before = names
         names = [name.removeprefix("_orig_mod.") for name in names]

@@ -74,7 +74,7 @@ TABLE = [  # (check, facts that differ, keys that differ, level or None where it
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("check", "changes", "run", "level", "says", "do"), TABLE)
+@pytest.mark.parametrize(("check", "changes", "keys", "level", "says", "do"), TABLE)
 def test_each_check_by_made_up_facts(monkeypatch, check, changes, keys, level, says, do):
     monkeypatch.setattr(checks.shutil, "which", lambda name: name == "cc")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -248,7 +248,7 @@ def plan(size, **levers):
 
 
 @pytest.mark.parametrize(
-    ("answer", "run", "level", "says"),
+    ("answer", "keys", "level", "says"),
     [
         (plan(12), {}, OK, "batch_size 12 fits: it takes 0.50 GiB"),
         (plan(4), {}, WARNING, "batch_size 12 would not fit, 4 would with 0.50 GiB"),

@@ -320,7 +320,7 @@ def test_odd_symbols_work_or_are_refused():
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
-TYPES = {"model": dict, "model_args": dict, "optimizer": dict, "iter_num": int}
+TYPES = {"model": dict, "model_args": dict, "iter_num": int}
 
 
 def good_checkpoint():
@@ -416,4 +416,4 @@ def test_any_token_files_give_batches_or_are_refused():
             assert max(x.max(), y.max()) < vocab_size
 
     check()
-    assert min(seen["works"], seen["refused"]) >= 20
+    assert min(seen["works"], seen["refused"]) >= 10
