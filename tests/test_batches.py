@@ -253,7 +253,6 @@ def test_the_longest_symbol_that_fits_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("symbols", "sentence"),
     [({}, "has neither stoi nor itos"), ({"stoi": Tokenizer()}, "stoi is a .*Tokenizer: write a dict")],
-    ids=str,
 )
 def test_what_sampling_lacks_is_told_at_sampling(tmp_path, symbols, sentence):
     folder = write_meta(tmp_path, vocab_size=7, **symbols)
