@@ -4,7 +4,6 @@ A field that is added to MemoryLevers and not to one of these places fails here.
 """
 
 import ast
-import json
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -13,10 +12,10 @@ from conftest import ROOT, train
 
 from model import GPT, GPTConfig
 from nanofit import autofit, machine, models
-from nanofit.autofit.plan import Job, to_json
+from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
 from nanofit.optimizers import make_optimizer
-from nanofit.units import FITTED, MemoryLevers
+from nanofit.units import MemoryLevers
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
@@ -74,12 +73,6 @@ def test_it_is_a_key_of_train_with_the_same_default(name):
     assert autofit.levers_of(config) == moved(name), "and the run's key is what auto-fit begins with"
 
 
-@lever
-def test_it_goes_with_a_trials_job(name):
-    assert to_json(replace(JOB, levers=moved(name))) != to_json(JOB)
-    assert json.loads(to_json(replace(JOB, levers=moved(name))))["levers"][name] == MOVED[name]
-
-
 def applied(levers):
     """What training with these levers is: bytes that a forward pass saves, the model's chunk, the optimizer's kind."""
     torch.manual_seed(0)
@@ -119,16 +112,3 @@ def test_a_run_with_it_says_so_in_its_checkpoint(name, workplace):
     saved = torch.load("out/ckpt.pt", weights_only=True)
     asked = MemoryLevers(**{name: MOVED[name]})
     assert saved["split"]["levers"] == asdict(asked.within(machine.total_memory_bytes(CPU), "cpu"))
-
-
-def test_what_auto_fit_may_move_are_levers():
-    assert set(FITTED) <= {field.name for field in fields(MemoryLevers)}
-
-
-def test_a_model_without_a_lever_goes_without_it():
-    class Bare(torch.nn.Module):
-        config = GPTConfig(**SIZES)
-
-    model = Bare()
-    models.apply_levers(model, MemoryLevers(recompute=True, loss_chunk_mb=7))
-    assert not hasattr(model, "loss_chunk_mb")

@@ -107,7 +107,7 @@ def line(size):
         (13, 5, line, 1, [1, 13]),
         (13, 50, line, 13, [1, 13]),
         # The line through 1 and 2 promises 64; beyond 8 memory is steeper.
-        (64, 12, lambda b: 2 + 0.1 * b + max(0, b - 8), 16, [1, 2, 64, 16, 32]),
+        (64, 12, lambda b: 2 + 0.1 * b + max(0, b - 8), 16, [1, 2, 64, 32, 16]),
     ],
 )
 def test_the_order_of_trials(batch_size, limit, memory, expected, probes):

@@ -108,7 +108,6 @@ def test_a_child_goes_on_with_other_sizes(child, workplace):
     [
         dict(levers=MemoryLevers(recompute=True), micro_batch_size=16),
         dict(compile=True, micro_batch_size=16),
-        dict(simulate=True, micro_batch_size=16),
         dict(micro_batch_size=4),  # a CPU's peak doesn't fall again
     ],
 )
@@ -231,15 +230,14 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("simulate", [False, True])
-def test_the_probe_imports_the_model_as_the_run_did(workplace, monkeypatch, simulate):
+def test_the_probe_imports_the_model_as_the_run_did(workplace, monkeypatch):
     """GPT from one module of a package, GPTConfig from another, in a folder of sys.path that isn't the project's."""
     for name, text in SPLIT.items():
         (workplace / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (workplace / "mine" / name if name != "model.py" else workplace / name).write_text(text)
     monkeypatch.syspath_prepend(str(workplace / "mine"))
     net, sizes = (importlib.import_module(f"parts.{name}") for name in ("net", "sizes"))
-    tried = run_trial(replace(JOB, source=models.source_of(net.GPT, sizes.GPTConfig), simulate=simulate))
+    tried = run_trial(replace(JOB, source=models.source_of(net.GPT, sizes.GPTConfig)))
     assert tried.failure == ""
     assert tried.fits
     for name in [name for name in sys.modules if name.partition(".")[0] == "parts"]:
@@ -263,15 +261,6 @@ def test_a_model_that_cannot_be_simulated_says_so(workplace, monkeypatch):
     tried = run_trial(replace(JOB, source=models.source_of(looks.GPT, GPTConfig), simulate=True))
     assert tried.failure.startswith(f"{UNSIMULATED} (")
     del sys.modules["looks"]
-
-
-@pytest.mark.slow
-def test_dropout_costs_a_plan_no_attention_matrices():
-    peaks = []
-    for dropout in (0.0, 0.2):
-        shape = {**JOB.model_args, "block_size": 256, "dropout": dropout}
-        peaks.append(run_trial(replace(JOB, model_args=shape, simulate=True)).peak_bytes)
-    assert 0 < peaks[0] < peaks[1] < 1.25 * peaks[0], "masks are a byte for each value that they drop"
 
 
 def test_a_size_far_beyond_the_limit_ends_in_the_probe_alone():

@@ -22,13 +22,13 @@ nanofit.start()
 import torch
 
 from nanofit import gradients, host, machine, models, sharding
-from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Trial, from_json, to_json
+from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.ranks import ALONE, World
 from nanofit.step import dry_step, evaluate, train_step, try_compile
-from nanofit.units import CONTEXT_BYTES, GIB, memory_limit
+from nanofit.units import memory_limit
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
 
@@ -142,34 +142,6 @@ def run(job, model, optimizer, own_gradients, device):
     }
 
 
-def simulate(job):
-    """A device that isn't here: what tensors would hold of it."""
-    from nanofit.autofit.simulate import step_memory
-
-    card = int(job.memory_limit_gb * GIB)
-    free = card - (CONTEXT_BYTES if job.device.startswith("cuda") else 0)
-    limit = job.limit_bytes or memory_limit(free, 0.0)
-    report(
-        Facts(
-            name=f"a planned {job.device} device",
-            device_type=torch.device(job.device).type,
-            total_bytes=card,
-            free_bytes=free,
-            limit_bytes=limit,
-        )
-    )
-    levers = job.levers.within(limit, torch.device(job.device).type)
-    classes = models.from_source(job.source)
-    try:
-        parts = step_memory(*classes, job, levers)
-    except Exception as e:  # anything at all: fake tensors have no values, and a model may look at them
-        report(
-            Trial(job.micro_batch_size, levers, failure=f"{UNSIMULATED} ({type(e).__name__}: {first_line(e)[:100]})")
-        )
-    else:
-        report(Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts))
-
-
 def listen(jobs):
     """Put each Job that comes into a queue. When no more can come, nobody waits: the GPU should be free again."""
     for line in sys.stdin:
@@ -182,6 +154,6 @@ if __name__ == "__main__":
     threading.Thread(target=listen, args=(jobs,), daemon=True).start()
     while True:
         job = jobs.get()
-        simulate(job) if job.simulate else measure(job, made)
+        measure(job, made)
         if job.compile:
             break  # the end of Python tells compiler workers

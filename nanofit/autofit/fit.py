@@ -13,7 +13,7 @@ from nanofit.progress import waiting
 from nanofit.units import FITTED, GIB, MemoryLevers, duration, gib, micro_batch_sizes
 
 SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
-MICRO_STEPS_OF_A_TRIAL = 7  # about: a brief one runs five, and the forward pass of four more
+MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow one runs five, and the forward pass of four more
 KEYS = (  # of the run, that an answer depends on
     "batch_size", "gradient_accumulation_steps", "dtype", "compile", "compile_mode", "compile_min_sms", "max_iters",
     "memory_limit_gb", "grad_clip", *(lever.name for lever in fields(MemoryLevers)),

@@ -207,9 +207,8 @@ def recall(out_dir, key, asked, free, sizes):
     plan = from_dict(Plan, kept["plan"])
     if plan and plan.micro_batch_size in sizes and plan.compile <= asked.compile:
         chosen = {name: getattr(plan.levers, name) for name in FITTED if name in free}
-        split = asked.batch_size, asked.gradient_accumulation_steps
-        same = replace(plan, levers=replace(asked.levers, **chosen))
-        if plan == same and (plan.batch_size, plan.gradient_accumulation_steps) == split:
+        split = dict(batch_size=asked.batch_size, gradient_accumulation_steps=asked.gradient_accumulation_steps)
+        if plan == replace(plan, **split, levers=replace(asked.levers, **chosen)):
             return plan, ""
     return None, f"{path} holds no answer: looking again"
 

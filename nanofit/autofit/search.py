@@ -49,7 +49,8 @@ def next_size(sizes, trials, limit_bytes, batch_size):
     too_large = [size for size in tried if size > low]
     between = [s for s in untried if low < s <= furthest and s < min(too_large, default=math.inf)]
     if too_large:  # the line was wrong
-        return between[len(between) // 2] if between else None
+        middle = (low + min(too_large)) / 2
+        return max((s for s in between if s <= middle), default=between[0] if between else None)
     a, k = line_through(trials)
     return max((s for s in between if a + k * s <= limit_bytes), default=None)
 

@@ -4,7 +4,11 @@ The step runs on fake tensors, in which only sizes are real (torch's FakeTensorM
 they would hold: no memory, seconds, and within a few percent of what the device's allocator reports.
 """
 
+import contextlib
+import io
+import warnings
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanofit import machine, models
+from nanofit.autofit.plan import UNSIMULATED, Facts, Trial
 from nanofit.batches import RandomBatch
+from nanofit.errors import first_line
 from nanofit.optimizers import OPTIMIZER_STATES
 from nanofit.step import accumulate, clip
-from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES
+from nanofit.units import CONTEXT_BYTES, FRAGMENTED, GIB, GPT2_SIZES, memory_limit
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
 # What torch gives cuBLAS to work in: once for the thread that runs forward passes and once for that of backward passes.
@@ -148,6 +154,27 @@ def step_memory(model_class, config_class, job, levers):
     return dict(zip(PARTS, (*held, activations, rest - activations), strict=True))
 
 
+def simulate(job, on_facts=lambda facts: None):
+    """The Trial of a Job whose device may be elsewhere: then job.memory_limit_gb is the size of that device's memory.
+
+    on_facts is given its Facts.
+    """
+    device_type, card = job.device.partition(":")[0], int(job.memory_limit_gb * GIB)
+    free = card - (CONTEXT_BYTES if device_type == "cuda" else 0)
+    limit = job.limit_bytes or memory_limit(free, 0.0)
+    name = f"a planned {job.device} device"
+    on_facts(Facts(name, device_type, total_bytes=card, free_bytes=free, limit_bytes=limit))
+    levers = job.levers.within(limit, device_type)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = step_memory(*models.from_source(job.source), job, levers)
+    except Exception as e:  # anything at all: fake tensors have no values, and a model may look at them
+        why = f"{UNSIMULATED} ({type(e).__name__}: {first_line(e)[:100]})"
+        return Trial(job.micro_batch_size, levers, failure=why, limit_bytes=limit)
+    return Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts, limit_bytes=limit)
+
+
 # ---- advice ------------------------------------------------------------------------------------------------
 
 
@@ -175,25 +202,25 @@ def what_would_fit(job, facts, run_trial, may_shrink):
     def fits_shape(sizes):
         return fits(model_args={**job.model_args, **sizes})
 
+    def flags(sizes):
+        return " ".join(f"--{key}={value}" for key, value in sizes.items())
+
     # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
     no_help = ("float32", job.levers.optimizer_state, *(["offload"] if facts.device_type == "cpu" else []))
     states = [] if job.levers.shard else [kind for kind in OPTIMIZER_STATES if kind not in no_help]
-    options = [f"--optimizer_state={kind}" for kind in states if fits(levers=replace(job.levers, optimizer_state=kind))]
-    shapes, block_size = [[]], job.model_args["block_size"] // 2
+    shorter, block_size = [], job.model_args["block_size"] // 2
     while block_size >= SMALLEST_BLOCK:
-        shapes[0].append({"block_size": block_size})
+        shorter.append({"block_size": block_size})
         block_size //= 2
-    if may_shrink:
-        larger_first = reversed(GPT2_SIZES.values())
-        shapes.append([sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]])
-    for largest_that_fits in (next(filter(fits_shape, some), None) for some in shapes):
-        if largest_that_fits:
-            options.append(" ".join(f"--{key}={value}" for key, value in largest_that_fits.items()))
+    larger_first = reversed(GPT2_SIZES.values()) if may_shrink else ()
+    smaller = [sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]]
+    options = [f"--optimizer_state={kind}" for kind in states if fits(levers=replace(job.levers, optimizer_state=kind))]
+    options += [flags(sizes) for some in (shorter, smaller) for sizes in islice(filter(fits_shape, some), 1)]
     parts = parts_of()
     lines = [where_it_goes(parts)] if parts else []
     if not options:
-        tried = [*(f"optimizer_state={kind}" for kind in states), f"block_size={SMALLEST_BLOCK}", "a smaller GPT-2"]
-        tried = ", ".join(tried if may_shrink else tried[:-1])
-        return [*lines, f"none of these would fit either: {tried}: a smaller model, or more memory, is needed"]
+        tried = [f"--optimizer_state={kind}" for kind in states] + [flags(s) for s in (*shorter[-1:], *smaller[-1:])]
+        what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
+        return [*lines, f"{what}: a smaller model, or more memory, is needed"]
     which = "each of these would fit" if len(options) > 1 else "this would fit"
     return [*lines, f"{which}, with batch_size 1:", *(f"  {option}" for option in options)]

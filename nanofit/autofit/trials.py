@@ -46,7 +46,11 @@ class Trials:
             self._child = None
 
     def __call__(self, job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
-        """The Trial of a Job. on_facts is given the Facts as soon as the child has told them."""
+        """The Trial of a Job. on_facts is given the Facts as soon as they are known."""
+        if job.simulate:
+            from nanofit.autofit.simulate import simulate  # which imports torch
+
+            return simulate(job, on_facts)
         if self._child and not self._child.may_go_on_with(job):
             self.close()
         self._child = self._child or _Child()
@@ -85,7 +89,7 @@ class _Child:
         """
         last = self._job
         same = {name: getattr(last, name) for name in ("micro_batch_size", "micro_steps", "limit_bytes")}
-        grows = job.micro_batch_size > last.micro_batch_size or job.simulate or job.device != "cpu"
+        grows = job.micro_batch_size > last.micro_batch_size or job.device != "cpu"
         return grows and replace(job, **same) == last and self._process.poll() is None
 
     def answer(self, job, on_facts, seconds):
