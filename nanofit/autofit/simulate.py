@@ -74,7 +74,6 @@ def _optimizer(kind, model):
     if kind != "float32":  # the device holds no state, as with plain SGD, or that of compact_bytes
         optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
     # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
-    optimizer.defaults["fused"] = True
     for group in optimizer.param_groups:
         group["fused"] = True
     return optimizer
@@ -120,7 +119,8 @@ def step_memory(model_class, config_class, job, levers):
         optimizer = _optimizer(levers.optimizer_state, model)
         tracker = MemTracker()
         tracker.memory_tracking = Unlisted()
-        tracker.track_external(model, optimizer)
+        own = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else []  # else activations
+        tracker.track_external(model, *own)
         size = job.micro_batch_size, job.model_args["block_size"], job.model_args["vocab_size"]
         batches = RandomBatch(*size, CPU, on_current=tracker.reset_mod_stats)  # it tracks one pass over the modules
         before_loss = {}
@@ -128,7 +128,7 @@ def step_memory(model_class, config_class, job, levers):
             block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
         with tracker, DropoutAsOnGpus(), TiedGradientsInPlace(model):
             # A step finds AdamW's state, and beyond the first micro-step the gradients so far.
-            for p in model.parameters():
+            for p in (p for p in model.parameters() if p.requires_grad):
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             if job.micro_steps == 1 and job.ranks == 1:
