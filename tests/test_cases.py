@@ -376,7 +376,7 @@ refused("a list in it", held(lambda c: [1, 2]), says="not a checkpoint of a trai
 refused("code in it", file("out/ckpt.pt", pickle.dumps(print)),
     says="it holds more than plain data")
 row("an iteration after the last", a_run, entry("iter_num", 10**9), init_from="resume", code=0, changes=LOCK)
-MORE_THAN_NANOGPT = ("rng", "data", "split", "scaler", "metrics", "run_id")
+MORE_THAN_NANOGPT = ("rng", "data", "split", "scaler")
 row("no data and generators, as nanoGPT's", a_run, held(lambda c: [c.pop(name, 0) for name in MORE_THAN_NANOGPT] and c),
     init_from="resume", max_iters=6, code=0, changes=SAVED)
 
