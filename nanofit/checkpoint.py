@@ -148,6 +148,9 @@ def _read(path, whole=True):
     except zipfile.BadZipFile as e:
         raise UsageError(f"{path} is damaged ({e})") from e
     try:
+        if zipped and not path.isprintable():  # torch maps only a file whose name is text
+            with open(path, "rb") as f:
+                return torch.load(f, map_location="cpu", weights_only=True)
         # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
         return torch.load(old or path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
@@ -203,7 +206,8 @@ def load(out_dir, name=NAME, for_training=False):
             f"{NAME}"
         ) from e
     checkpoint["model"] = _unwrapped(checkpoint["model"])
-    return {"config": {}, **checkpoint}
+    # Whoever made a checkpoint smaller may have left None in an entry.
+    return {"config": {}, **{k: v for k, v in checkpoint.items() if v is not None or k == "optimizer"}}
 
 
 def _unwrapped(model):
@@ -220,7 +224,7 @@ def _unwrapped(model):
 def _require_entries(checkpoint, path, entries):
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} is not a checkpoint of a training run, but a {type(checkpoint).__name__}")
-    # An optimizer's state may be anything. Whoever made a checkpoint smaller may have left nothing in the others.
+    # An optimizer's state may be anything.
     empty = [e for e in entries if checkpoint.get(e) is None or (isinstance(checkpoint[e], dict) and not checkpoint[e])]
     missing = [e for e in empty if e not in checkpoint or e != "optimizer"]
     if missing:
