@@ -179,5 +179,5 @@ if left_out := sum(count for i, count in drawn_ids.items() if not decode([i])):
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
     with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be somebody else's
-        file.write(f"run {run_id_of(saved)}, iteration {saved['iter_num']}\n")
+        file.write(f"run {run_id_of(saved)}, iteration {saved.get('iter_num', 'unknown')}\n")
         file.write("\n---------------\n".join(last_texts))

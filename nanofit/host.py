@@ -42,11 +42,19 @@ def group_memory(root="/"):
         for most, used, cached in MEMORY_FILES:
             with contextlib.suppress(OSError, ValueError, TypeError):  # not this version; no limit ('max')
                 limit = int((folder / most).read_text())
-                kept = re.search(rf"^{cached} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
                 if limit < 2**60:  # version 1 says so that there is none
                     limits.append(limit)
-                    free.append(max(0, limit - int((folder / used).read_text()) + int(kept[1])))
+                    kept = re.search(rf"^{cached} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+                    taken = int(_text(folder / used) or 0) - int(kept[1] if kept else 0)
+                    free.append(max(0, limit - taken))
     return (min(limits), min(free)) if limits else (None, None)
+
+
+def _text(path):
+    """What a file holds, '' where it can't be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
 
 
 def processors(root="/"):

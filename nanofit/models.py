@@ -272,7 +272,10 @@ def loss_of(model, x, y):
 
 def blocks_of(model):
     """The transformer's blocks, where a model keeps them as nanoGPT does; else nothing."""
-    return getattr(getattr(model, "transformer", None), "h", ())
+    blocks = getattr(getattr(model, "transformer", None), "h", ())
+    if isinstance(blocks, torch.nn.ModuleDict):
+        return tuple(blocks.values())
+    return blocks if isinstance(blocks, (torch.nn.ModuleList, torch.nn.Sequential)) else ()
 
 
 def lacks(model_class):

@@ -34,9 +34,9 @@ def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
     optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device.type)
     rates = [group.get("lr") for group in optimizer.param_groups]
     rates = [learning_rate if rate is None else float(rate) for rate in rates]  # some leave it to the schedule
-    if len(set(rates)) > 1 and learning_rate > 0:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group[SHARE] = rate / learning_rate
+    differ = len(set(rates)) > 1 and learning_rate > 0
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group[SHARE] = rate / learning_rate if differ else 1.0
     if kind == "float32":
         return optimizer
     if not _is_plain_adamw(optimizer):
@@ -56,10 +56,12 @@ def _is_plain_adamw(optimizer):
 
 def set_learning_rate(optimizer, lr):
     """Give each group the schedule's learning rate, as nanoGPT does; or its share of it, where groups' rates differ."""
-    # An object that holds optimizers may list groups that are theirs no more, since load_state_dict made new ones.
-    for one in (optimizer, *_torch_optimizers(optimizer)):
-        for group in one.param_groups:
-            group["lr"] = lr * group.get(SHARE, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(SHARE, 1.0)
+    # An object that holds optimizers may list groups that are theirs no more, since load_state_dict made new ones. A
+    # group that it never listed has a rate of its own.
+    for group in (group for one in _torch_optimizers(optimizer) for group in one.param_groups if SHARE in group):
+        group["lr"] = lr * group[SHARE]
 
 
 def leaves_out_by_tensor(optimizer):
@@ -252,7 +254,7 @@ def _eight_bit(groups, lr, betas):
 
         @torch.no_grad()
         def load_state_dict(self, state_dict):
-            for p, index, saved in _with_parameters(self, _adapt({}, self, state_dict)):
+            for p, index, saved in _with_parameters(self, _adapt({}, False, self, state_dict)):
                 state = self.state[p] = {"step": torch.as_tensor(saved["step"]).cpu()}
                 for name, signed in MOMENTS.items():
                     value, state[name] = saved[name].to(p.device), self._new_buffer(p, signed)

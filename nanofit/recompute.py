@@ -1,11 +1,15 @@
 """Blocks that compute their activations again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
 
+import collections
 import contextlib
+import copy
 import random
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
+
+OF_ANY_MODULE = {*vars(torch.nn.Module()), "forward"}  # attributes that are no block's own
 
 
 def recomputed(block):
@@ -30,64 +34,41 @@ def recomputed(block):
             with state.put_back(before):
                 return forward(*args, **options)
 
-        found = checkpoint(run, *args, use_reentrant=False, **options)
-        state.look(before)
-        return found
+        return checkpoint(run, *args, use_reentrant=False, **options)
 
     return call
 
 
 class _State:
-    """What a block's forward may change beside its weights: buffers, attributes, Python's and numpy's random numbers.
-
-    taken: copies of the buffers, of all at first, then of those that have been seen to change.
-    """
+    """What a block's forward may change beside its weights: buffers, attributes, random numbers that aren't torch's."""
 
     def __init__(self, block):
         self.modules = list(block.modules())
-        self.changing = None  # names of buffers, by module
 
     def taken(self):
-        taken = []
-        for i, module in enumerate(self.modules):
-            buffers = {name: b for name, b in module._buffers.items() if b is not None}
-            copied = {n: b.clone() for n, b in buffers.items() if self.changing is None or (i, n) in self.changing}
-            taken.append((copied, {n: (b, b._version) for n, b in buffers.items()}, _attributes(module)))
-        return taken, (random.getstate(), np.random.get_state())
-
-    def look(self, before):
-        """Note which buffers a pass has changed since."""
-        now = {
-            (i, name)
-            for i, (_, versions, _) in enumerate(before[0])
-            for name, (buffer, version) in versions.items()
-            if self.modules[i]._buffers.get(name) is not buffer or buffer._version != version
-        }
-        self.changing = now | (self.changing or set())
+        """A copy of it all, as it is now."""
+        buffers = [{n: b.clone() for n, b in m._buffers.items() if b is not None} for m in self.modules]
+        return buffers, [_attributes(module) for module in self.modules], random.getstate(), np.random.get_state()
 
     @contextlib.contextmanager
     def put_back(self, before):
-        buffers = [dict(module._buffers) for module in self.modules]
-        attributes = [_attributes(module) for module in self.modules]
-        drawn = random.getstate(), np.random.get_state()
-        for module, (copied, _, were) in zip(self.modules, before[0], strict=True):
-            module._buffers.update({name: buffer.clone() for name, buffer in copied.items()})
-            vars(module).update(were)
-        _set_random(before[1])
+        """All of it as it was before, until the end."""
+        now = [dict(module._buffers) for module in self.modules], *self.taken()[1:]
+        self._set(([{n: b.clone() for n, b in buffers.items()} for buffers in before[0]], *before[1:]))
         try:
             yield
         finally:
-            for module, now, are in zip(self.modules, buffers, attributes, strict=True):
-                module._buffers.update(now)
-                vars(module).update(are)
-            _set_random(drawn)
+            self._set(now)
+
+    def _set(self, state):
+        for module, buffers, attributes in zip(self.modules, *state[:2], strict=True):
+            module._buffers.update(buffers)
+            vars(module).update(attributes)
+        random.setstate(state[2])
+        np.random.set_state(state[3])
 
 
 def _attributes(module):
-    """Attributes that a forward pass may set."""
-    return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "forward"}
-
-
-def _set_random(state):
-    random.setstate(state[0])
-    np.random.set_state(state[1])
+    """Attributes that a forward pass may set; of lists and the like, copies."""
+    own = {name: value for name, value in vars(module).items() if name not in OF_ANY_MODULE}
+    return {n: copy.copy(v) if isinstance(v, (list, dict, set, collections.deque)) else v for n, v in own.items()}

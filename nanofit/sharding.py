@@ -32,6 +32,9 @@ def place(model, world, device, dtype, levers):
     of_blocks = [set(block.parameters()) for block in blocks_of(model)]
     if sum(map(len, of_blocks)) > len(set().union(*of_blocks)):
         raise UsageError("shard=True: model.py ties weights of different blocks, which would be shared out apart")
+    for weights in (*of_blocks, set(model.parameters()).difference(*of_blocks)):
+        if len({p.dtype for p in weights}) > 1 or not all(p.dim() for p in weights):
+            raise UsageError("shard=True: FSDP2 shares out no weights of mixed dtypes, and none of no dimensions")
     _require_fixed_order(model)
     whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host: it may not fit the device
     mesh = init_device_mesh(device.type, (world.size,))

@@ -1,5 +1,6 @@
 """Runs on several ranks, as torchrun starts them: they go on when one is killed, and learn like one process."""
 
+import errno
 import fcntl
 import json
 import re
@@ -149,14 +150,18 @@ class AnotherSaved(World):
         return [value, 600 if value is None else value]
 
 
-def test_ranks_that_loaded_while_another_run_saves_are_told_of_that_run():
+def test_ranks_that_loaded_while_another_run_saves_are_told_of_that_run(monkeypatch):
     folder = RunFolder("out", AnotherSaved(size=2))
     with pytest.raises(UsageError, match=r"does not hold the same checkpoint .*\(rank 0 none, rank 1 iteration 600\)"):
         folder.take()
     Path("out").mkdir()
-    with open("out/run.lock", "w") as lock:
-        print("process 7 on there", file=lock, flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    Path("out/run.lock").write_text("process 7 on there\n")
+
+    def held(file, how):
+        raise BlockingIOError(errno.EAGAIN, "held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "lockf", held)
         with pytest.raises(UsageError, match="^out_dir='out' is in use by process 7 on there: let it end"):
             folder.take()
     assert folder.holder() == ""
