@@ -53,6 +53,11 @@ def coerce(key, value, kind, default, source, text=None):
         value = value.item()
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
+    # nanoGPT only compares the two with iterations, and W&B makes a name where it is given None.
+    if (key in ("warmup_iters", "lr_decay_iters") and type(value) is float) or (
+        key == "wandb_run_name" and value is None
+    ):
+        return value
     if kind in (int, float) and type(value) is int and not -(2**63) <= value < 2**64:  # torch takes no more
         raise UsageError(f"{source}: {key} takes whole numbers of at most 64 bits, not {shown(value)}")
     if kind is str:

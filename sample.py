@@ -120,7 +120,8 @@ class Shown:
         self.show()
 
 
-is_ours = "on_token" in inspect.signature(GPT.generate).parameters  # others may take one sequence alone, as nanoGPT's
+generate = type(model).generate
+is_ours = "on_token" in inspect.signature(generate).parameters  # others may take one sequence alone, as nanoGPT's
 streams = is_ours and num_samples == 1 and sys.stdout.isatty()
 last_texts = deque(maxlen=10)  # which the report shows
 drawn_ids = Counter()
@@ -148,7 +149,7 @@ def draw(text):
         batch = prompt.expand(min(rows, left), -1)
         options = dict(on_token=Shown(tokens).on_token) if streams else {}
         # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
-        drawn = GPT.generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
+        drawn = generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
         for row in drawn:
             drawn_ids.update(row[len(tokens) :].tolist())
             last_texts.append(decode(row.tolist()))

@@ -145,8 +145,8 @@ def _read(path, whole=True):
             f"{path} can't be read now ({e.strerror or e}): this says nothing about what is in it; start again when "
             "it can be read"
         ) from e
-    except zipfile.BadZipFile as e:
-        raise UsageError(f"{path} is damaged ({e})") from e
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as e:  # what zipfile says of odd bytes
+        raise e if isinstance(e, UsageError) else UsageError(f"{path} is damaged ({first_line(e)})") from e
     try:
         if zipped and not path.isprintable():  # torch maps only a file whose name is text
             with open(path, "rb") as f:

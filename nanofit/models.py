@@ -171,6 +171,8 @@ def load_weights(model, weights, where):
             warnings.simplefilter("ignore", UserWarning)  # of each weight without memory: it stays so
             # What a part of the model keeps as it is given must not be the checkpoint's file.
             own = {name: copy.deepcopy(value) for name, value in weights.items() if name.endswith("_extra_state")}
+            if all(name.startswith("module.") for name in model.state_dict()):  # its own name, not DDP's
+                weights = {f"module.{name.removeprefix('module.')}": value for name, value in weights.items()}
             model.load_state_dict({**weights, **own})
     except Exception as e:  # torch lists everything that differs, one line each: the first tells enough
         if is_out_of_memory(e):

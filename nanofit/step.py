@@ -47,8 +47,8 @@ def accumulate(model, scaler, batches, autocast, gradients=None):
 
 
 def _figure(loss):
-    """A loss or a norm as a scalar in float32, whatever the model computes in."""
-    return loss.detach().float().reshape(())
+    """A loss or a norm as a scalar in float32 or better, whatever the model computes in."""
+    return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
 
 
 def clip(model, optimizer, scaler, grad_clip):

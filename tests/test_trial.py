@@ -246,7 +246,7 @@ def test_the_probe_imports_the_model_as_the_run_did(workplace, monkeypatch):
 
 def test_a_model_that_only_the_script_itself_has_cannot_be_tried(monkeypatch):
     monkeypatch.setattr(GPT, "__module__", "__main__")
-    with pytest.raises(UsageError, match="GPT must be in a module of its own"):
+    with pytest.raises(UsageError, match="GPT and GPTConfig must be classes in a module"):
         models.source_of(GPT, GPTConfig)
 
 

@@ -326,7 +326,9 @@ class Fitter:
                 f"{gib(facts.free_bytes)} free"]  # fmt: skip
         if facts.process_bytes:
             said[0] += f"; the process alone, Python and torch, takes {gib(facts.process_bytes)}"
-        if facts.process_bytes >= facts.limit_bytes or not advises:
+        if facts.process_bytes >= facts.limit_bytes:
+            return [f"{said[0]}: no setting helps, memory_limit_gb must be more than that"]
+        if not advises:
             return said
         from nanofit.autofit.simulate import what_would_fit
 
