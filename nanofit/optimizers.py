@@ -64,6 +64,13 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr * group[SHARE]
 
 
+def parameters_of(optimizer):
+    """The weights that an optimizer moves, those of optimizers within it too, as a set."""
+    return {
+        p for one in (optimizer, *_torch_optimizers(optimizer)) for group in one.param_groups for p in group["params"]
+    }
+
+
 def leaves_out_by_tensor(optimizer):
     """Whether a step is left out where the optimizer's found_inf, a tensor on the device, is 1: nobody waits for it."""
     of_torch = type(optimizer).__module__.startswith("torch.optim.")

@@ -12,7 +12,7 @@ from nanofit import machine
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
-from nanofit.optimizers import leaves_out_by_tensor
+from nanofit.optimizers import leaves_out_by_tensor, parameters_of
 from nanofit.progress import bar
 from nanofit.ranks import ALONE
 
@@ -62,7 +62,7 @@ def clip(model, optimizer, scaler, grad_clip):
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    moved = {p for group in optimizer.param_groups for p in group["params"]}
+    moved = parameters_of(optimizer)
     for p in params:
         if p not in moved:  # or its gradients would add up over iterations, as nobody else drops them
             p.grad = None

@@ -161,3 +161,24 @@ def test_a_weight_that_never_was_finite_and_a_part_named_module_are_saved_and_re
     rest = train(**{**KEYS, "max_iters": 12}, init_from="resume")
     assert max(rest.iter_loss) == 12
     assert not rest.names["run"].unsaved
+
+
+def test_an_optimizer_within_that_lists_no_group_moves_its_weights_at_its_own_rate(monkeypatch):
+    class Beside(brought.Two):
+        """The schedule reaches the second alone."""
+
+        def __init__(self, *both):
+            super().__init__(*both)
+            self.param_groups = both[1].param_groups
+
+    def own(model, weight_decay, lr, betas, device_type):
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        rest = [p for p in model.parameters() if p.dim() < 2]
+        return Beside(torch.optim.SGD(matrices, lr=0.05), torch.optim.AdamW(rest, lr=lr))
+
+    monkeypatch.setattr(brought.GPT, "configure_optimizers", own)
+    run = train(**{**KEYS, "max_iters": 5})
+    assert [group["lr"] for group in run.names["optimizer"].both[0].param_groups] == [0.05]
+    torch.manual_seed(1337)
+    begun = brought.GPT(run.names["raw_model"].config)
+    assert not torch.equal(begun.lm_head.weight, run.names["raw_model"].lm_head.weight)
