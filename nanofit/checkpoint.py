@@ -131,6 +131,7 @@ def _type_in_the_way(error):
 
 def _read(path, whole=True):
     """What torch.load gives for a file; a UsageError where it can't be read. whole: every byte is as it was written."""
+    damaged = None
     try:
         with open(path, "rb") as f:
             zipped = zipfile.is_zipfile(f)
@@ -138,15 +139,18 @@ def _read(path, whole=True):
             old = None if zipped else io.BytesIO(f.read())  # of torch before 1.6, which can't be mapped
         if zipped and whole:  # torch.load doesn't compare checksums
             with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():
-                    raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
+                damaged = file.testzip()
     except OSError as e:
         raise UsageError(
             f"{path} can't be read now ({e.strerror or e}): this says nothing about what is in it; start again when "
             "it can be read"
         ) from e
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as e:  # what zipfile says of odd bytes
-        raise e if isinstance(e, UsageError) else UsageError(f"{path} is damaged ({first_line(e)})") from e
+    except Exception as e:  # zipfile lets out whatever odd bytes lead to
+        if is_out_of_memory(e):
+            raise
+        raise UsageError(f"{path} is damaged ({shown(first_line(e), str)})") from e
+    if damaged:
+        raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
     try:
         if zipped and not path.isprintable():  # torch maps only a file whose name is text
             with open(path, "rb") as f:

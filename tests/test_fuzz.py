@@ -290,6 +290,7 @@ def use_meta(seen, data):
 def test_a_meta_file_that_wants_to_run_something_runs_nothing(spy):
     for data in evil_pickles(META):
         use_meta(Counter(), data)
+        assert nothing_ran()
 
 
 def test_a_damaged_meta_file_works_or_is_refused(spy):
