@@ -181,17 +181,16 @@ def test_a_probe_measures_memory_and_speed(workplace):
 
 def test_one_process_tries_several_sizes():
     with Trials() as run:
-        small, large = run(JOB), run(replace(JOB, micro_batch_size=256, micro_steps=2))
+        small, large, again = run(JOB), run(replace(JOB, micro_batch_size=256, micro_steps=2)), run(JOB)
         assert small.fits
         assert large.fits
-        assert run._child._job.micro_batch_size == 256
+        assert run._child._job.micro_batch_size == JOB.micro_batch_size
     assert large.peak_bytes > small.peak_bytes
+    assert again.peak_bytes < (small.peak_bytes + large.peak_bytes) / 2, "what went before doesn't show"
     facts = []
     run_trial(replace(JOB, sharers=4), facts.append)
     assert facts[0].name == "CPU of 4 ranks"
     assert facts[0].limit_bytes < facts[0].total_bytes / 4
-    alone = run_trial(replace(JOB, micro_batch_size=256, micro_steps=2))
-    assert large.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.1), "what went before doesn't show"
 
 
 MADE = """
