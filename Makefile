@@ -36,8 +36,9 @@ train: data/python_char/meta.pkl
 test: $(SETUP)
 	$(PY) -m pytest -q $(WORKERS)
 
-picture: $(SETUP)
-	$(PY) tests/browser.py $(OUT)/report.html $(RESULTS)/report.png --height=900
+picture:
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,900 --virtual-time-budget=20000 \
+		--screenshot=$(RESULTS)/report.png "file://$(CURDIR)/$(OUT)/report.html"
 
 proofs: $(SETUP)
 	$(PY) -m pytest -q $(WORKERS) -m proof

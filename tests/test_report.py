@@ -1,17 +1,20 @@
 """The report: what it reads, what it draws, and the page as a browser sees it."""
 
 import contextlib
+import html
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, page_at
 from conftest import ROOT, run_script, train
 
+from nanofit.autofit.fit import Fitter
+from nanofit.autofit.plan import Plan, Trial
 from nanofit.errors import UsageError
 from nanofit.tools.report.run import Run, labels_of, smoothed, thinned
 from nanofit.units import GIB
@@ -194,10 +197,12 @@ def test_a_page_of_next_to_nothing(records):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder out that a real run has trained in, with auto-fit, and its report.html."""
+    """A folder out that a real run has trained in, with auto-fit's answer made up, and its report.html."""
     place = tmp_path_factory.mktemp("trained")
     shutil.copytree(ROOT / "tests" / "reference" / "markov", place / "data" / "markov")
-    with contextlib.chdir(place):
+    plan = Plan(8, 2, 4, trials=(Trial(8, failure="out of memory"), Trial(4, peak_bytes=GIB, limit_bytes=GIB)))
+    with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fitter, "plan", lambda *_: plan)
         told = train(max_iters=30, eval_interval=5, auto_fit=True, gradient_accumulation_steps=2).text
         run_script("sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=20", "--device=cpu", "--start=!")
         written = run_script("report.py", "out").text
@@ -246,25 +251,36 @@ def test_what_is_missing_is_told(monkeypatch):
 
 # ---- in a browser ------------------------------------------------------------------------------------------
 
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-MARKS = """
-[...Bokeh.documents[0].all_models].filter(model => model.type == "GlyphRenderer")
-    .map(drawn => [drawn.glyph.y.field, Bokeh.index.find_one_by_id(drawn.id)?.glyph.data_size])
-"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<script>
+const errors = []
+addEventListener("error", event => errors.push(event.message))
+console.error = console.warn = (...words) => errors.push(words.join(" "))
+const waiting = setInterval(() => {
+    if (!window.Bokeh?.documents[0]?.is_idle) return
+    clearInterval(waiting)
+    const models = [...Bokeh.documents[0].all_models]
+    const marks = models.filter(model => model.type == "GlyphRenderer")
+        .map(drawn => [drawn.glyph.y.field, Bokeh.index.find_one_by_id(drawn.id)?.glyph.data_size])
+    const fetched = performance.getEntriesByType("resource").map(entry => entry.name)
+    document.title = JSON.stringify({marks: Object.fromEntries(marks), errors,
+        inks: models.map(model => model.major_label_text_color), width: document.documentElement.scrollWidth,
+        fetched: fetched.filter(name => !name.startsWith("data:"))})
+}, 50)
+</script>"""
 
 
-@in_a_browser
-@pytest.mark.slow
-def test_the_page_in_a_browser(trained):
-    with page_at((trained / "report.html").as_uri()) as page:
-        marks = page.evaluate(MARKS)
-        assert {name: count for name, count in marks} == dict.fromkeys(
-            ("loss", "smoothed", "lr", "tokens_per_second", "grad_norm", "peak_gib", "memory_gib"), 31
-        ) | {"train_loss": 7, "val_loss": 7}
-        for width, dark in ((1280, False), (390, True)):
-            page.show(width, 900, dark)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
-            inks = page.evaluate("[...Bokeh.documents[0].all_models].map(model => model.major_label_text_color)")
-            assert ("#9aa5b1" if dark else "#59636e") in inks
-        assert page.requests == [(trained / "report.html").as_uri()]
-        assert not page.errors
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, True)])
+def test_the_page_in_a_browser(trained, width, dark):
+    Path("page.html").write_text((trained / "report.html").read_text().replace("<head>", f"<head>{LOOK}", 1))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", f"--window-size={width},900")
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    command = [CHROMIUM, *flags, scheme, "--dump-dom", Path("page.html").resolve().as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    seen = json.loads(html.unescape(re.search("<title>(.*)</title>", page)[1]))
+    drawn = ("loss", "smoothed", "lr", "tokens_per_second", "grad_norm", "peak_gib", "memory_gib")
+    assert seen["marks"] == {**dict.fromkeys(drawn, 31), "train_loss": 7, "val_loss": 7}
+    assert seen["width"] <= width, "nothing sticks out"
+    assert ("#9aa5b1" if dark else "#59636e") in seen["inks"]
+    assert (seen["fetched"], seen["errors"]) == ([], [])
