@@ -17,8 +17,9 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
+from nanofit.compiling import compile_to_train
 from nanofit.errors import first_line
-from nanofit.step import compile_to_train, train_step
+from nanofit.step import train_step
 from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
 
@@ -31,7 +32,7 @@ seed = 1337
 device = machine.best_device()
 dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
-compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
+compile_mode = "auto"  # the faster of 'default' and 'reduce-overhead'; or a mode of torch.compile's
 profile = False  # write a trace for TensorBoard or Perfetto to bench_log/
 # the model, GPT-2's 124M unless told otherwise
 n_layer = 12

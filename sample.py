@@ -23,10 +23,10 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import checkpoint, machine, models, settings
 from nanofit.codec import codec_of
+from nanofit.compiling import try_compile
 from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
 from nanofit.folder import run_id_of
-from nanofit.step import try_compile
 from nanofit.tools.huggingface import codec_of_folder
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------

@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from nanofit import autofit, gradients, machine, models, settings, sharding
 from nanofit.batches import Batches
 from nanofit.codec import differs, load_meta
+from nanofit.compiling import compile_to_train
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
@@ -31,7 +32,7 @@ from nanofit.progress import waiting
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.run import Run
-from nanofit.step import accumulate, clip, compile_to_train, evaluate, mean_losses, more_figures, update
+from nanofit.step import accumulate, clip, evaluate, mean_losses, more_figures, update
 from nanofit.tokens import open_data
 
 # ---- the keys of a run: a config file or --key=value overrides them ----------------------------------------
@@ -77,7 +78,7 @@ wait_minutes = 180.0  # after which a rank that doesn't answer is lost
 device = machine.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
-compile_mode = "default"  # torch.compile's mode: 'reduce-overhead', 'max-autotune', ...
+compile_mode = "auto"  # the faster of 'default' and 'reduce-overhead'; or a mode of torch.compile's
 # speed for memory
 recompute = False  # blocks compute their activations again in the backward pass: less memory, slower
 optimizer_state = "float32"  # '8bit' (torchao; changes the numbers a little), 'offload' (to the machine's memory)
@@ -181,7 +182,8 @@ if plan.compile and settings.anything_left(config, iter_num):
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     for attempt in recovery.attempts():
         with attempt, waiting("compiling"):
-            model, failure = compile_to_train(raw_model, device, batches.like_current, autocast, compile_mode)
+            like = batches.like_current
+            model, failure = compile_to_train(raw_model, device, like, autocast, compile_mode, world.size)
     if failure:
         print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
 

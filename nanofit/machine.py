@@ -228,6 +228,16 @@ def synchronize(device):
     getattr(torch, device.type).synchronize()
 
 
+def seconds_of(act, device):
+    """(seconds that act() and all that it asks of the device take, seconds until it has returned)."""
+    synchronize(device)
+    start = time.perf_counter()
+    act()
+    returned = time.perf_counter() - start
+    synchronize(device)
+    return time.perf_counter() - start, returned
+
+
 def total_memory_bytes(device):
     """All memory of the device; on a CPU, that of the machine or of the container."""
     if device.type == "cuda":

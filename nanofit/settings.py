@@ -14,7 +14,7 @@ OF_A_RANK = (
 )  # fmt: skip
 # What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
 NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "ranks")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BATCHES = ("block_size", "vocab_size")  # sizes of a model that batches have as well
 MAX_AUTOTUNE_SMS = 68  # a GPU needs so many, or Inductor doesn't tune matrix products
 

@@ -1,22 +1,17 @@
-"""What a model is run through: one optimizer step, one evaluation, one attempt to compile.
+"""What a model is run through: one optimizer step, one evaluation.
 
 train.py, the probe and bench.py run these functions and nothing of their own.
 """
 
 import math
-import warnings
 
 import torch
 
-from nanofit import machine
-from nanofit.errors import first_line, is_out_of_memory
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
 from nanofit.optimizers import leaves_out_by_tensor, parameters_of
 from nanofit.progress import bar
 from nanofit.ranks import ALONE
-
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
 def accumulate(model, scaler, batches, autocast, gradients=None):
@@ -133,55 +128,3 @@ def more_figures(model, functions):
         return {name: figure for figures_of in functions for name, figure in figures_of(model).items()}
     finally:
         model.train()
-
-
-def dry_step(model, batch, autocast):
-    """Everything that training asks of a model, without an update: two micro-steps and an evaluation.
-
-    Two, because some of torch.compile's modes fail only where gradients accumulate.
-    """
-    Gradients(model).begin(2)
-    for _ in range(2):
-        with autocast:
-            loss = loss_of(model, *batch)
-        loss.backward()
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    with torch.no_grad(), autocast:
-        loss_of(model, *batch)
-    model.train()
-
-
-def compile_to_train(model, device, batch, autocast, mode):
-    """try_compile, for training on micro-batches like batch. Kernels are made for this size, the only one there is."""
-    return try_compile(model, lambda compiled: dry_step(compiled, batch, autocast), device, mode=mode, dynamic=False)
-
-
-def try_compile(model, trial, device, **options):
-    """torch.compile(model, **options), kept only if trial(compiled) runs: (model, failure).
-
-    Compilers fail at the first call, not before: without a C++ compiler or Triton, on old GPUs, on an
-    operation that they don't know. Then the model comes back as it was, and failure is a sentence; else
-    failure is ''. Random generators are left where they were. An error that says that memory ran out is raised.
-    """
-    state = machine.rng_state(device)
-    training = model.training
-    failure = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses parts that torch deprecates
-            compiled = torch.compile(model, **options)
-            model.runs_in_cuda_graphs = options.get("mode") in CUDA_GRAPH_MODES
-            trial(compiled)
-    except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
-        if is_out_of_memory(e):
-            torch.compiler.reset()
-            model.train(training)
-            raise
-        failure = f"{type(e).__name__}: {first_line(e)}"
-    machine.set_rng_state(state, device)
-    if not failure:
-        return compiled, ""
-    torch.compiler.reset()
-    model.zero_grad(set_to_none=True)
-    return model.train(training), failure

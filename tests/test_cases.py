@@ -391,7 +391,7 @@ row("steps beyond reason on no ranks", gradient_accumulation_steps=0,
     says="gradient_accumulation_steps must be at least 1")
 row("a batch of none", batch_size=0, says="batch_size must be at least 1")
 row("a beta of more than one", beta2=1.5, says="beta2 must be below 1, not 1.5")
-row("a compile_mode of tomorrow", compile_mode="max_autotune", says="compile_mode must be one of 'default',")
+row("a compile_mode of tomorrow", compile_mode="max_autotune", says="compile_mode must be one of 'auto', 'default',")
 row("a log of every 0 iterations", log_interval=0, says="log_interval must be at least 1, not 0")
 row("heads that don't divide the width", n_head=3, says="n_embd=16 is not divisible by n_head=3")
 row("dropout of one", dropout=1.0, says="dropout must be at least 0 and below 1")

@@ -19,7 +19,8 @@ from nanofit import autofit, machine, models
 from nanofit.autofit.plan import OUT_OF_MEMORY, Job, Plan, from_dict
 from nanofit.autofit.trials import Trials
 from nanofit.batches import Batches
-from nanofit.step import clip, dry_step, try_compile, update
+from nanofit.compiling import dry_step, try_compile
+from nanofit.step import clip, update
 from nanofit.units import MemoryLevers
 
 pytestmark = pytest.mark.gpu
@@ -268,10 +269,10 @@ def test_auto_fit_from_start_to_checkpoint_and_resume(workplace):
 
 
 @numbers
-def test_cuda_graphs_train_alike():
+@pytest.mark.parametrize("mode", ["reduce-overhead", "auto"])
+def test_cuda_graphs_train_alike(mode):
     eager = train(device="cuda", max_iters=10, gradient_accumulation_steps=2)
-    graphs = train(device="cuda", max_iters=10, gradient_accumulation_steps=2, compile=True,
-                   compile_mode="reduce-overhead")  # fmt: skip
+    graphs = train(device="cuda", max_iters=10, gradient_accumulation_steps=2, compile=True, compile_mode=mode)
     assert "compile failed" not in graphs.text
     assert graphs.iter_loss == pytest.approx(eager.iter_loss, abs=0.02)
 

@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from model import GPT, GPTConfig
-from nanofit.step import dry_step, evaluate, mean_losses, train_step, try_compile
+from nanofit.compiling import dry_step, try_compile
+from nanofit.step import evaluate, mean_losses, train_step
 
 CPU = torch.device("cpu")
 

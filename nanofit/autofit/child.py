@@ -11,7 +11,6 @@ import queue
 import sys
 import threading
 import time
-from functools import partial
 
 REPORT = os.fdopen(os.dup(1), "w")  # a copy that children don't inherit: compiler workers may outlive this process
 os.dup2(2, 1)  # whatever prints goes to standard error
@@ -24,10 +23,11 @@ import torch
 from nanofit import gradients, host, machine, models, sharding
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json
 from nanofit.batches import RandomBatch
+from nanofit.compiling import compile_to_train
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.ranks import ALONE, World
-from nanofit.step import dry_step, evaluate, train_step, try_compile
+from nanofit.step import evaluate, train_step
 from nanofit.units import memory_limit
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
@@ -97,8 +97,7 @@ def run(job, model, optimizer, own_gradients, device):
     compile_seconds = 0.0
     if job.compile:
         start = time.perf_counter()
-        dry = partial(dry_step, batch=batches.current, autocast=autocast)
-        model, failure = try_compile(model, dry, device, mode=job.compile_mode, dynamic=False)
+        model, failure = compile_to_train(model, device, batches.current, autocast, job.compile_mode, job.ranks)
         if failure:
             return {"failure": f"{FAILS} ({failure})"}
         compile_seconds = time.perf_counter() - start

@@ -34,7 +34,7 @@ class Job:
     ranks: int = 1  # that hold a model together, or one each
     sharers: int = 1  # of these, how many take of this device's memory
     compile: bool = False
-    compile_mode: str = "default"
+    compile_mode: str = "auto"
     memory_limit_gb: float = 0.0  # GiB; 0: what is free
     limit_bytes: int = 0  # found by an earlier trial; 0: find it
     simulate: bool = False  # on fake tensors, which take no memory and tell no time

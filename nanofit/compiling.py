@@ -1,0 +1,112 @@
+"""torch.compile, for training: kept only if it runs, in the mode that is faster."""
+
+import warnings
+
+import torch
+
+from nanofit import machine
+from nanofit.errors import first_line, is_out_of_memory
+from nanofit.gradients import Gradients
+from nanofit.models import loss_of
+
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
+MOSTLY_LAUNCHING = 0.5  # of a step: where it is less, the GPU is busy while the next kernels are launched
+WORTH_GRAPHS = 1.01  # times as fast, at least
+DRY_STEPS = 4  # that are timed, the fastest of which counts: CUDA graphs are warmed up and recorded in the first
+
+
+def dry_step(model, batch, autocast):
+    """Everything that training asks of a model, without an update: two micro-steps and an evaluation.
+
+    Two, because some of torch.compile's modes fail only where gradients accumulate.
+    """
+    Gradients(model).begin(2)
+    for _ in range(2):
+        with autocast:
+            loss = loss_of(model, *batch)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    with torch.no_grad(), autocast:
+        loss_of(model, *batch)
+    model.train()
+
+
+def compile_to_train(model, device, batch, autocast, mode, ranks=1):
+    """try_compile, for training on micro-batches like batch. Kernels are made for this size, the only one there is.
+
+    mode: torch.compile's; or 'auto', which is 'default', or 'reduce-overhead' where one GPU trains and CUDA graphs
+    make it faster.
+    """
+
+    def step(compiled):
+        dry_step(compiled, batch, autocast)
+
+    def attempt(mode):
+        return try_compile(model, step, device, mode=mode, dynamic=False)
+
+    def timed(compiled):
+        state = machine.rng_state(device)
+        found = min(machine.seconds_of(lambda: step(compiled), device) for _ in range(DRY_STEPS))
+        machine.set_rng_state(state, device)
+        return found
+
+    if mode != "auto":
+        return attempt(mode)
+    return faster_mode(attempt, timed) if device.type == "cuda" and ranks == 1 else attempt("default")
+
+
+def faster_mode(attempt, timed):
+    """(model, failure) in the faster mode of torch.compile: CUDA graphs pay where launching takes most of a step.
+
+    attempt(mode): gives (model, failure). timed(model): (seconds of a step, seconds until it is launched).
+    """
+    model, failure = attempt("default")
+    if failure:
+        return model, failure
+    seconds, launching = timed(model)
+    told = f"launching takes {launching / seconds:.0%} of a step"
+    if launching < MOSTLY_LAUNCHING * seconds:
+        print(f"compile_mode default: {told}, too little for CUDA graphs to gain much")
+        return model, ""
+    try:
+        graphs, failure = attempt("reduce-overhead")
+        gain = 0.0 if failure else seconds / timed(graphs)[0]
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        gain, failure = 0.0, "memory ran out"
+    why = f"CUDA graphs fail ({failure})" if failure else f"CUDA graphs make it {gain:.2f} times as fast"
+    if gain > WORTH_GRAPHS:
+        print(f"compile_mode reduce-overhead: {told}, and {why}")
+        return graphs, ""
+    print(f"compile_mode default: {told}, but {why}")
+    torch.compiler.reset()  # it frees what the graphs hold; the kernels are in the compiler's cache
+    return attempt("default")
+
+
+def try_compile(model, trial, device, **options):
+    """torch.compile(model, **options), kept only if trial(compiled) runs: (model, failure).
+
+    Compilers fail at the first call, not before: without a C++ compiler or Triton, on old GPUs, on an
+    operation that they don't know. Then the model comes back as it was, and failure is a sentence; else
+    failure is ''. Random generators are left where they were. An error that says that memory ran out is raised.
+    """
+    state, training = machine.rng_state(device), model.training
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses parts that torch deprecates
+            compiled = torch.compile(model, **options)
+            model.runs_in_cuda_graphs = options.get("mode") in CUDA_GRAPH_MODES
+            trial(compiled)
+        return compiled, ""
+    except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
+        torch.compiler.reset()
+        model.zero_grad(set_to_none=True)
+        model.runs_in_cuda_graphs = False
+        model.train(training)
+        if is_out_of_memory(e):
+            raise
+        return model, f"{type(e).__name__}: {first_line(e)}"
+    finally:
+        machine.set_rng_state(state, device)
