@@ -21,7 +21,7 @@ import torch
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
 from nanofit import autofit, gradients, machine, models, settings, sharding
-from nanofit.batches import Batches
+from nanofit.batches import SAMPLINGS, Batches
 from nanofit.codec import differs, load_meta
 from nanofit.compiling import compile_to_train
 from nanofit.errors import PatientOutput, UsageError
@@ -54,6 +54,7 @@ dataset = "openwebtext"  # a folder in data/
 gradient_accumulation_steps = 5 * 8  # micro-steps of an iteration, over all GPUs together
 batch_size = 12  # sequences in a micro-step
 block_size = 1024  # tokens in a sequence
+sampling = "random"  # sequences begin anywhere; 'epoch': each block of the text once before any twice
 # model
 n_layer = 12
 n_head = 12
@@ -159,8 +160,8 @@ scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 per_rank = gradient_accumulation_steps // world.size
 shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size, micro_batch_size=plan.micro_batch_size)
-random_state = world.all_gather(torch.get_rng_state())[0]  # where nanoGPT draws its first batch
-batches = Batches(data, batch_size=batch_size, device=device, state=random_state, **shares)
+state = world.all_gather(torch.get_rng_state())[0]  # where nanoGPT draws its first batch
+batches = Batches(data, batch_size=batch_size, device=device, state=state, starts=SAMPLINGS[sampling](), **shares)
 own_gradients = gradients.of(model, world, levers)
 raw_model = model  # without torch.compile's wrapper
 mfu_of = models.mfu_of(model, batch_size * per_rank, device, dtype)
@@ -239,7 +240,7 @@ with signals.listening():
 
         if it % log_interval == 0:
             world.all_reduce_mean([loss])
-            metrics.iterated(it, lr, loss, norm)  # waits for the GPU
+            metrics.iterated(it, lr, loss, norm, **batches.figures)  # waits for the GPU
             watch.check()
         run.iter_num += 1
     watch.check_at_the_end()

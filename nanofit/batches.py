@@ -37,6 +37,71 @@ class RandomBatch:
         yield from [[self._batch]] * len(range(rank, count, ranks))
 
 
+class RandomStarts:
+    """A sequence begins anywhere in the text, as nanoGPT's."""
+
+    def draw(self, file, count, generator):
+        """Where the next sequences of a TokenFile begin, int64 (count,)."""
+        return file.draw(count, generator)
+
+    def figures(self, pending):
+        """{name: number} for the lines of a run. pending: how many sequences are drawn and not trained on yet."""
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        """There is nothing but the generator, which is the stream's."""
+
+
+class EpochStarts:
+    """Each block of the text once before any twice. Each epoch has an order and a first block of its own, by its seed.
+
+    epoch: the number of those that are drawn whole. place: blocks drawn of the next, which has so many blocks.
+    """
+
+    def __init__(self):
+        self.epoch, self.place, self.blocks = 0, 0, 0
+        self._order = None  # where the blocks of this epoch begin
+
+    def draw(self, file, count, generator):
+        """As RandomStarts.draw. Of the generator only the seed is used."""
+        found = [torch.empty(0, dtype=torch.int64)]
+        while count:
+            if self._order is None:
+                self._order = self._shuffled(file, generator.initial_seed())
+                if self.place and self.blocks != len(self._order):  # the text or block_size has changed
+                    self.epoch, self.place = self.epoch + 1, 0
+                    self._order = self._shuffled(file, generator.initial_seed())
+                self.blocks = len(self._order)
+            found.append(self._order[self.place : self.place + count])
+            self.place, count = self.place + len(found[-1]), count - len(found[-1])
+            if self.place == self.blocks:
+                self.epoch, self.place, self._order = self.epoch + 1, 0, None
+        return torch.cat(found)
+
+    def _shuffled(self, file, seed):
+        generator = torch.Generator().manual_seed((seed + self.epoch) % 2**63)
+        size = file.block_size
+        offset = torch.randint(min(size, file.tokens - size), (), generator=generator)
+        return offset + size * torch.randperm((file.tokens - 1 - int(offset)) // size, generator=generator)
+
+    def figures(self, pending):
+        return {"epoch": self.epoch + (self.place - pending) / self.blocks}
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in ("epoch", "place", "blocks")}
+
+    def load_state_dict(self, state):
+        """Go on from what state_dict gave; a state of RandomStarts begins the first epoch."""
+        self.epoch, self.place, self.blocks = (state.get(name, 0) for name in ("epoch", "place", "blocks"))
+        self._order = None
+
+
+SAMPLINGS = {"random": RandomStarts, "epoch": EpochStarts}
+
+
 class Batches:
     """A random stream of training batches, cut into or joined to micro-batches, and of evaluation batches.
 
@@ -48,10 +113,12 @@ class Batches:
 
     data: what open_data gave. per_iter: batches in an iteration of this rank. micro_batch_size: one of
     micro_batch_sizes; it may change between two iterations. state: that of the generator, the same on all ranks; None
-    for torch's global one.
+    for torch's global one. starts: decides where training sequences begin, one of SAMPLINGS.
     """
 
-    def __init__(self, data, *, batch_size, device, per_iter=1, rank=0, ranks=1, micro_batch_size=None, state=None):
+    def __init__(
+        self, data, *, batch_size, device, per_iter=1, rank=0, ranks=1, micro_batch_size=None, state=None, starts=None
+    ):
         self.data, self.batch_size, self.device = data, batch_size, device
         self.per_iter, self.rank, self.ranks = per_iter, rank, ranks
         self.micro_batch_size = micro_batch_size or batch_size
@@ -59,6 +126,7 @@ class Batches:
             raise ValueError(f"micro_batch_size {micro_batch_size} neither divides nor joins batches of {batch_size}")
         self.generator = torch.Generator()
         self.generator.set_state(torch.get_rng_state() if state is None else state)
+        self.starts = starts or RandomStarts()
         self._begin(torch.empty(0, dtype=torch.int64))
 
     @property
@@ -71,15 +139,22 @@ class Batches:
         """Micro-batches in an iteration of this rank."""
         return self.per_iter * self.batch_size // self.micro_batch_size
 
+    @property
+    def figures(self):
+        """{name: number} of how far training has come in the text."""
+        return self.starts.figures(len(self._starts) + len(self._ahead))
+
     # ---- the place in the stream
 
     def state_dict(self):
         """Where the stream stands between two iterations.
 
         starts: of the sequences that are drawn and not trained on yet, int64. generator: its state after that.
+        The rest tells self.starts how far it has come.
         """
         assert self._row == self._number == 0, "an iteration ends with its last batch"
-        return {"starts": torch.cat([self._starts, self._ahead]), "generator": self.generator.get_state()}
+        place = {"starts": torch.cat([self._starts, self._ahead]), "generator": self.generator.get_state()}
+        return {**place, **self.starts.state_dict()}
 
     def load_state_dict(self, state, drawn=None):
         """Go on from what state_dict gave, whatever batch_size and micro_batch_size were then.
@@ -94,6 +169,7 @@ class Batches:
             self.generator.set_state(state["before"])
             starts = train.draw(drawn or self.batch_size, self.generator)
             self.generator.set_state(state.get("after", self.generator.get_state()))
+        self.starts.load_state_dict(state)
         self._begin(starts[starts < train.tokens - train.block_size])  # the file may be another one now, and shorter
 
     def _begin(self, ahead):
@@ -106,7 +182,7 @@ class Batches:
         """Take the next batch off the stream, and read it if it is this rank's."""
         missing = self.batch_size - len(self._ahead)
         if missing > 0:
-            self._ahead = torch.cat([self._ahead, self.data["train"].draw(missing, self.generator)])
+            self._ahead = torch.cat([self._ahead, self.starts.draw(self.data["train"], missing, self.generator)])
         self._starts, self._ahead = self._ahead.split([self.batch_size, len(self._ahead) - self.batch_size])
         own = self._number % self.ranks == self.rank
         self._batch = self._load("train", self._starts) if own else None

@@ -4,6 +4,7 @@ import math
 import os
 
 from nanofit import machine, models, optimizers
+from nanofit.batches import SAMPLINGS
 from nanofit.errors import UsageError, shown
 from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, gib
 
@@ -64,6 +65,7 @@ def check(config, world):
         if not config[key] < 1:
             raise UsageError(f"{key} must be below 1, not {config[key]}")
     one_of(COMPILE_MODES, config, "compile_mode")
+    one_of(tuple(SAMPLINGS), config, "sampling")
     one_of(optimizers.OPTIMIZER_STATES, config, "optimizer_state")
     optimizers.require(config["optimizer_state"])
     init_from = config["init_from"]

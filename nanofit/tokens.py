@@ -156,8 +156,8 @@ class TokenFile:
                 return f" (read as {self.kind}; it looks like {kind}: see dtype in meta.pkl or prepared.json)"
         return ""
 
-    def draw(self, count, generator):
-        """Where so many sequences begin, int64 (count,)."""
+    def _look_again(self):
+        """Raise a UsageError where the file has changed."""
         tokens, changed = self._look()
         if tokens != self.tokens or (changed != self._changed and _fingerprint(self.path) != self.checksum):
             raise UsageError(
@@ -165,10 +165,14 @@ class TokenFile:
                 "or others): put the old file back, or start again for the new one"
             )
         self._changed = changed
-        return torch.randint(tokens - self.block_size, (count,), generator=generator)
+
+    def draw(self, count, generator):
+        """Where so many sequences begin, at random, int64 (count,)."""
+        return torch.randint(self.tokens - self.block_size, (count,), generator=generator)
 
     def read(self, starts):
         """The sequences that begin at starts, int64 (len(starts), T + 1)."""
+        self._look_again()
         rows = np.empty((len(starts), self.block_size + 1), self.kind)
         # Read, not mapped: a mapping keeps the pages that it touched, and kills the process if the file shrinks.
         with usage_errors(OSError, prefix=f"{self.path} can't be read: "), open(self.path, "rb", buffering=0) as f:
