@@ -54,8 +54,8 @@ if weights_only_to:
 
 if to or push_to:
     model = models.build(GPT, GPTConfig, saved["model_args"])
-    models.load_weights(model, saved.pop("model"), source)
-    models.set_activation(model, saved.get("activation"))
+    models.load_weights(model, saved, source)
+    del saved["model"]
     dataset = saved["config"].get("dataset")
     data_dir = dataset and os.path.join("data", dataset)
     with tempfile.TemporaryDirectory() as unnamed:

@@ -30,7 +30,7 @@ from nanofit.folder import run_id_of
 from nanofit.tools.huggingface import codec_of_folder
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
-init_from = "resume"  # the checkpoint in out_dir; or 'name.pt'; 'gpt2' to 'gpt2-xl'; a folder
+init_from = "resume"  # the checkpoint in out_dir; or a .pt; 'gpt2' to 'gpt2-xl'; a folder
 out_dir = "out"
 start = "\n"  # the prompt; "FILE:prompt.txt" reads it from a file, "-" one from each line of standard input
 num_samples = 10
@@ -64,19 +64,20 @@ if not start:
 # ---- the model and its alphabet ----------------------------------------------------------------------------
 torch.manual_seed(seed)
 data_dir = None
-if init_from == "resume" or init_from.endswith(".pt"):
-    path = init_from if init_from != "resume" else os.path.join(out_dir, checkpoint.name_of_model(out_dir))
+path = checkpoint.path_of_model(init_from)
+if init_from == "resume":
+    path = os.path.join(out_dir, checkpoint.name_of_model(out_dir))
+if path:
     saved = checkpoint.load(*os.path.split(path))
     model = models.build(GPT, GPTConfig, saved["model_args"])
-    models.load_weights(model, saved["model"], path)
-    models.set_activation(model, saved.get("activation"))
+    models.load_weights(model, saved, path)
     print(f"{path}, of iteration {saved.get('iter_num', 'unknown')}")
     if "dataset" in saved.get("config", {}):
         data_dir = os.path.join("data", saved["config"]["dataset"])
 else:
     model = models.pretrained(GPT, init_from, dropout=0.0)
 model.eval().to(device)
-is_folder = init_from != "resume" and os.path.isdir(init_from)
+is_folder = not path and os.path.isdir(init_from)
 vocab_size = model.config.vocab_size
 encode, decode, symbols = codec_of_folder(init_from, vocab_size) if is_folder else codec_of(data_dir, vocab_size)
 print(f"symbols: {symbols}")

@@ -20,7 +20,7 @@ import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, gradients, machine, models, settings, sharding
+from nanofit import autofit, checkpoint, gradients, machine, models, settings, sharding
 from nanofit.batches import SAMPLINGS, Batches
 from nanofit.codec import differs, load_meta
 from nanofit.compiling import compile_to_train
@@ -43,7 +43,7 @@ log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
-init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a folder
+init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a .pt; a folder
 # who gets the figures beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
 wandb_project = "owt"
@@ -102,6 +102,7 @@ world = World.of_torchrun()
 folder = RunFolder(out_dir, world)
 init_from = config["init_from"] = folder.settle(init_from)
 saved = folder.load() if init_from == "resume" else None
+origin = saved or checkpoint.load_model(init_from)  # whose model the run begins with
 taken = settings.go_on_with(saved, config, given, world.size)  # on resuming, every key that wasn't named
 config |= taken
 globals().update(taken)
@@ -109,7 +110,7 @@ settings.check(config, world)
 dtype = config["dtype"] = settings.dtype(config, {*given, *taken})
 data_dir = os.path.join("data", dataset)
 meta = load_meta(data_dir)
-model_args = models.sizes_of(init_from, config, saved, meta, own_fields)
+model_args = models.sizes_of(init_from, config, origin, meta, own_fields)
 trained_with = model_args["block_size"]
 block_size = model_args["block_size"] = settings.cropped_to(config, given, trained_with)
 models.config_of(GPTConfig, {**model_args, "block_size": trained_with})
@@ -140,18 +141,15 @@ levers = plan.levers.within(plan.limit_bytes or machine.total_memory_bytes(devic
 
 # ---- model, optimizer, and the place in the data where a run goes on ---------------------------------------
 torch.manual_seed(1337 + world.rank)
-if init_from in ("scratch", "resume"):
+if origin or init_from == "scratch":
     model = models.build(GPT, GPTConfig, {**model_args, "block_size": trained_with}, empty=levers.shard and world.rank)
 else:
     model = models.pretrained(GPT, init_from, dropout)
     model_args |= {name: getattr(model.config, name) for name in model_args if name != "block_size"}
-if saved:
-    models.load_weights(model, saved["model"], out_dir)
-    models.set_activation(model, saved.get("activation"))
-    print(f"resuming from {out_dir} at iteration {iter_num}", *settings.differences(saved, config, given), sep="\n")
-if block_size < trained_with:
-    model.crop_block_size(block_size)
-    print(f"block_size {trained_with} -> {block_size}: the model is cropped for good; a checkpoint before that is kept")
+if origin:
+    models.load_weights(model, origin, out_dir if saved else init_from)
+    print(*settings.beginning(init_from, origin, config, given), sep="\n")
+models.crop(model, trained_with, block_size)
 models.apply_levers(model, levers)
 world.sharded = levers.shard and world.size > 1
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
@@ -168,7 +166,7 @@ mfu_of = models.mfu_of(model, batch_size * per_rank, device, dtype)
 metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved)
 run = Run(folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics)
 run.restore(saved)
-saved = None  # its tensors are a whole second model
+saved = origin = None  # its tensors are a whole second model
 machine.empty_cache(device)
 
 # ---- what a run survives -----------------------------------------------------------------------------------

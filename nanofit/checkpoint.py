@@ -189,6 +189,23 @@ def name_of_model(out_dir):
     return LAST if last_alone else NAME
 
 
+def path_of_model(init_from):
+    """The checkpoint of one's own that init_from names: a .pt file, or that of a folder; None where it names none.
+
+    A folder with a config.json is Hugging Face's.
+    """
+    if os.path.isdir(init_from) and not os.path.lexists(os.path.join(init_from, "config.json")):
+        path = os.path.join(init_from, name_of_model(init_from))
+        return path if os.path.lexists(path) else None
+    return init_from if init_from.endswith(".pt") else None
+
+
+def load_model(init_from):
+    """The checkpoint that path_of_model names, or None."""
+    path = path_of_model(init_from)
+    return load(*os.path.split(path)) if path else None
+
+
 def load(out_dir, name=NAME, for_training=False):
     """A checkpoint file in out_dir with its tensors on the CPU; the prefixes of torch.compile and DDP are taken off.
 

@@ -164,8 +164,9 @@ def pretrained(model_class, name, dropout):
     return model
 
 
-def load_weights(model, weights, where):
-    """Give a model a checkpoint's weights; where: what holds them, for the message where they are of another model."""
+def load_weights(model, saved, where):
+    """Give a model a checkpoint's weights and activation. where: what the checkpoint is called, for the message."""
+    weights = saved["model"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of each weight without memory: it stays so
@@ -179,6 +180,14 @@ def load_weights(model, weights, where):
             raise
         first = str(e).splitlines()[:2][-1].strip()[:200]
         raise UsageError(f"{where}: its weights don't fit its model_args: {first}") from e
+    set_activation(model, saved.get("activation"))
+
+
+def crop(model, trained_with, block_size):
+    """Shorten the sequences that a model takes, where they are longer, and tell it."""
+    if block_size < trained_with:
+        model.crop_block_size(block_size)
+        print(f"block_size {trained_with} -> {block_size}: the model is cropped; checkpoints from before it are kept")
 
 
 def not_finite(model):
@@ -230,14 +239,15 @@ def set_activation(model, name):
 def sizes_of(init_from, config, saved, meta, own):
     """model_args of the model that a run starts with, before a single weight is made.
 
-    config: the run's keys. saved: the checkpoint, for 'resume'. meta: the data set's meta.pkl or None. own: own_fields.
+    config: the run's keys. saved: the checkpoint that holds the model, or None. meta: the data set's meta.pkl, or None.
+    own: own_fields.
     """
     args = {name: config[name] for name in (*SIZES, *own) if name != "vocab_size"}
-    if init_from == "scratch":
-        args["vocab_size"] = meta["vocab_size"] if meta else PADDED_VOCAB_SIZE
-    elif init_from == "resume":
+    if saved:
         args |= {name: value for name, value in saved["model_args"].items() if name in (*SIZES, *own)}
         args["dropout"] = config["dropout"]
+    elif init_from == "scratch":
+        args["vocab_size"] = meta["vocab_size"] if meta else PADDED_VOCAB_SIZE
     else:
         args |= _pretrained_sizes(init_from)
     return {name: args[name] for name in (*SIZES, *own)}
@@ -248,7 +258,7 @@ def _pretrained_sizes(name):
         return {**GPT2_SIZES[name], "block_size": 1024, "vocab_size": 50257, "bias": True}
     path = os.path.join(name, "config.json")
     keys = {**{name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")}, "block_size": "n_positions"}
-    prefix = f"init_from={name!r} expects a folder that holds a Hugging Face GPT-2, and its config.json isn't one's: "
+    prefix = f"init_from={name!r} expects a folder that holds a ckpt.pt, or a Hugging Face GPT-2 with its config.json: "
     with usage_errors(OSError, ValueError, LookupError, TypeError, prefix=prefix), open(path, encoding="utf-8") as f:
         theirs = json.load(f)
         return {**{ours: int(theirs[key]) for ours, key in keys.items()}, "bias": True}

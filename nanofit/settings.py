@@ -69,10 +69,10 @@ def check(config, world):
     one_of(optimizers.OPTIMIZER_STATES, config, "optimizer_state")
     optimizers.require(config["optimizer_state"])
     init_from = config["init_from"]
-    if init_from not in ("scratch", "resume", "auto", *GPT2_SIZES) and not os.path.isdir(init_from):
+    if init_from not in ("scratch", "resume", "auto", *GPT2_SIZES) and not os.path.exists(init_from):
         raise UsageError(
-            f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(GPT2_SIZES)}, or a folder that "
-            f"holds a Hugging Face GPT-2, not {init_from!r}"
+            f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(GPT2_SIZES)}, a checkpoint such as "
+            f"out/ckpt.pt, or a folder that holds one or a Hugging Face GPT-2, not {init_from!r}"
         )
     if is_elsewhere(config):
         check_plan(config, world)
@@ -195,6 +195,13 @@ def go_on_with(saved, config, given, ranks=1):
     if not machine.is_here(device) or device != saved["config"].get("device"):
         taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
     return taken
+
+
+def beginning(init_from, saved, config, given):
+    """Lines on the checkpoint whose model a run begins with; of one that resumes, with the keys that differ."""
+    if init_from != "resume":
+        return [f"a new run with the weights of {init_from}, of iteration {saved.get('iter_num', 'unknown')}"]
+    return [f"resuming from {config['out_dir']} at iteration {saved['iter_num']}", *differences(saved, config, given)]
 
 
 def differences(saved, config, given):

@@ -151,7 +151,7 @@ def test_a_sound_run_is_told_so_and_nothing_is_changed():
         (["--beta1=1.5"], "run", "beta1 must be below 1"),
         (["--n_head=3"], "run", "is not divisible by n_head=3"),
         (["--init_from=resume"], "run", "there is no checkpoint out/ckpt.pt"),
-        (["--init_from=data"], "run", "expects a folder that holds a Hugging Face GPT-2"),
+        (["--init_from=data"], "run", "expects a folder that holds a ckpt.pt, or a Hugging Face GPT-2"),
         (["--device=cuda:99"], "run", "device='cuda:99', but"),
         (["--out_dir=a-file"], "folder", "out_dir='a-file' can't be made"),
         (["--out_dir=a-file/out"], "folder", "out_dir='a-file/out' can't be made"),

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanofit import autofit, machine, models, settings
+from nanofit import autofit, checkpoint, machine, models, settings
 from nanofit.codec import differs
 from nanofit.errors import UsageError, first_line
 from nanofit.folder import LOCK
@@ -99,7 +99,7 @@ def _data(run):
 def _weights(run):
     """Whether the weights that a run starts from, where they aren't a checkpoint's, can be had."""
     name = run.init_from
-    if name in ("scratch", "resume"):
+    if name in ("scratch", "resume") or checkpoint.path_of_model(name):
         return None
     if name not in GPT2_SIZES:
         there = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
