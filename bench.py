@@ -17,7 +17,7 @@ from configurator import configure
 from model import GPT, GPTConfig
 from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
-from nanofit.compiling import compile_to_train
+from nanofit.compiling import compiled
 from nanofit.errors import first_line
 from nanofit.step import train_step
 from nanofit.tokens import open_data
@@ -65,10 +65,7 @@ optimizer = model.configure_optimizers(
 scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 if compile:
-    print("compiling the model... (takes a minute or so)")
-    model, failure = compile_to_train(model, device, batches.current, autocast, compile_mode)
-    if failure:
-        print(f"compile failed, the benchmark goes on without it ({failure})")
+    model = compiled(model, device, batches.current, autocast, compile_mode)
 
 
 def run(steps, after_step=lambda: None):

@@ -203,7 +203,8 @@ def configure(namespace, argv=None, more=None):
         if sign and name.startswith("--"):
             keys.read_argument(name[2:], text)
         elif sign or arg.startswith("-"):
-            meant = f"--{name.lstrip('-')}={text or 'value'}"
+            key = name.lstrip("-").replace("-", "_")
+            meant = f"--{key}={text or (True if keys.kinds.get(key) is bool else 'value')}"
             raise UsageError(f"'{arg}' is neither a config file nor --key=value: write {meant}")
         else:
             keys.read_file(arg)

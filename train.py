@@ -23,12 +23,11 @@ from model import GPT, GPTConfig
 from nanofit import autofit, checkpoint, gradients, machine, models, settings, sharding
 from nanofit.batches import SAMPLINGS, Batches
 from nanofit.codec import differs, load_meta
-from nanofit.compiling import compile_to_train
+from nanofit.compiling import compiled
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
 from nanofit.optimizers import allocate_state, make_optimizer, set_learning_rate
-from nanofit.progress import waiting
 from nanofit.ranks import World
 from nanofit.recovery import Recovery, StopRequested, StopSignals, Watch
 from nanofit.run import Run
@@ -43,6 +42,9 @@ log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
+save_minutes = 0.0  # between checkpoints that don't wait for an evaluation, 0 for none
+keep = 0  # checkpoints of the last so many iterations that were saved stay, as ckpt-ITERATION.pt
+patience = 0  # evaluations in a row without a better validation loss, after which the run ends; 0 for any
 init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a .pt; a folder
 # who gets the figures beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
@@ -172,19 +174,16 @@ machine.empty_cache(device)
 # ---- what a run survives -----------------------------------------------------------------------------------
 signals = StopSignals()
 recovery = Recovery(world, device, batches, model, scaler, run.stop, run.note_smaller)
-watch = Watch("the gradient's norm", scaled=scaler.is_enabled())
+watch = Watch("the gradient's norm", run.way_on, scaled=scaler.is_enabled())
 for attempt in recovery.attempts():
     with attempt:
         allocate_state(optimizer)
 run.rehearse()
 if plan.compile and settings.anything_left(config, iter_num):
-    print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     for attempt in recovery.attempts():
-        with attempt, waiting("compiling"):
+        with attempt:
             like = batches.like_current
-            model, failure = compile_to_train(raw_model, device, like, autocast, compile_mode, world.size)
-    if failure:
-        print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
+            model = compiled(raw_model, device, like, autocast, compile_mode, world.size)
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 at_evaluation = []  # functions of the model that return more figures for an evaluation: {name: number}
@@ -203,8 +202,7 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
 metrics.start(readers, run_facts(device, world, config, defaults, model_args, plan, levers))
 with signals.listening():
     while eval_only or run.iter_num <= max_iters:
-        run.begin_iteration()
-        if stop := world.all_reduce_max(signals.received):
+        if stop := run.begin_iteration(signals.received):
             print(f"{signal.Signals(stop).name} before iteration {run.iter_num}: {run.stop()}")
             world.leave(128 + stop)
 
@@ -223,17 +221,14 @@ with signals.listening():
                     continue  # to the beginning of the loop, where it is looked at
                 losses = mean_losses(own, world)
                 metrics.evaluated(it, lr, losses, **more_figures(raw_model, at_evaluation))
-                if eval_only:
+                if eval_only or run.evaluated(losses["val"], always_save_checkpoint):
                     break
-                run.evaluated(losses["val"], always_save_checkpoint)
 
         for attempt in recovery.attempts():  # again, and then smaller, if memory runs out
             with attempt:
                 loss = accumulate(model, scaler, batches, autocast, own_gradients)  # forward and backward passes
                 norm = clip(model, optimizer, scaler, grad_clip)
-        for move in recovery.moves(optimizer):
-            with move:
-                update(optimizer, scaler, norm)
+        update(optimizer, scaler, norm)
         watch.note(it, norm)
 
         if it % log_interval == 0:

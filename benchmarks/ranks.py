@@ -85,9 +85,7 @@ class Ours:
             with attempt:
                 loss = accumulate(self.model, self.scaler, self.batches, self.autocast, self.own_gradients)
                 norm = clip(self.model, self.optimizer, self.scaler, 1.0)
-        for move in self.recovery.moves(self.optimizer):
-            with move:
-                update(self.optimizer, self.scaler, norm)
+        update(self.optimizer, self.scaler, norm)
         world.all_reduce_mean([loss])
         return loss.item()
 

@@ -6,17 +6,20 @@ import io
 import os
 import pickle
 import re
+import shutil
 import zipfile
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from nanofit import host
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, system_error
 from nanofit.files import replacing
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
-LAST = "ckpt.last.pt"  # where a run stopped, if ckpt.pt is the best and must stay
+LAST = "ckpt.last.pt"  # where a run stands or stopped, if ckpt.pt is the best and must stay
+NUMBERED = "ckpt-{}.pt"  # of the last iterations that were saved, with --keep
 OF_A_MODEL = ("model", "model_args")
 OF_A_RUN = (*OF_A_MODEL, "optimizer", "iter_num", "best_val_loss")
 # torch.save passes on a file's own error, or fails with another one while it handles that.
@@ -30,28 +33,59 @@ class SaveError(Exception):
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours=True):
+def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours=True, keep=0):
     """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
 
     ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile; then make_way() is called,
-    which may move what isn't to be replaced. previous_is_ours: ckpt.prev.pt may go where the disk is full. Raises
-    SaveError where the disk is full or can't be written to.
+    which may move what isn't to be replaced. previous_is_ours: ckpt.prev.pt may go where the disk is full. keep: the
+    last so many stay as ckpt-ITERATION.pt as well. Raises SaveError where the disk is full or can't be written to.
     """
     path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
         try:
             _write(checkpoint, path, make_way)
         except _FAILURES as e:
-            if not (_is_full(e) and previous_is_ours and os.path.exists(previous)):
+            spare = [previous] * os.path.exists(previous) + _too_many(out_dir, checkpoint.get("iter_num"), keep - 1)
+            if not (_is_full(e) and previous_is_ours and spare):
                 raise
-            os.remove(previous)  # it makes room
+            for one in spare:  # makes room
+                os.remove(one)
             _write(checkpoint, path, make_way)
         if name == NAME and os.path.exists(last):
             os.remove(last)  # it is of an earlier iteration now
+        if keep:
+            _second_name(path, os.path.join(out_dir, NUMBERED.format(checkpoint["iter_num"])))
+            for one in _too_many(out_dir, checkpoint["iter_num"], keep):
+                os.remove(one)
     except _FAILURES as e:
         raise SaveError(
             f"not saved: {path} can't be written ({_reason(e)}); a checkpoint that is there stays as it is"
         ) from e
+
+
+def on_host(checkpoint):
+    """A copy of a checkpoint that stays as it is while training moves the weights, or None where there is no room.
+
+    All of its tensors are in the machine's memory; those that are tied stay one.
+    """
+    copies = {}
+
+    def copied(tensor):
+        place = tensor.data_ptr() or id(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        return copies[place]
+
+    size = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
+    with contextlib.suppress(UsageError):  # a system that doesn't tell what is free
+        if 2 * size > host.free_memory():
+            return None
+    try:
+        return tree_map_only(torch.Tensor, copied, checkpoint)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        return None
 
 
 def _is_full(error):
@@ -78,19 +112,41 @@ def _write(checkpoint, path, make_way):
 
 def _keep_previous(path):
     """Give ckpt.pt a second name, so that it is never without its own."""
-    if not os.path.exists(path):
-        return
-    previous = os.path.join(os.path.dirname(path), PREVIOUS)
-    spare = f"{path}.{os.getpid()}.previous.part"
+    if os.path.exists(path):
+        with contextlib.suppress(OSError):  # then an older one stays, or none is kept
+            _second_name(path, os.path.join(os.path.dirname(path), PREVIOUS), copies=False)
+
+
+def _second_name(path, other, copies=True):
+    """Let a file have another name, too; copies: or a copy, where the file system has no second names."""
+    spare = f"{path}.{os.getpid()}.second.part"
     try:
-        os.link(path, spare)
-    except OSError:
-        return  # some file systems have no second names: then an older one stays, or none is kept
-    try:
-        os.replace(spare, previous)
+        try:
+            os.link(path, spare)
+        except OSError:
+            if not copies:
+                raise
+            shutil.copyfile(path, spare)
+        os.replace(spare, other)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(spare)  # which still is there where both were names of one file
+
+
+def numbered(out_dir):
+    """{iteration: path} of the checkpoints in out_dir whose names tell their iterations."""
+    names = os.listdir(out_dir or ".") if os.path.isdir(out_dir or ".") else ()
+    found = [name for name in names if re.fullmatch(NUMBERED.format(r"\d+"), name)]
+    return {int(name[5:-3]): os.path.join(out_dir, name) for name in found}
+
+
+def _too_many(out_dir, iteration, keep):
+    """Paths of numbered checkpoints up to an iteration that are more than the last so many; none where keep is below 0.
+
+    Later ones, of a run that has gone back, stay until it gets there.
+    """
+    passed = sorted(item for item in numbered(out_dir).items() if item[0] <= iteration) if keep >= 0 else []
+    return [path for _, path in passed[: max(0, len(passed) - keep)]]
 
 
 def rehearse(checkpoint):
@@ -131,46 +187,33 @@ def _type_in_the_way(error):
 
 def _read(path, whole=True):
     """What torch.load gives for a file; a UsageError where it can't be read. whole: every byte is as it was written."""
-    damaged = None
     try:
-        with open(path, "rb") as f:
-            zipped = zipfile.is_zipfile(f)
-            f.seek(0)
-            old = None if zipped else io.BytesIO(f.read())  # of torch before 1.6, which can't be mapped
+        zipped = zipfile.is_zipfile(path)
         if zipped and whole:  # torch.load doesn't compare checksums
             with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
-    except OSError as e:
-        raise UsageError(
-            f"{path} can't be read now ({e.strerror or e}): this says nothing about what is in it; start again when "
-            "it can be read"
-        ) from e
-    except Exception as e:  # zipfile lets out whatever odd bytes lead to
-        if is_out_of_memory(e):
-            raise
-        raise UsageError(f"{path} is damaged ({shown(first_line(e), str)})") from e
-    if damaged:
-        raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    try:
-        if zipped and not path.isprintable():  # torch maps only a file whose name is text
-            with open(path, "rb") as f:
-                return torch.load(f, map_location="cpu", weights_only=True)
+                if damaged := file.testzip():
+                    raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
         # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
-        return torch.load(old or path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UsageError:
+        raise
     except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
         if is_out_of_memory(e):
             raise
-        if isinstance(e, pickle.UnpicklingError) and (found := _type_in_the_way(e)):
+        if isinstance(e, OSError):
             raise UsageError(
-                f"{path} holds {found}, and only numbers, strings, lists, dicts and tensors are read. "
-                "Where you trust the file: torch.load it with weights_only=False, put float(...), int(...) or str(...) "
-                "in that place, and torch.save it again"
+                f"{path} can't be read now ({e.strerror or e}): this says nothing about what is in it; start again "
+                "when it can be read"
             ) from e
         said = shown(first_line(e), str)
         if isinstance(e, pickle.UnpicklingError):  # torch advises to run what it holds
-            said = "it holds more than plain data"
-        elif old and old.getvalue().startswith(b"PK"):
-            said = "its end is missing: a copy was cut short, or the disk was full"
+            if found := _type_in_the_way(e):
+                raise UsageError(
+                    f"{path} holds {found}, and only numbers, strings, lists, dicts and tensors are read. Where you "
+                    "trust the file: torch.load it with weights_only=False, put float(...), int(...) or str(...) in "
+                    "that place, and torch.save it again"
+                ) from e
+            said = "it holds more than plain data, or its end is missing"
         raise UsageError(f"{path} is damaged or not a checkpoint ({said})") from e
 
 

@@ -8,6 +8,7 @@ from nanofit import machine
 from nanofit.errors import first_line, is_out_of_memory
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
+from nanofit.progress import waiting
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 MOSTLY_LAUNCHING = 0.5  # of a step: where it is less, the GPU is busy while the next kernels are launched
@@ -30,6 +31,16 @@ def dry_step(model, batch, autocast):
     with torch.no_grad(), autocast:
         loss_of(model, *batch)
     model.train()
+
+
+def compiled(model, *how):
+    """compile_to_train, which tells what goes on: the compiled model, or the model as it is where that fails."""
+    print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
+    with waiting("compiling"):
+        model, failure = compile_to_train(model, *how)
+    if failure:
+        print(f"compile failed, training goes on without it ({failure}); python doctor.py looks for the cause")
+    return model
 
 
 def compile_to_train(model, device, batch, autocast, mode, ranks=1):

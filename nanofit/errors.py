@@ -5,12 +5,10 @@ import errno
 import json
 import os
 import re
-import select
 import signal
 import sys
 import textwrap
 import time
-import traceback
 
 from nanofit.units import gib
 
@@ -104,13 +102,8 @@ def lost_sentence(rank, error):
     )
 
 
-OUR_MISTAKE = "This is a mistake of the program's: please report it, with all that is printed above."
 ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if another has failed as well: then that one has told already
 LONGEST = 1000  # characters of a sentence; a name in it may be longer
-PACKAGE = os.path.dirname(os.path.realpath(__file__))
-SCRIPTS = ("train.py", "sample.py", "bench.py", "export.py", "report.py", "doctor.py", "configurator.py")
-OURS = (PACKAGE, *(os.path.join(os.path.dirname(PACKAGE), name) for name in (*SCRIPTS, "data", "benchmarks")))
-LIBRARY = re.compile(re.escape(os.path.dirname(os.__file__)) + r"|.*[/\\](site|dist)-packages[/\\]")
 
 
 # ---- the top frame -----------------------------------------------------------------------------------------
@@ -119,8 +112,7 @@ LIBRARY = re.compile(re.escape(os.path.dirname(os.__file__)) + r"|.*[/\\](site|d
 def show_errors_as_sentences():
     """From here on, what a user's input, files, disk, terminal or memory can cause ends the program with a sentence.
 
-    The exit code is 1, or 130 after Ctrl-C. An error of any other kind keeps its traceback; the sentence says in which
-    file of the user's it came up, or that the mistake is the program's.
+    The exit code is 1, or 130 after Ctrl-C. An error of any other kind keeps its traceback.
     """
 
     def show(kind, error, trace):
@@ -135,16 +127,19 @@ def show_errors_as_sentences():
         if issubclass(kind, UsageError) and not speaks and not error.of_rank:
             time.sleep(ONE_VOICE_SECONDS)
             sentence = f"error: rank {os.environ.get('RANK', '?')}: {error}"
-        _tell(sentence)
+        if sentence:
+            _tell(sentence)
+        else:
+            sys.__excepthook__(kind, error, trace)
         if is_lost_rank(error):
             time.sleep(ONE_VOICE_SECONDS)  # torchrun names the first that tells it: that should be the one that is lost
-        _tell_torchrun(sentence)
+        _tell_torchrun(sentence or f"{kind.__name__}: {first_line(error)}")
 
     sys.excepthook = show
 
 
 def _sentence_on(error):
-    """What to tell of an error; before one that this doesn't explain, its traceback is printed."""
+    """What to tell of an error, '' where its traceback tells more."""
     if isinstance(error, UsageError):
         return f"error: {error}"
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy"):
@@ -153,46 +148,18 @@ def _sentence_on(error):
         return f"error: {memory_sentence(error)}\n{_when_memory_ends(vars(sys.modules['__main__']))}"
     if is_lost_rank(error):
         return lost_sentence(os.environ.get("RANK", "?"), error)
-    if isinstance(error, BrokenPipeError) and _has_no_reader(1):
+    if isinstance(error, BrokenPipeError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that Python doesn't tell it again at its end
         return "error: standard output was closed before all of it was written"
-    place = _place_of_users(error)
-    # A connection that fails, and isn't standard output, is some library's: the traceback says which.
-    if not place and isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         return f"error: {os.strerror(error.errno)}{f' ({error.filename})' if error.filename else ''}"
-    sys.__excepthook__(type(error), error, error.__traceback__)
-    return f"error: in your {place}: {type(error).__name__}: {first_line(error)}" if place else OUR_MISTAKE
-
-
-def _place_of_users(error):
-    """'model.py, line 5' where the innermost file, libraries aside, isn't ours; else ''."""
-    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):
-        places.append((error.filename or "", error.lineno))
-    elif isinstance(error, ImportError) and error.path:  # of the module that lacks a name
-        places.append((error.path, None))
-    for path, line in reversed(places):
-        real = os.path.realpath(path)
-        if os.path.isfile(real) and not LIBRARY.match(real):
-            if any(real == own or real.startswith(own + os.sep) for own in OURS):
-                return ""
-            return os.path.basename(path) + (f", line {line}" if line else "")
     return ""
-
-
-def _has_no_reader(descriptor):
-    """Whether what is written to this pipe or terminal goes nowhere, as far as the system tells."""
-    if not hasattr(select, "poll"):  # Windows
-        return True
-    watch = select.poll()
-    watch.register(descriptor, 0)
-    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def _when_memory_ends(keys):
     """What the user of a script with these keys may do then."""
     if keys.get("auto_fit"):
-        return "less was free than auto_fit found: --init_from=resume goes on from the checkpoint and looks again"
+        return "less was free than auto_fit found: --init_from=auto goes on from a checkpoint, and looks again"
     if "auto_fit" in keys:
         return "--auto_fit=True finds a split that fits"
     return "use less at a time: a smaller batch_size, a shorter prompt"

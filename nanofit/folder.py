@@ -1,8 +1,8 @@
 """A run's folder: held by one run at a time, and never written over by another.
 
 ckpt.pt is the run's checkpoint, the best where only that is kept; ckpt.prev.pt the one before; ckpt.last.pt, where a
-run stopped whose ckpt.pt is the best and must stay. All three are of one run, told by the id that they carry. Those
-of another run are moved aside, whole, before this one writes its first.
+run stands whose ckpt.pt is the best and must stay; ckpt-ITERATION.pt the last few, with --keep. All are of one run,
+told by the id that they carry. Those of another run are moved aside, whole, before this one writes its first.
 """
 
 import contextlib
@@ -169,30 +169,21 @@ class RunFolder:
             self._lock = None
 
     def place_to_stop(self, always_save):
-        """Where a run that stops is saved: in ckpt.pt, but beside it where that is this run's best and must stay."""
+        """Where a run is saved as it stands: in ckpt.pt, but beside it where that is this run's best and must stay."""
         has_best = not always_save and os.path.isfile(self.path()) and NAME not in self._others()
         return LAST if has_best else NAME
 
-    def save(self, snapshot, name=NAME):
-        """Write a checkpoint of this run. All ranks must call it; rank 0 writes, and the others wait for it.
-
-        Raises SaveError on all of them where that fails: what was there is as it was.
-        """
-        failure = ""
-        if self.world.is_main:
-            try:
-                whole = {**snapshot, "run_id": self.run_id}
-                checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others())
-            except SaveError as e:
-                failure = str(e)
-        if failure := self.world.all_gather(failure)[0]:
-            raise SaveError(failure)
+    def save(self, snapshot, name=NAME, keep=0):
+        """Write a checkpoint of this run: as checkpoint.save. For rank 0 alone; a thread may call it."""
+        whole = {**snapshot, "run_id": self.run_id}
+        checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others(), keep)
 
     def _others(self):
         """{name: what is in it, None for what can't be read} of another run's checkpoints that lie here."""
         if self._alone:
             return {}
-        held = {n: checkpoint.peek(self.path(n)) for n in (LAST, PREVIOUS, NAME) if os.path.lexists(self.path(n))}
+        names = [LAST, PREVIOUS, NAME, *map(os.path.basename, checkpoint.numbered(self.out_dir).values())]
+        held = {n: checkpoint.peek(self.path(n)) for n in names if os.path.lexists(self.path(n))}
         return {name: saved for name, saved in held.items() if saved is None or run_id_of(saved) != self.run_id}
 
     def _move_others_aside(self):

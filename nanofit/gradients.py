@@ -58,37 +58,26 @@ class Gradients:
 class Buffers:
     """Buffers that training changes, such as running means: rank 0's become everyone's after each iteration.
 
-    A change is seen by torch's count of writes. Some kernels don't count theirs, batch norm's for one, but then
-    another buffer of the same module tells: a module's buffers go together.
+    A change is seen by torch's count of writes. Some kernels don't count theirs, batch norm's for one, which counts its
+    batches in another buffer: so all are shared where one has changed.
     """
 
     def __init__(self, model, world):
-        self.world, self._told = world, False
-        self._modules = {name: module for name, module in model.named_modules() if module._buffers}
-        self._seen = {name: self._state(module) for name, module in self._modules.items()}
+        self.model, self.world, self._told = model, world, False
+        self._seen = self._state()
 
-    @staticmethod
-    def _state(module):
-        return [(buffer, buffer._version) for buffer in module.buffers(recurse=False)]
+    def _state(self):
+        return [(id(buffer), buffer._version) for buffer in self.model.buffers()]
 
     def share(self):
         """All ranks must call it."""
-        if not self._modules:
+        if not self._seen or not self.world.all_reduce_max(int(self._state() != self._seen)):
             return
-        changed = self.world.any_of([self._has_changed(name) for name in self._modules])
-        for (name, module), moved in zip(self._modules.items(), changed, strict=True):
-            if moved:
-                self.world.broadcast(module.buffers(recurse=False))
-                self._seen[name] = self._state(module)
-        if any(changed) and not self._told:
+        self.world.broadcast(self.model.buffers())
+        self._seen = self._state()
+        if not self._told:
             self._told = True
-            names = [name or "GPT" for name, moved in zip(self._modules, changed, strict=True) if moved]
-            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-            print(f"training changes buffers ({shown}): rank 0's become all ranks' after each iteration, and are saved")
-
-    def _has_changed(self, name):
-        before, now = self._seen[name], self._state(self._modules[name])
-        return [(id(buffer), version) for buffer, version in before] != [(id(b), version) for b, version in now]
+            print("training changes buffers: rank 0's become all ranks' after each iteration, and are saved")
 
 
 class AveragedGradients(Gradients):

@@ -23,8 +23,6 @@ import math
 import os
 import platform
 import re
-import sys
-import threading
 import time
 from dataclasses import asdict
 
@@ -56,6 +54,7 @@ class Metrics:
         self.max_iters, self.eval_interval, self.tokens_per_iter = max_iters, eval_interval, tokens_per_iter
         state = (saved or {}).get("metrics", {"tokens": iter_num * tokens_per_iter, "best_val_loss": math.inf})
         self.best_val_loss, self._tokens, self._start = state["best_val_loss"], state["tokens"], iter_num
+        self._best_iter = state.get("best_iter", iter_num)
         self._mfu = self._seconds = self._pause = None  # running means, and the last pause
         self.start()
 
@@ -66,7 +65,12 @@ class Metrics:
 
     def state(self, iter_num):
         """What a checkpoint for the beginning of iteration iter_num keeps of these figures."""
-        return {"tokens": self._tokens_before(iter_num), "best_val_loss": self.best_val_loss}
+        best = {"best_val_loss": self.best_val_loss, "best_iter": self._best_iter}
+        return {"tokens": self._tokens_before(iter_num), **best}
+
+    def evaluations_since_best(self, iter_num):
+        """How many evaluations up to that of iteration iter_num have not been better than the best."""
+        return (iter_num - self._best_iter) // self.eval_interval
 
     @contextlib.contextmanager
     def paused(self):
@@ -84,7 +88,8 @@ class Metrics:
 
         more: figures of one's own, numbers or scalar tensors.
         """
-        self.best_val_loss = min(self.best_val_loss, losses["val"])
+        if losses["val"] <= self.best_val_loss:  # equal where resuming does the best evaluation again
+            self.best_val_loss, self._best_iter = losses["val"], iter_num
         self._tell(dict(
             iter=iter_num, tokens=self._tokens_before(iter_num), lr=lr, train_loss=losses["train"],
             val_loss=losses["val"], best_val_loss=self.best_val_loss, **_numbers(more),
@@ -208,10 +213,7 @@ def _guarded(name, make, way_out=""):
 
 
 def _why(error):
-    try:
-        return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {first_line(error)}"
-    except Exception:  # one whose words can't be had
-        return type(error).__name__
+    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def print_line(figures):
@@ -242,7 +244,6 @@ def _wandb(config, run_id):
 
     same_run = {} if config["eval_only"] else {"id": run_id, "resume": "allow"}  # an evaluation is none of its points
     wandb.init(project=config["wandb_project"], name=config["wandb_run_name"], config=dict(config), **same_run)
-    threading.excepthook = sys.unraisablehook = _tell_in_a_line  # what it raises in a thread, or when Python ends
     mfu = -100.0  # percent, of the last iteration
 
     def log(figures):
@@ -259,35 +260,17 @@ def _wandb(config, run_id):
     return log
 
 
-def _tell_in_a_line(raised):
-    if not issubclass(raised.exc_type, SystemExit):
-        with contextlib.suppress(OSError, ValueError):
-            print(f"in the background: {_why(raised.exc_value or raised.exc_type())}", file=sys.stderr, flush=True)
-
-
 def _tensorboard(folder, iter_num):
-    """TensorBoard's format, written without its SummaryWriter: that one's thread may fail by itself."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard import SummaryWriter
 
-    place = folder.path("tensorboard")
-    os.makedirs(place, exist_ok=True)
-    name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"  # read in the order of names
-    file = os.open(os.path.join(place, name), APPEND, 0o666)  # as long as the process
-    writer = RecordWriter(open(file, "wb", buffering=0, closefd=False))  # noqa: SIM115
+    # What an earlier part of the run, or another run, wrote from this iteration on is hidden.
+    writer = SummaryWriter(folder.path("tensorboard"), purge_step=iter_num)
 
     def log(figures):
-        events = [Event(step=figures["iter"], summary=Summary(value=[
-            Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()
-            if tag not in ("iter", "time", "run", "seconds_left") and value is not None
-        ]))]  # fmt: skip
-        if "run" in figures:  # what an earlier part of the run, or another run, wrote from here on is hidden
-            start = SessionLog(status=SessionLog.START)
-            events = [Event(file_version="brain.Event:2"), Event(step=iter_num, session_log=start)]
-        for event in events:
-            event.wall_time = figures["time"]
-            writer.write(event.SerializeToString())
+        for name, value in figures.items():
+            if name not in ("iter", "time", "run", "seconds_left") and value is not None:
+                writer.add_scalar(name, value, figures["iter"], figures["time"])
+        writer.flush()  # which tells what went wrong in its thread
 
     return log
 

@@ -77,17 +77,6 @@ def leaves_out_by_tensor(optimizer):
     return of_torch and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def may_step_again(optimizer):
-    """Whether a step in which memory ran out has moved nothing, and can be made again.
-
-    Fused, all steps of a group are counted before one of its weights moves: where all counts are alike, none moved.
-    """
-    if not leaves_out_by_tensor(optimizer):
-        return False
-    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return len({float(optimizer.state[p]["step"]) for p in moved if "step" in optimizer.state.get(p, {})}) == 1
-
-
 def allocate_state(optimizer):
     """Make the state of torch's AdamW at once, as its first step would: after that, a step takes no memory.
 

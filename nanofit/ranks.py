@@ -52,16 +52,8 @@ class World:
         if "RANK" not in os.environ:
             return cls()
         variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-        told = {name: os.environ.get(name, str(alone)) for name, alone in variables.items()}
-        sound = all(value.isdecimal() and len(value) < 10 for value in told.values())
-        world = cls(*map(int, told.values())) if sound else cls()
-        fits = 0 <= world.local_rank <= world.rank < world.size and 1 <= world.local_size <= world.size
-        if not sound or not fits:
-            named = ", ".join(f"{name}={shown(value)}" for name, value in told.items())
-            raise UsageError(
-                f"{named} in the environment are not what torchrun sets: start with torchrun, or unset them"
-            )
-        return world
+        with usage_errors(ValueError, prefix="RANK is set, but not as torchrun sets it: unset it, or use torchrun: "):
+            return cls(*(int(os.environ.get(name, alone)) for name, alone in variables.items()))
 
     @classmethod
     def imagined(cls, size, sharded=False):

@@ -5,13 +5,12 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
 from nanofit import machine
 from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
-from nanofit.optimizers import may_step_again
 from nanofit.units import micro_batch_sizes
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -76,20 +75,6 @@ class _Attempt:
         return bool(self.kind)
 
 
-class _Move:
-    """One call of an optimizer; a `with` block that keeps back want of memory if nothing has moved yet."""
-
-    def __init__(self, optimizer):
-        self.optimizer, self.again = optimizer, False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        self.again = is_out_of_memory(error) and may_step_again(self.optimizer)
-        return self.again
-
-
 class Recovery:
     """Lets parts of training be tried again, in smaller pieces where memory runs out in them:
 
@@ -143,14 +128,6 @@ class Recovery:
             self._make_room(where, same_size=not tried and self._ran_out <= 2)
             tried += 1
 
-    def moves(self, optimizer):
-        """As attempts, for what moves the weights: once more if memory ran out before anything moved."""
-        first = _Move(optimizer)
-        yield first
-        if first.again:
-            machine.empty_cache(self.device)
-            yield nullcontext()
-
     def _go_back(self, place, generators):
         self.batches.load_state_dict(place)
         machine.set_rng_state(generators, self.device)
@@ -203,12 +180,12 @@ class Recovery:
 class Watch:
     """Notices what is not finite, without waiting for the device in each iteration.
 
-    what: the name of the figure that is watched, for messages. scaled: float16's scaler leaves bad steps out, which
-    is nothing to speak of unless it happens too often.
+    what: the name of the figure that is watched, for messages. way_on(): tells how the run can go on. scaled: float16's
+    scaler leaves bad steps out, which is nothing to speak of unless it happens too often.
     """
 
-    def __init__(self, what, scaled=False):
-        self._what, self._scaled, self._noted, self._in_a_row = what, scaled, [], 0
+    def __init__(self, what, way_on=lambda: "", scaled=False):
+        self._what, self._way_on, self._scaled, self._noted, self._in_a_row = what, way_on, scaled, [], 0
         self._limit = SCALED_BAD_IN_A_ROW if scaled else BAD_IN_A_ROW
 
     def note(self, iteration, figure):
@@ -242,6 +219,5 @@ class Watch:
             if self._in_a_row == self._limit:
                 raise UsageError(
                     f"{self._what} was not finite in {self._limit} iterations in a row, the last was {iteration}: a "
-                    "smaller learning_rate, more warmup_iters or a smaller grad_clip may help; a checkpoint that was "
-                    "written is as it was, and --init_from=resume goes on from it"
+                    f"smaller learning_rate, more warmup_iters or a smaller grad_clip may help; {self._way_on()}"
                 )

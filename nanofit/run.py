@@ -2,18 +2,20 @@
 
 import math
 import shlex
+import sys
+import threading
+import time
 from dataclasses import asdict
 
 from nanofit import autofit, checkpoint, machine, models, optimizers, sharding
-from nanofit.checkpoint import SaveError
-from nanofit.errors import usage_errors
+from nanofit.errors import first_line, usage_errors
 
 
 class Run:
     """A run between two iterations, in its folder. All ranks must call each of its methods.
 
-    iter_num: the iteration that comes next. best_val_loss: nats. unsaved: why the last checkpoint could not be
-    written, or ''.
+    iter_num: the iteration that comes next. best_val_loss: nats, as nanoGPT keeps it: with always_save, of the last
+    evaluation. unsaved: why the last checkpoint could not be written, or ''.
     """
 
     def __init__(self, folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics):
@@ -21,18 +23,28 @@ class Run:
         self.config, self.model_args, self.levers = config, model_args, levers
         self.model, self.optimizer, self.scaler, self.batches, self.metrics = model, optimizer, scaler, batches, metrics
         self.iter_num, self.best_val_loss = 0, 1e9
-        self.unsaved, self._saved_iter, self._begun = "", -1, 0
+        self.unsaved = self._failure = ""
+        self._saving = self._saved_iter = -1  # iterations of the last checkpoint, and of the last whole one
+        self._saved_at, self._begun = time.monotonic(), 0
+        self._writer = None  # the thread that writes a checkpoint, on rank 0
         self._never_finite = models.not_finite(model)
 
-    def begin_iteration(self):
+    def begin_iteration(self, signal=0):
         """Keep where random numbers and the data stand: a checkpoint of this iteration begins here, however late it is.
 
-        So an evaluation is repeated on resuming, with the same batches.
+        So an evaluation is repeated on resuming, with the same batches. Saves if save_minutes have passed. signal: the
+        number of the one that this rank has received, or 0. Returns that of any rank.
         """
         self._begun += 1
         if self._begun == 2:  # an optimizer has its state now
             self.rehearse()
         self._random = {"data": self.batches.state_dict(), "generators": machine.rng_state(self.device)}
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = self.world.is_main and 0 < self.config["save_minutes"] <= minutes
+        asked = self.world.all_reduce_max(2 * signal + due)  # one message for both
+        if asked == 1 and self.iter_num > 0:
+            self.save(self._place())
+        return asked // 2
 
     def snapshot(self):
         """What a checkpoint holds: the run as iteration iter_num began."""
@@ -60,7 +72,7 @@ class Run:
         if not saved:
             return
         self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
-        self._saved_iter = self.iter_num - 1
+        self._saving = self._saved_iter = self.iter_num - 1
         for split, known in self.batches.fingerprints.items():
             if saved.get("data", {}).get(split, known) != known:
                 print(
@@ -86,35 +98,84 @@ class Run:
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))
 
-    def save(self, name=checkpoint.NAME):
-        """Write a checkpoint; '' or why that failed, which ends no run."""
+    def save(self, name=checkpoint.NAME, goes_on=True):
+        """Write a checkpoint: in the background if the run goes on. written() tells how that went."""
+        self.written()
+        self._saving, self._saved_at = self.iter_num, time.monotonic()
+        if goes_on:
+            print(f"saving checkpoint to {self.folder.out_dir}")
+        # A weight that never was finite is meant so, as a mask.
+        if self.world.all_reduce_max(len(models.not_finite(self.model) - self._never_finite)):
+            self._note("not saved: the weights are not finite; a checkpoint that is there stays as it is", goes_on)
+            return
+        snapshot = self.snapshot()
+        if self.world.is_main:
+            copy = checkpoint.on_host(snapshot) if goes_on else None
+            self._writer = threading.Thread(target=self._write, args=(copy or snapshot, name, goes_on))
+            self._writer.start()
+            if copy is None:  # training would move its tensors
+                self._writer.join()
+
+    def _write(self, snapshot, name, goes_on):
         try:
-            # A weight that never was finite is meant so, as a mask.
-            if self.world.all_reduce_max(len(models.not_finite(self.model) - self._never_finite)):
-                raise SaveError("not saved: the weights are not finite; a checkpoint that is there stays as it is")
-            self.folder.save(self.snapshot(), name)
-            self.unsaved, self._saved_iter = "", self.iter_num
-        except SaveError as e:
-            self.unsaved = str(e)
+            self.folder.save(snapshot, name, self.config["keep"])
+            self._note("", False)
+        except Exception as e:  # whatever it is: of a thread, nobody else hears
+            said = str(e) if isinstance(e, checkpoint.SaveError) else f"not saved: {type(e).__name__}: {first_line(e)}"
+            self._note(said, goes_on)
+
+    def _note(self, failure, goes_on):
+        self._failure = failure
+        if failure and goes_on:
+            print(f"{failure}; training goes on")
+
+    def written(self):
+        """Wait for what is being written. '' or why the checkpoint that was begun last isn't there, as in unsaved."""
+        if self._writer:
+            self._writer.join()
+        self._writer, self.unsaved = None, self.world.all_gather(self._failure)[0]
+        if not self.unsaved:
+            self._saved_iter = self._saving
         return self.unsaved
 
+    def _place(self):
+        return self.folder.place_to_stop(self.config["always_save_checkpoint"])
+
     def evaluated(self, val_loss, always_save):
-        """Save after an evaluation, if it was the best so far or always_save; never at iteration 0."""
-        if val_loss < self.best_val_loss or always_save or math.isnan(self.best_val_loss):
+        """Save after an evaluation, if it was the best so far, always_save or keep; never at iteration 0.
+
+        Returns whether the run ends here: after patience evaluations in a row without a better loss.
+        """
+        best = val_loss < self.best_val_loss or always_save or math.isnan(self.best_val_loss)
+        if best:
             self.best_val_loss = val_loss
-            if self.iter_num > 0:
-                print(f"saving checkpoint to {self.folder.out_dir}")
-                if self.save():
-                    print(f"{self.unsaved}; training goes on")
+        if self.iter_num > 0 and (best or self.config["keep"]):
+            self.save(checkpoint.NAME if best else self._place())
+        since, patience = self.metrics.evaluations_since_best(self.iter_num), self.config["patience"]
+        if ends := 0 < patience <= since:
+            print(f"no better val loss in {since} evaluations in a row, patience={patience}: {self.stop()}")
+        return ends
 
     def stop(self):
         """Save where a run stops, beside the best checkpoint where only that is kept; returns what to tell of it."""
         if self.iter_num == 0:
             return "nothing is trained yet, and nothing saved"
-        over = self.iter_num > self.config["max_iters"]
-        failure = self.save(self.folder.place_to_stop(self.config["always_save_checkpoint"]))
-        how = "--init_from=resume with a larger --max_iters" if over else "--init_from=resume"
-        return failure or f"checkpoint saved to {self.folder.out_dir}, {how} goes on"
+        self.written()
+        if self._saved_iter != self.iter_num:
+            self.save(self._place(), goes_on=False)
+        return self.written() or f"checkpoint saved to {self.folder.out_dir}: {self.way_on()}"
+
+    def way_on(self):
+        """The command that goes on from the last checkpoint, in a sentence; where there is none, that."""
+        if self._saved_iter < 0:
+            return "nothing is saved yet"
+        several = f"--nproc_per_node={self.world.local_size}"
+        if self.world.local_size < self.world.size:
+            several += " (and the others of its options)"
+        launcher = "python" if self.world.size == 1 else f"torchrun --standalone {several}"
+        longer = " with a larger --max_iters" if self.iter_num > self.config["max_iters"] else ""
+        script, out_dir = shlex.quote(sys.argv[0]), shlex.quote(self.folder.out_dir)
+        return f"{launcher} {script} --out_dir={out_dir} --init_from=resume{longer} goes on"
 
     def note_smaller(self, batch_size, size):
         """Let the next start of a sharded run begin with micro-batches of this size; one rank may call it alone."""
@@ -122,6 +183,7 @@ class Run:
 
     def end(self):
         """After the last iteration: save, if more than this one isn't in a checkpoint."""
+        self.written()
         if self._saved_iter < self.iter_num - 1:
             self.begin_iteration()
             print(f"iteration {self.iter_num - 1} was the last: {self.stop()}")

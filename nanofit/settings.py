@@ -11,7 +11,7 @@ from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, gib
 # Keys that may differ between the ranks of a run. folder.take makes sure that all go on from the same iteration.
 OF_A_RANK = (
     "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
-    "wait_minutes", "device", "memory_limit_gb", "compile_min_sms",
+    "wait_minutes", "device", "memory_limit_gb", "compile_min_sms", "save_minutes", "keep",
 )  # fmt: skip
 # What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
 NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "ranks")
@@ -59,6 +59,7 @@ def check(config, world):
     at_least(1, config, "eval_interval", "eval_iters", "log_interval")
     at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
     at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2", "loss_chunk_mb")
+    at_least(0, config, "save_minutes", "keep", "patience")
     if not 0 < config["wait_minutes"] <= 60 * 24 * 365:
         raise UsageError(f"wait_minutes must be above 0 and at most a year, not {config['wait_minutes']}")
     for key in ("beta1", "beta2"):

@@ -131,7 +131,7 @@ def test_what_cant_be_read_now_is_not_called_damaged(monkeypatch):
     def refuse(path, *args, **options):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(UsageError, match=r"out/ckpt.pt can't be read now \(Permission denied\)") as error:
         checkpoint.load("out", for_training=True)
     assert "damaged" not in str(error.value)

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import resource
-import subprocess
 import sys
 import types
 import warnings
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, train
+from conftest import TOY, train
 
 from nanofit import metrics as figures_of
 from nanofit.errors import UsageError
@@ -366,25 +365,6 @@ def test_whatever_wandb_raises_the_run_goes_on_and_is_saved(monkeypatch, stub):
         assert told.index("W&B failed") < told.index("number of parameters"), "before there is a model"
     assert iterations() == list(range(11))
     assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 10
-
-
-def test_wandb_that_dies_in_its_own_thread_and_at_the_end_costs_no_run():
-    Path("stubs").mkdir()
-    Path("stubs/wandb.py").write_text(
-        "import atexit, threading\n"
-        "def fail(): raise ConnectionError('gone')\n"
-        "def init(**keys): atexit.register(fail)\n"
-        "def log(figures): threading.Thread(target=fail, name='sender').start()\n"
-    )
-    keys = {**TOY, "max_iters": 2, "wandb_log": True}
-    path = os.pathsep.join((os.path.abspath("stubs"), str(ROOT)))
-    command = [sys.executable, str(ROOT / "train.py"), *flags(**keys)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=path))
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
-    assert "Traceback" not in told
-    assert re.search("^(?:W&B failed|in the background: )", told, re.MULTILINE)
-    assert iterations() == [0, 1, 2]
 
 
 @needs_tensorboard

@@ -31,7 +31,7 @@ ITERATIONS_A_KILL = 12  # so that the run is long enough for all of them
 KEYS = dict(
     dataset="markov", device="cpu", compile=False, n_layer=2, n_head=2, n_embd=64, block_size=32, batch_size=8,
     gradient_accumulation_steps=2, dropout=0.2, eval_iters=1, eval_interval=2, log_interval=1, warmup_iters=5,
-    learning_rate=0.003,
+    learning_rate=0.003, save_minutes=0.0005, keep=2,
 )  # fmt: skip
 
 

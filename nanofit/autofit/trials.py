@@ -10,7 +10,6 @@ import threading
 from dataclasses import replace
 
 from nanofit.autofit.plan import Facts, Trial, from_json, to_json
-from nanofit.errors import OUR_MISTAKE
 
 TRIAL_SECONDS = 1800  # a trial that takes longer hangs; on few cores, compiling alone may take many minutes
 FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
@@ -123,8 +122,7 @@ class _Child:
         if code < 0:
             cause = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
             return f"was killed by signal {-code}{cause}"
-        said = [line for line in self._said if OUR_MISTAKE not in line]  # the line before it says more
-        said = [line for line in said if line.startswith("error: ")] or said  # libraries' warnings may follow it
+        said = [line for line in self._said if line.startswith("error: ")] or self._said
         last = said[-1].strip().removeprefix("error: ") if said else "no message"
         return f"ended with exit code {code} and no answer ({last})" if facts or code else f"gave no answer ({last})"
 

@@ -1,0 +1,133 @@
+"""Checkpoints between evaluations, the last few of them, and what ends a run early."""
+
+import os
+import re
+import threading
+
+import pytest
+import torch
+from conftest import train, train_on_ranks
+
+from nanofit import checkpoint, host
+from nanofit.errors import UsageError
+
+KEYS = dict(n_layer=1, n_embd=32, block_size=16, batch_size=4, eval_interval=4, eval_iters=2, dropout=0.1)
+EACH_ITERATION = 1e-9  # minutes
+
+
+def held(name="ckpt.pt"):
+    return torch.load(f"out/{name}", weights_only=True)
+
+
+def alike(one, other):
+    return one["iter_num"] == other["iter_num"] and all(
+        torch.equal(w, other["model"][n]) for n, w in one["model"].items()
+    )
+
+
+def test_the_clock_saves_between_evaluations_and_the_run_goes_on_bit_for_bit():
+    whole = train(**KEYS, max_iters=12, out_dir="whole")
+    run = train(**KEYS, max_iters=6, save_minutes=EACH_ITERATION)
+    assert held()["iter_num"] == 6
+    assert held("ckpt.prev.pt")["iter_num"] == 5
+    assert run.text.count("saving checkpoint to out") > 6
+    rest = train(**KEYS, max_iters=12, init_from="resume")
+    assert rest.iter_loss == {i: loss for i, loss in whole.iter_loss.items() if i >= 6}
+
+
+def test_the_clock_leaves_the_best_checkpoint_alone():
+    train(**KEYS, max_iters=6, save_minutes=EACH_ITERATION, always_save_checkpoint=False)
+    best = held()["iter_num"]
+    assert best in (1, 4), "the first there is, or the best evaluation's"
+    assert held("ckpt.last.pt")["iter_num"] == 6
+    assert min(train(**KEYS, max_iters=7, init_from="resume").iter_loss) == 6
+
+
+def test_the_last_few_are_kept_by_their_iterations_and_anothers_are_moved_aside():
+    train(**KEYS, max_iters=16, keep=2)
+    assert {name for name in os.listdir("out") if name.startswith("ckpt")} == {
+        "ckpt.pt", "ckpt.prev.pt", "ckpt-12.pt", "ckpt-16.pt"
+    }  # fmt: skip
+    assert os.path.samefile("out/ckpt.pt", "out/ckpt-16.pt")
+    assert held("ckpt-12.pt")["iter_num"] == 12
+    before = held("ckpt-12.pt")
+    train(**KEYS, max_iters=4, keep=2)
+    assert {name for name in os.listdir("out") if "ckpt" in name} == {"ckpt.pt", "ckpt-4.pt"}
+    [aside] = [name for name in os.listdir("out") if name.startswith("kept-of-run-")]
+    assert alike(held(f"{aside}/ckpt-12.pt"), before)
+
+
+def test_an_evaluation_that_is_not_the_best_is_kept_beside_it():
+    run = train(**KEYS, max_iters=8, keep=3, always_save_checkpoint=False, learning_rate=0.0, min_lr=0.0)
+    last = 8 if run.eval_loss[8][1] >= run.eval_loss[4][1] else None
+    assert {held(f"ckpt-{i}.pt")["iter_num"] for i in (4, 8)} == {4, 8}
+    assert last is None or held("ckpt.last.pt")["iter_num"] == 8
+
+
+def test_where_there_are_no_second_names_a_copy_is_kept(monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    train(**KEYS, max_iters=8, keep=1)
+    assert alike(held("ckpt-8.pt"), held())
+    assert not os.path.exists("out/ckpt-4.pt")
+    assert not [name for name in os.listdir("out") if ".part" in name]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_is_written_late_is_the_run_as_it_was(monkeypatch, room):
+    """The thread waits until three more iterations are done; without room for a copy, the run waits for it."""
+    train(**KEYS, max_iters=4, out_dir="peace")
+    saves, steps, real, step = [], [], checkpoint.save, torch.optim.AdamW.step
+    moved_on = threading.Event()
+
+    def late(*arguments):
+        saves.append(moved_on.wait(60) if room or saves else not moved_on.is_set())
+        real(*arguments)
+
+    def counted(optimizer):
+        steps.append(1)
+        if len(steps) == 7:
+            moved_on.set()
+        return step(optimizer)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    if not room:
+        monkeypatch.setattr(host, "free_memory", lambda: 0)
+    train(**KEYS, max_iters=7)
+    assert saves == [True, True], "after the evaluation, and at the end"
+    assert alike(held("ckpt.prev.pt"), torch.load("peace/ckpt.pt", weights_only=True))
+
+
+def test_a_write_that_fails_in_the_background_is_told_and_ends_with_an_error(monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("odd")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(UsageError, match="not saved: ValueError: odd"):
+        train(**KEYS, max_iters=8)
+
+
+def test_patience_ends_a_run_and_resuming_keeps_the_count():
+    keys = dict(KEYS, learning_rate=0.0, min_lr=0.0, eval_interval=2, dropout=0.0, max_iters=100)
+    run = train(**keys, patience=3)
+    losses = {i: val for i, (_, val) in run.eval_loss.items()}
+    best = min(losses, key=losses.get)
+    assert max(losses) == best + 6
+    assert max(run.iter_loss) == best + 5
+    assert "no better val loss in 3 evaluations in a row, patience=3: checkpoint saved to out: python " in run.text
+    assert held()["iter_num"] == best + 6
+    again = train(**keys, patience=4, init_from="resume")
+    assert max(again.iter_loss) == best + 7
+    assert min(again.eval_loss) == best + 6
+
+
+@pytest.mark.slow
+def test_the_clock_of_one_rank_decides_for_all():
+    keys = dict(KEYS, gradient_accumulation_steps=2, save_minutes=EACH_ITERATION, keep=1, eval_interval=100)
+    run, *_ = train_on_ranks(2, **keys, max_iters=3)
+    assert re.findall(r"^saving", run.text, re.MULTILINE)
+    assert held()["iter_num"] == 3
+    assert len(held()["rng"]) == 2
