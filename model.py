@@ -278,13 +278,12 @@ class GPT(nn.Module):
         """Continue idx, int64 (B, T), by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
 
         temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. on_token is given each new
-        token of the sequences, int64 (B, 1), as soon as it is drawn. Call model.eval() first. Only the last block_size
-        tokens are seen; where there are more, all of them take new positions with each token, and are computed again.
+        token of the sequences, int64 (B, 1), and may return True to end them. Call model.eval() first. Only the last
+        block_size tokens are seen; where there are more, each token gives all new positions: they are computed again.
         """
         block_size = self.config.block_size
         positions = min(block_size, idx.shape[1] + max_new_tokens)
-        dtype = product_dtype(self.transformer.wte.weight)
-        cache = KeyValueCache(self.config, idx.shape[0], positions, idx.device, dtype)
+        cache = KeyValueCache(self.config, len(idx), positions, idx.device, product_dtype(self.transformer.wte.weight))
         for _ in range(max_new_tokens):
             if idx.shape[1] > block_size:
                 logits, _ = self(idx[:, -block_size:])
@@ -295,8 +294,9 @@ class GPT(nn.Module):
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
                 logits = logits.masked_fill(logits < kth, float("-inf"))
             drawn = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
-            on_token(drawn)
             idx = torch.cat((idx, drawn), dim=1)
+            if on_token(drawn):
+                break
         return idx
 
 

@@ -27,7 +27,7 @@ from nanofit.compiling import try_compile
 from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
 from nanofit.folder import run_id_of
-from nanofit.tools.huggingface import codec_of_folder
+from nanofit.tools.huggingface import codec_of_folder, ends_of
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 init_from = "resume"  # the checkpoint in out_dir; or a .pt; 'gpt2' to 'gpt2-xl'; a folder
@@ -37,6 +37,7 @@ num_samples = 10
 max_new_tokens = 500  # of each sample
 temperature = 0.8  # below 1 is less random, above 1 more
 top_k = 200  # only the likeliest tokens are drawn; 0 for all
+stop = ""  # a text before which a sample ends, such as "<|endoftext|>"; a Hugging Face folder names its own
 seed = 1337
 device = machine.best_device()
 dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
@@ -81,6 +82,11 @@ is_folder = not path and os.path.isdir(init_from)
 vocab_size = model.config.vocab_size
 encode, decode, symbols = codec_of_folder(init_from, vocab_size) if is_folder else codec_of(data_dir, vocab_size)
 print(f"symbols: {symbols}")
+stops = [stop] if stop else [] if "stop" in given or not is_folder else ends_of(init_from, decode)
+if stop:
+    encode(stop)  # a UsageError for what the model can't draw
+elif stops:
+    print(f"a sample ends before {' or '.join(stops)} (--stop= lets it go on)")
 
 
 def rows_that_fit(prompt):
@@ -104,21 +110,39 @@ def rows_that_fit(prompt):
 # ---- draw --------------------------------------------------------------------------------------------------
 
 
-class Shown:
-    """Prints a text as its tokens come; a character of several tokens when it is whole."""
+class Texts:
+    """The texts of a batch while their tokens come. Each ends before a stop; a single one is printed meanwhile."""
 
-    def __init__(self, tokens):
-        self.tokens, self.text = tokens, ""
-        self.show()
-
-    def show(self):
-        text = decode(self.tokens).rstrip("\ufffd")
-        print(text[len(self.text) :], end="", flush=True)
-        self.text = text
+    def __init__(self, prompt, count):
+        self.begin = len(decode(prompt))
+        self.tokens = [list(prompt) for _ in range(count)]
+        self.unfinished, self.printed = set(range(count)), 0
 
     def on_token(self, drawn):
-        self.tokens.append(drawn.item())
-        self.show()
+        """Take the next token of each text, int64 (count, 1). Returns whether all have come to a stop."""
+        for row, token in enumerate(drawn[:, 0].tolist()):
+            if row in self.unfinished:
+                self.tokens[row].append(token)
+                if any(end in decode(self.tokens[row])[self.begin :] for end in stops):
+                    self.unfinished.remove(row)
+        if streams:
+            self.show()
+        return not self.unfinished
+
+    def text(self, row):
+        text = decode(self.tokens[row])
+        for end in stops:
+            text = text[: self.begin] + text[self.begin :].partition(end)[0]
+        return text
+
+    def show(self, is_last=False):
+        """Print what is new of the first text, but for what may be a part of a character or of a stop."""
+        text = self.text(0).rstrip("\ufffd")
+        if self.unfinished and not is_last:
+            may_begin = (n for end in stops for n in range(1, len(end)) if text.endswith(end[:n], self.begin))
+            text = text[: len(text) - max(may_begin, default=0)]
+        print(text[self.printed :], end="", flush=True)
+        self.printed = max(self.printed, len(text))
 
 
 generate = type(model).generate
@@ -148,14 +172,20 @@ def draw(text):
     rows, left = min(num_samples, rows_that_fit(prompt)) if is_ours else 1, num_samples
     while left:
         batch = prompt.expand(min(rows, left), -1)
-        options = dict(on_token=Shown(tokens).on_token) if streams else {}
+        texts = Texts(tokens, len(batch))
+        options = dict(on_token=texts.on_token) if is_ours and (streams or stops) else {}
         # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
         drawn = generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
-        for row in drawn:
-            drawn_ids.update(row[len(tokens) :].tolist())
-            last_texts.append(decode(row.tolist()))
-            print("" if streams else last_texts[-1])
-            print("---------------")
+        for column in drawn[:, len(tokens) :].split(1, dim=1) if not options else ():
+            texts.on_token(column)
+        for _ in range(len(tokens) + max_new_tokens - drawn.shape[1]):
+            # What comes next is drawn from the same random numbers as without a stop.
+            torch.multinomial(torch.ones(len(batch), vocab_size, device=device), num_samples=1)
+        for row, ids in enumerate(texts.tokens):
+            drawn_ids.update(ids[len(tokens) :])
+            last_texts.append(texts.text(row))
+            texts.show(is_last=True) if streams else print(last_texts[-1], end="")
+            print("\n---------------")
         left -= len(batch)
 
 

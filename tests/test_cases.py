@@ -307,7 +307,7 @@ row("all three damaged", a_run, last_of(5), *(damaged(f"out/ckpt{n}.pt") for n i
 row("a damaged checkpoint, from scratch: it is kept", a_run, damaged("out/ckpt.pt"), code=0,
     says="out/ckpt.pt, of iteration 4, is another run's: kept", changes=("out/*",))
 row("a cropped block_size keeps what was before", a_run, init_from="resume", block_size=4, max_iters=6, code=0,
-    says=("block_size 8 -> 4: the model is cropped for good", *BOTH_KEPT), changes=("out/*",))
+    says=("block_size 8 -> 4: the model is cropped", *BOTH_KEPT), changes=("out/*",))
 WITH_AN_ID = [a_run, *(entry("run_id", "0123abcd", f"out/ckpt{n}.pt") for n in ("", ".prev"))]
 KEPT = "out/kept-of-run-0123abcd"
 row("a run that was kept goes on where it is", *WITH_AN_ID, trained(), init_from="resume", out_dir=KEPT, max_iters=6,

@@ -84,6 +84,16 @@ def codec_of_folder(folder, vocab_size=None):
     return encode, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), path
 
 
+def ends_of(folder, decode):
+    """The texts of the tokens at which a Hugging Face folder's generation_config.json lets a text end."""
+    from transformers import GenerationConfig
+
+    if not os.path.isfile(os.path.join(folder, "generation_config.json")):
+        return []
+    ids = GenerationConfig.from_pretrained(folder).eos_token_id
+    return [text for i in (ids if isinstance(ids, list) else [ids]) if i is not None and (text := decode([i]))]
+
+
 def check_vocabulary(model, tokenizer, data_dir):
     """The number of the tokenizer's symbols; a UsageError where they are not the model's, with padding or without."""
     symbols = max(tokenizer.get_vocab().values()) + 1

@@ -1,0 +1,136 @@
+"""sample.py --stop: where a sample ends."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REFERENCE, as_a_process, flags, run_script
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig
+from nanofit import machine
+from nanofit.codec import codec_of
+from nanofit.errors import UsageError
+
+TOKENS = 40
+KEYS = dict(init_from="ckpt.pt", device="cpu", max_new_tokens=TOKENS, temperature=1.2, top_k=0, seed=7)
+PROMPTS = ["A", "HELLO", "TO_BE", "!", "THE", "AND", "?", "ROMEO:", "Q", "MY"]
+
+
+@pytest.fixture(autouse=True)
+def model(workplace):
+    """nanoGPT's checkpoint of the toy data set, whose symbols come in almost any order."""
+    shutil.copy(REFERENCE / "upstream_ckpt.pt", "ckpt.pt")
+    saved = torch.load("ckpt.pt")
+    saved["config"]["dataset"] = "markov"
+    torch.save(saved, "ckpt.pt")
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def texts_of(printed):
+    return re.split(r"symbols: .*\n(?:a sample ends.*\n)?", printed)[1].split("\n---------------\n")[:-1]
+
+
+def sample(**keys):
+    return texts_of(run_script("sample.py", *flags(**{**KEYS, **keys})).text)
+
+
+@torch.no_grad()
+def plain_loop(model, prompts, rows, stop=None):
+    """Tokens one after the other for each prompt, so many texts in a batch, cut before the stop."""
+    encode, decode, _ = codec_of("data/markov")
+    torch.manual_seed(KEYS["seed"])
+    GPT(model.config)  # sample.py draws weights before it loads them
+    texts = []
+    for prompt in prompts:
+        idx = torch.tensor([encode(prompt)] * rows)
+        for _ in range(TOKENS):
+            logits = model(idx[:, -model.config.block_size :])[0][:, -1] / KEYS["temperature"]
+            idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), 1)), dim=1)
+        texts += [prompt + decode(row.tolist())[len(prompt) :].split(stop)[0] for row in idx]
+    return texts
+
+
+@pytest.mark.parametrize("symbols", [1, 2])
+def test_each_of_a_batch_ends_before_its_stop_as_in_a_plain_loop(model, monkeypatch, symbols):
+    whole = plain_loop(model, PROMPTS, 3)
+    stop = whole[1][20 : 20 + symbols]
+    expected = plain_loop(model, PROMPTS, 3, stop)
+    assert len({len(text) for text in expected[:3]}) > 1, "they end at different places"
+    assert sum(map(len, expected)) < sum(map(len, whole))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(PROMPTS).encode())))
+    assert sample(start="-", num_samples=3, stop=stop) == expected
+
+
+def test_nothing_is_computed_behind_the_last_stop_and_later_batches_stay_as_they_were(model, monkeypatch):
+    whole = plain_loop(model, ["A", "A"], 1)
+    stop = whole[0][5]
+    forward, passes = GPT.forward, []
+    monkeypatch.setattr(GPT, "forward", lambda *args, **keys: passes.append(1) or forward(*args, **keys))
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 0)  # a batch for each
+    texts = sample(start="A", num_samples=2, stop=stop)
+    assert texts == [text[0] + text[1:].split(stop)[0] for text in whole]
+    assert len(passes) == 1 + sum(min(len(text), TOKENS) for text in texts), "the first looks at the prompt"
+
+
+def test_a_brought_generate_is_cut_as_well(model, monkeypatch):
+    [whole] = plain_loop(model, ["A"], 1)
+    ours = GPT.generate
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        return ours(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert sample(start="A", num_samples=1, stop=whole[6:8]) == [whole[:6]]
+
+
+def test_a_text_that_is_shown_while_it_is_drawn_holds_no_part_of_the_stop(model):
+    [whole] = plain_loop(model, ["A"], 1)
+    shown = []
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            shown.append(text)
+            return super().write(text)
+
+    for stop in (whole[10:14], whole[-2:] + "AAAA"):
+        out = Terminal()
+        keys = flags(**{**KEYS, "start": "A", "num_samples": 1, "stop": stop})
+        with as_a_process("sample.py", *keys) as path, contextlib.redirect_stdout(out):
+            runpy.run_path(path, run_name="__main__")
+        assert texts_of(out.getvalue()) == [whole.split(stop)[0]]
+    assert len(shown) > TOKENS
+
+
+def test_a_stop_that_the_symbols_can_not_spell():
+    with pytest.raises(UsageError, match="'é', which is not among the 65 symbols"):
+        sample(start="A", stop="Aé")
+
+
+def test_a_hugging_face_folder_says_where_its_texts_end(bpe):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
+    keys = {**KEYS, "init_from": "hf", "start": "Hello", "num_samples": 1}
+    ran = run_script("sample.py", *flags(**keys))
+    assert "a sample ends before <|endoftext|> (--stop= lets it go on)" in ran.text
+    [whole] = texts_of(ran.text)
+    end = list(ran.names["drawn_ids"])[7]
+    said = json.loads(Path("hf/generation_config.json").read_text())
+    Path("hf/generation_config.json").write_text(json.dumps({**said, "eos_token_id": [50256, end]}))
+    _, decode, _ = codec_of(None)
+    assert sample(**keys) == ["Hello" + whole[5:].split(decode([end]))[0]]
+    assert sample(**keys, stop="") == [whole]
