@@ -173,11 +173,11 @@ def split_by_hand(monkeypatch, micro_batch_size, levers=None):
 
 @pytest.mark.slow
 def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkeypatch, workplace):
-    keys = dict(auto_fit=True, batch_size=4, max_iters=12, dropout=0.1)
+    keys = dict(auto_fit=True, batch_size=2, max_iters=8, dropout=0.1)
     fitted = train(**keys)
     kept = json.loads((workplace / "out" / "auto_fit.json").read_text())["plan"]
     micro = kept["micro_batch_size"]
-    expected = f"batch_size 4 -> {micro}, gradient_accumulation_steps 1 -> {4 // micro}, effective batch 4"
+    expected = f"batch_size 2 -> {micro}, gradient_accumulation_steps 1 -> {2 // micro}, effective batch 2"
     assert f"auto-fit: {expected}, found in " in fitted.text
     split_by_hand(monkeypatch, micro, from_dict(MemoryLevers, kept["levers"]))
     by_hand = train(**keys)
@@ -187,10 +187,10 @@ def test_a_run_that_auto_fit_started_is_the_run_split_by_hand_bit_for_bit(monkey
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("batch_size", "steps", "micro"), [(64, 1, 4), (12, 10, 60)], ids=["parts", "joined"])
+@pytest.mark.parametrize(("batch_size", "steps", "micro"), [(16, 1, 4), (4, 6, 12)], ids=["parts", "joined"])
 def test_another_split_sees_the_same_batches(monkeypatch, batch_size, steps, micro):
     """An evaluation in between sees what it would have, too."""
-    keys = dict(batch_size=batch_size, gradient_accumulation_steps=steps, max_iters=30, eval_interval=10, n_layer=1)
+    keys = dict(batch_size=batch_size, gradient_accumulation_steps=steps, max_iters=12, eval_interval=4, n_layer=1)
     whole = train(**keys)
     split_by_hand(monkeypatch, micro)
     split = train(**keys, auto_fit=True)
@@ -264,7 +264,7 @@ def test_two_ranks_agree_on_the_smaller_answer(workplace):
     assert "iter 2: loss" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_two_ranks_stop_together_where_one_fails(workplace):
     done = ranks(workplace, limits=[8, None])
     assert done.returncode != 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import train
 
-from nanofit.batches import Batches, RandomBatch
+from nanofit.batches import Batches
 from nanofit.codec import codec_of, differs, load_meta
 from nanofit.errors import UsageError
 from nanofit.tokens import TokenFile, open_data, token_type
@@ -82,11 +82,6 @@ def test_batches_cut_joined_and_dealt_are_those_of_one_process_with_evaluations_
         for number in range(4):
             assert same(found[number % ranks][number // ranks], alone.current)
             alone.advance()
-
-
-def test_a_micro_batch_that_does_not_divide_the_batch():
-    with pytest.raises(ValueError, match="3 neither divides nor joins batches of 8"):
-        stream(micro_batch_size=3)
 
 
 def write(folder, train):
@@ -351,35 +346,6 @@ def test_a_state_of_older_versions_goes_on_exactly():
         for batch in expected:
             assert same(b.current, batch)
             b.advance()
-
-
-def test_a_shorter_file_than_the_state_was_saved_of(tmp_path):
-    folder = write_ids(tmp_path, "<u2", np.arange(60_000))
-    state = stream(folder, 65536).state_dict()
-    write_ids(tmp_path, "<u2", np.arange(50))
-    a = stream(folder, 65536)
-    a.load_state_dict(state)
-    a.advance()
-    assert a.current[0].max() < 50
-
-
-def test_a_state_in_the_middle_of_a_batch_is_a_mistake_of_ours():
-    a = stream(micro_batch_size=4)
-    a.advance()
-    with pytest.raises(AssertionError, match="an iteration ends with its last batch"):
-        a.state_dict()
-
-
-def test_random_batches_stand_in_for_a_data_set():
-    looks = []
-    made = RandomBatch(3, 5, 65, CPU, micro_steps=2, on_current=lambda: looks.append(1))
-    x, y = made.current
-    assert x.shape == y.shape == (3, 5)
-    assert 0 <= min(x.min(), y.min()) < max(x.max(), y.max()) < 65
-    made.advance()
-    assert same(made.current, RandomBatch(3, 5, 65, CPU).current)
-    assert len(looks) == 2
-    assert [len(list(made.evaluation("val", 5, rank, 2))) for rank in (0, 1)] == [3, 2]
 
 
 @pytest.mark.parametrize("change", ["shortened", "replaced", "removed", "cut while it is read"])

@@ -189,32 +189,6 @@ def test_nanogpts_way_far_from_the_checkout_says_what_is_missing(workplace):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-HELP = """\
-usage: python mine.py [config/file.py ...] [--key=value ...]
-
-how long:
-  --steps=9                             a step is a batch (default 5)
-  --rate=0.5
-
-where to:
-  --out_dir='there'                     a folder (default 'out')
-
-model.py's own:
-  --n_kv_head=None
-"""
-
-
-def test_help_shows_groups_comments_and_what_a_file_made_of_a_key(workplace, capsys):
-    source = "# how long\nsteps = 5  # a step is a batch\nrate = 0.5\n# --- where to ---\nout_dir = 'out'  # a folder\n"
-    (workplace / "mine.py").write_text(source)
-    (workplace / "a.py").write_text("steps = 3 * 3\n")
-    names = {"__file__": str(workplace / "mine.py")}
-    exec(source, names)
-    with pytest.raises(SystemExit):
-        configure(names, ["a.py", "--out_dir=there", "--help"], {"n_kv_head": (int, None)})
-    assert capsys.readouterr().out.endswith(HELP)
-
-
 MORE = {"n_kv_head": (int, None), "rotary": (bool, False)}  # fields that a fork's GPTConfig has
 
 

@@ -518,32 +518,3 @@ def test_a_full_disk_ends_in_a_sentence(mine, project):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents("mine") == mine
     assert sorted(os.listdir("data/mine")) == sorted(mine)
-
-
-def waiting(name, *argv):
-    """A prepare.py that is reading its text, which never ends: a pipe stands for a long one."""
-    os.mkfifo("pipe.jsonl")
-    code = "import os, runpy, sys; os.path.isfile = os.path.exists; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, f"data/{name}/prepare.py", *argv, "--source=pipe.jsonl"]
-    process = subprocess.Popen(command, text=True, env=environment(PYTHONPATH=""), stderr=subprocess.PIPE)
-    pipe = open("pipe.jsonl", "w")  # noqa: SIM115  # waits until it is read
-    return process, pipe
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_with_a_line_and_leave_nothing(mine, number, code):
-    hears = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, so it is in a child
-    try:
-        process, pipe = waiting("openwebtext", "--out=mine")
-    finally:
-        signal.signal(signal.SIGINT, hears)
-    with pytest.raises(UsageError, match="another prepare.py is at work in .*mine: wait until it has ended"):
-        prepare("from_text", "words.txt", "--out=mine")
-    assert len(os.listdir("data/mine")) == len(mine) + 1
-    process.send_signal(number)
-    with pipe:
-        _, err = process.communicate()
-    assert (process.returncode, err) == (code, "interrupted: nothing was replaced\n")
-    assert contents("mine") == mine
-    assert sorted(os.listdir("data/mine")) == sorted(mine)

@@ -145,7 +145,7 @@ def uneven(ranks, kinds, batches, iterations):
 
 @pytest.mark.slow
 def test_ranks_of_which_not_every_one_uses_every_weight_learn_like_one_process():
-    for case, differences in uneven(2, ("experts", "layer_drop", "rare", "running"), (2, 4), 6).items():
+    for case, differences in uneven(2, ("experts", "layer_drop", "running"), (4,), 3).items():
         assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case
 
 

@@ -198,6 +198,7 @@ def large(workplace):
         shutil.copy(REFERENCE / "markov" / name, "data/large")
 
 
+@pytest.mark.proof
 def test_a_fork_is_fitted(fork, large):
     run = train(**FITTED)
     configured, found = split_of(run.text)
@@ -261,10 +262,10 @@ def test_a_model_is_built_empty_where_it_can_be(model, empty):
 @pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "counter"])  # which no state_dict holds
 def test_whatever_a_model_holds_a_resumed_run_goes_on_as_the_uninterrupted_one(kind):
     whole, parts = tiny.made(kind), tiny.made(kind)
-    losses = tiny.iterations(*whole, 0, 30)
-    tiny.iterations(*parts, 0, 20)
+    losses = tiny.iterations(*whole, 0, 9)
+    tiny.iterations(*parts, 0, 6)
     rest = tiny.resumed(*parts, kind=kind)
-    assert tiny.iterations(*rest, 20, 30) == losses[20:]
+    assert tiny.iterations(*rest, 6, 9) == losses[6:]
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), rest[0].parameters(), strict=True))
 
 

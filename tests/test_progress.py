@@ -1,72 +1,13 @@
 """Long work shows that it goes on: on a terminal, and not in a file."""
 
 import io
-import os
-import pty
-import re
-import shutil
-import subprocess
 import sys
-import termios
-import threading
 import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, environment, flags
+from conftest import train
 
 from nanofit import progress
-
-
-def run(*argv, terminal, **variables):
-    """(standard output, standard error) of a script of the project; its standard error is a terminal or a pipe."""
-    ours, theirs = pty.openpty() if terminal else os.pipe()
-    if terminal:
-        termios.tcsetwinsize(theirs, (24, 80))
-    with open(ours, "rb", buffering=0) as shown:
-        child = subprocess.Popen(
-            [sys.executable, *argv], stdout=subprocess.PIPE, stderr=theirs, env=environment(**variables), text=True
-        )
-        os.close(theirs)
-        heard = []
-
-        def listen():
-            try:
-                while piece := shown.read(4096):
-                    heard.append(piece)
-            except OSError:  # how a terminal ends
-                pass
-
-        listener = threading.Thread(target=listen)
-        listener.start()
-        printed = child.communicate(timeout=120)[0]
-        listener.join()
-    assert child.returncode == 0, heard
-    return printed, b"".join(heard).decode()
-
-
-@pytest.mark.proof
-def test_evaluations_and_trials_show_themselves_on_a_terminal_alone():
-    keys = flags(**{**TOY, "max_iters": 1, "batch_size": 1, "auto_fit": True})
-    printed, shown = run(str(ROOT / "train.py"), *keys, terminal=True)
-    for words in (r"trying batch_size 1: \d+ s", r"train loss: \d of 4", r"val loss: \d of 4"):
-        assert re.search(words, shown), (words, shown)
-    quiet, nothing = run(str(ROOT / "train.py"), *keys, "--out_dir=another", terminal=False)
-    assert nothing == ""
-    for text in (printed, quiet):
-        assert "\r" not in text
-        assert "trying" not in text
-        assert len(re.findall("^auto-fit: batch_size 1 ", text, re.MULTILINE)) == 2
-
-
-def test_preparing_data_shows_itself_on_a_terminal_alone():
-    shutil.copytree(ROOT / "data", "checkout/data", ignore=shutil.ignore_patterns("*.bin", "*.pkl"))
-    Path("text.txt").write_text("To be, or not to be. " * 1000)
-    script = ("checkout/data/from_text/prepare.py", "text.txt", "--characters", "--out=text")
-    _, shown = run(*script, terminal=True)
-    assert re.search(r"tokenising: .*tokens", shown)
-    _, nothing = run(*script, terminal=False)
-    assert nothing == ""
 
 
 def on_a_terminal(monkeypatch):
@@ -76,6 +17,14 @@ def on_a_terminal(monkeypatch):
     stream.isatty, stream.write = lambda: True, lambda text: heard.append(text)
     monkeypatch.setattr(sys, "stderr", stream)  # not by a fixture: pytest puts its own there for the test
     return heard
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_shows_its_evaluations_on_a_terminal_alone(monkeypatch, terminal):
+    shown = on_a_terminal(monkeypatch)
+    sys.stderr.isatty = lambda: terminal
+    assert "\r" not in train(max_iters=0).text
+    assert all((f"{split} loss: 0 of 4" in "".join(shown)) == terminal for split in ("train", "val"))
 
 
 def test_waiting_counts_seconds_and_leaves_nothing(monkeypatch):

@@ -11,40 +11,6 @@ from conftest import RANK, environment, train, train_on_ranks
 
 from nanofit.errors import UsageError
 
-HELD = """
-import json, os, runpy, sys
-import torch
-
-script = {script!r}
-sys.argv[0] = script
-def sizes(tensors):
-    locals_ = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    return sum(s.nbytes() for s in {{t.untyped_storage().data_ptr(): t.untyped_storage() for t in locals_}}.values())
-
-move = torch.optim.AdamW.step
-def step(optimizer, *args):
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    states = [v for s in optimizer.state.values() for v in s.values()]
-    told = dict(weights=sizes(params), gradients=sizes(p.grad for p in params), state=sizes(states))
-    json.dump(told, open("held" + os.environ["RANK"], "w"))
-    return move(optimizer, *args)
-torch.optim.AdamW.step = step
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-@pytest.mark.proof
-def test_a_rank_holds_its_share_of_weights_gradients_and_state(workplace):
-    (workplace / "held.py").write_text(HELD.format(script=str(RANK)))
-    held = {}
-    for shard in (False, True):
-        train_on_ranks(2, script="held.py", gradient_accumulation_steps=4, max_iters=2, shard=shard, out_dir=f"{shard}")
-        held[shard] = [json.loads(Path(f"held{rank}").read_text()) for rank in (0, 1)]
-    for sharded, replicated in zip(held[True], held[False], strict=True):
-        for what in ("weights", "gradients", "state"):
-            assert sharded[what] <= 0.55 * replicated[what], what
-
-
 GATHERS = """
 import json
 import torch
@@ -175,22 +141,6 @@ def test_float16_is_scaled_over_shares():
     steps = {shard: {float(state["step"]) for state in saved[shard]["optimizer"]["state"].values()} for shard in saved}
     assert steps[True] == steps[False], "all ranks leave the same iterations out"
     assert 0 < steps[True].pop() < 20
-
-
-@pytest.mark.proof
-def test_bfloat16_learns_as_one_process_does():
-    run, _, _ = sharded(dtype="bfloat16", max_iters=20, recompute=True, grad_clip=0.0)
-    alone = train(dtype="bfloat16", gradient_accumulation_steps=2, max_iters=20, grad_clip=0.0, out_dir="alone")
-    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=5e-3)
-    assert torch.load("out/ckpt.pt", weights_only=True)["model"]["transformer.wpe.weight"].dtype == torch.float32
-
-
-@pytest.mark.proof
-def test_a_compiled_model_is_shared_out(workplace):
-    run, _, _ = sharded(compile=True, max_iters=8, eval_interval=4)
-    alone = train(gradient_accumulation_steps=2, max_iters=8, eval_interval=4, out_dir="alone")
-    assert "compile failed" not in run.text
-    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,26 @@
-"""Memory levers, applied to a model from outside: it keeps less, and computes the same numbers."""
+"""Memory levers: a model keeps less and computes the same numbers; each is one value in all places.
+
+A field that is added to MemoryLevers and not to one of these places fails here: a key of train.py, a part of a trial's
+job, what training does by it, what a simulation does.
+"""
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import pytest
 import tiny
 import torch
-from conftest import run_script, train
+from conftest import train
+from test_interface import listed
 
 from model import GPT, GPTConfig
-from nanofit import models
+from nanofit import autofit, models
+from nanofit.autofit.plan import Job
+from nanofit.autofit.simulate import step_memory
+from nanofit.optimizers import make_optimizer
 from nanofit.units import MemoryLevers
 
 RECOMPUTE = MemoryLevers(recompute=True)
-GIB = 2**30
 
 
 def pair(**changes):
@@ -46,7 +53,7 @@ def test_recomputing_trains_alike_whatever_a_block_draws_returns_or_keeps(kind):
     for levers in (tiny.PLAIN, RECOMPUTE):
         random.seed(0)
         model, optimizer = tiny.made(kind, levers=levers)
-        found.append((tiny.iterations(model, optimizer, 0, 30), model.state_dict(), random.random()))
+        found.append((tiny.iterations(model, optimizer, 0, 6), model.state_dict(), random.random()))
     (losses, state, drawn), (again, state_again, drawn_again) = found
     assert again == pytest.approx(losses, abs=1e-6)
     assert drawn_again == drawn
@@ -80,28 +87,6 @@ def test_a_model_that_recomputes_generates_and_saves_as_before():
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("chunk_mb", [64, 512])
-def test_a_model_that_cuts_its_loss_is_told_how(chunk_mb):
-    model, _ = pair()
-    model.loss_chunk_mb = 0
-    models.apply_levers(model, MemoryLevers(loss_chunk_mb=chunk_mb))
-    assert model.loss_chunk_mb == chunk_mb
-
-
-@pytest.mark.parametrize(
-    ("asked", "limit_bytes", "chunk_mb"),
-    [(0, 0, 128), (0, 4 * GIB, 128), (0, 11 * GIB, 384), (0, 80 * GIB, 3200), (64, 80 * GIB, 64)],
-)
-def test_how_much_of_the_logits_exists_at_a_time(asked, limit_bytes, chunk_mb):
-    """Where it isn't said, four percent of the memory in steps of 128 MiB."""
-    assert MemoryLevers(loss_chunk_mb=asked).within(limit_bytes).loss_chunk_mb == chunk_mb
-
-
-def test_levers_in_words():
-    assert str(MemoryLevers(loss_chunk_mb=128)) == ""
-    assert str(MemoryLevers(recompute=True, optimizer_state="8bit")) == ", recompute, optimizer_state 8bit"
-
-
 def test_mfu_is_the_share_of_the_devices_peak():
     model, _ = pair()
     flops_per_token = 6 * model.get_num_params() + 12 * 2 * 32 * 16
@@ -131,7 +116,80 @@ def test_resuming_takes_the_levers_that_were_fitted_unless_they_are_named():
     assert not recomputing(named)
 
 
-def test_a_checkpoint_of_a_run_that_recomputes_samples():
-    train(max_iters=10, recompute=True)
-    text = run_script("sample.py", "--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=3").text
-    assert text.endswith("\n---------------\n")
+# ---- one value in all places -----------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
+JOB = Job({}, SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2, ranks=2)
+MOVED = {
+    "recompute": True,
+    "optimizer_state": "offload",
+    "loss_chunk_mb": 256,
+    "shard": True,
+    "gather_once": True,
+}  # another value of each lever
+PLAIN = MemoryLevers().within(0, "cpu")  # as a trial and a run settle them
+
+LEVERS = [field.name for field in fields(MemoryLevers)]
+lever = pytest.mark.parametrize("name", LEVERS)
+# What several ranks share out is shown on several: tests/test_sharding.py, test_ranks.py.
+lever_of_one = pytest.mark.parametrize("name", [name for name in LEVERS if name not in ("shard", "gather_once")])
+
+
+def moved(name):
+    assert name in MOVED, "a new lever gets a value here that isn't its default"
+    assert getattr(PLAIN, name) != MOVED[name]
+    return replace(PLAIN, **{name: MOVED[name]})
+
+
+class WithChunks(GPT):
+    """Stands for a model that holds so many MiB of logits at a time."""
+
+    loss_chunk_mb = 0
+
+    def forward(self, idx, targets=None, return_logits=True):
+        found = super().forward(idx, targets, return_logits)
+        self.chunk = torch.empty(self.loss_chunk_mb * 2**20, dtype=torch.uint8)
+        return found
+
+
+@lever
+def test_it_is_a_key_of_train_with_the_same_default(name):
+    default = asdict(MemoryLevers())[name]
+    key = listed("train.py")[0][name]
+    assert (type(key), key) == (type(default), default)
+    config = {**asdict(PLAIN), name: MOVED[name], "batch_size": 3}
+    assert autofit.levers_of(config) == moved(name), "and the run's key is what auto-fit begins with"
+
+
+def applied(levers):
+    """What training with these levers is: bytes that a forward pass saves, the model's chunk, the optimizer's kind."""
+    torch.manual_seed(0)
+    model = models.build(WithChunks, GPTConfig, SIZES)
+    models.apply_levers(model, levers)
+    saved = {}
+    x = torch.zeros((4, 64), dtype=torch.int64)
+
+    def keep(tensor):
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = models.loss_of(model, x, x)
+    loss.backward()
+    optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 1e-3, (0.9, 0.95), CPU)
+    return sum(saved.values()), model.loss_chunk_mb, type(optimizer).__name__, loss.item()
+
+
+@lever_of_one
+def test_it_changes_how_training_computes_and_not_what(name):
+    (*plain, loss), (*changed, same_loss) = applied(PLAIN), applied(moved(name))
+    assert changed != plain
+    assert same_loss == loss
+
+
+@lever
+def test_it_changes_what_is_simulated(name):
+    plain = replace(PLAIN, shard=name == "gather_once")  # which says something of shares alone
+    changed = replace(plain, **{name: MOVED[name]})
+    assert step_memory(WithChunks, GPTConfig, JOB, changed) != step_memory(WithChunks, GPTConfig, JOB, plain)
