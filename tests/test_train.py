@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, TOY, flags, run_script, train
 
 from configurator import configure
-from nanofit import errors
 from nanofit.batches import Batches
 
 
@@ -225,11 +224,6 @@ def test_a_dtype_asked_for_on_the_cpu_is_used():
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
-
-
-def test_running_out_of_memory_tells_what_to_do():
-    assert errors._when_memory_ends({"auto_fit": False}) == "--auto_fit=True finds a split that fits"
-    assert errors._when_memory_ends({"auto_fit": True}).startswith("less was free than auto_fit found: --init_from=res")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
