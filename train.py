@@ -92,8 +92,9 @@ loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there 
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
-dry_run = False  # print auto_fit's plan and stop; for a device that isn't here, give memory_limit_gb
-ranks = 1  # in a plan for GPUs that aren't here: how many of them
+dry_run = False  # print auto_fit's plan, which takes seconds, and stop
+gpu = ""  # print it for a card that need not be here: 'RTX 3060', 'A100 80GB'; any other by its memory, '12GB'
+ranks = 1  # in a plan for gpu: how many of them
 sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
 defaults = keys_of(globals())
 own_fields = models.own_fields(GPTConfig, but=defaults)  # those that nanoGPT's lacks are keys too
@@ -105,7 +106,7 @@ folder = RunFolder(out_dir, world)
 init_from = config["init_from"] = folder.settle(init_from)
 saved = folder.load() if init_from == "resume" else None
 origin = saved or checkpoint.load_model(init_from)  # whose model the run begins with
-taken = settings.go_on_with(saved, config, given, world.size)  # on resuming, every key that wasn't named
+taken = settings.go_on_with(saved, config, given, world.size)  # keys of the checkpoint, or of a plan
 config |= taken
 globals().update(taken)
 settings.check(config, world)
@@ -117,7 +118,7 @@ trained_with = model_args["block_size"]
 block_size = model_args["block_size"] = settings.cropped_to(config, given, trained_with)
 models.config_of(GPTConfig, {**model_args, "block_size": trained_with})
 iter_num = saved["iter_num"] if saved else 0
-if not settings.is_elsewhere(config):
+if not gpu:
     device = world.init(backend, device, wait_minutes, settings.shared(config))
 if not world.is_main:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # one voice: the ranks would print the same lines

@@ -15,28 +15,11 @@ import time
 import numpy as np
 import torch
 
-from nanofit import host
+from nanofit import cards, host
 from nanofit.errors import UsageError, first_line
 from nanofit.units import gib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Dense bfloat16/float16 matrix products with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and
-# architecture white papers (the larger figures quoted there are for sparse matrices, or for float16
-# accumulation on GeForce cards). The first name that the device's name contains wins, so longer ones precede.
-PEAK_TFLOPS = (
-    ("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835),
-    ("H100", 989), ("H800", 989), ("A100", 312), ("A800", 312), ("A30", 165), ("A40", 149.7), ("A10G", 70),
-    ("A10", 125), ("A2", 18), ("L40S", 362), ("L40", 181), ("L4", 121), ("T4", 65),
-    ("V100-PCIE", 112), ("V100", 125), ("TITAN V", 110), ("TITAN RTX", 130.5),
-    ("RTX 6000 Ada", 364.2), ("RTX A6000", 154.8), ("RTX A5000", 111.1), ("RTX A4000", 76.7),
-    ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 5070 Ti", 87.9), ("RTX 5070", 61.7),
-    ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 4070 Ti", 80.2), ("RTX 4070", 58.3),
-    ("RTX 4060 Ti", 44.1), ("RTX 4060", 30.2),
-    ("RTX 3090 Ti", 80), ("RTX 3090", 71), ("RTX 3080 Ti", 68.2), ("RTX 3080", 59.5), ("RTX 3070 Ti", 43.5),
-    ("RTX 3070", 40.6), ("RTX 3060 Ti", 32.4), ("RTX 3060", 25.6),
-    ("RTX 2080 Ti", 53.8), ("RTX 2080 SUPER", 44.6), ("RTX 2080", 40.3), ("RTX 2070", 29.9), ("RTX 2060", 25.8),
-)  # fmt: skip
 
 
 # ---- device and precision ----------------------------------------------------------------------------
@@ -50,14 +33,9 @@ def best_device():
 
 
 def best_dtype(device):
-    """The precision to train in when none is asked for.
-
-    bfloat16 only where the hardware computes in it (compute capability 8.0 and up; older GPUs emulate it
-    slowly), float16 on other GPUs, float32 elsewhere.
-    """
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if capability(find_device(device))[0] >= 8 else "float16"
+    """The precision to train in when none is asked for: 16 bits on CUDA GPUs, as cards.best_dtype, else float32."""
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    return cards.best_dtype(capability(find_device(device))) if on_gpu else "float32"
 
 
 def is_here(name):
@@ -212,12 +190,10 @@ def peak_flops(device, dtype):
 
 
 def gpu_peak_flops(name):
-    """(FLOP/s, note) of the GPU of this name, from the table; an unknown one counts as an A100."""
-    for known, tflops in PEAK_TFLOPS:
-        if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE):
-            return tflops * 1e12, ""
-    a100 = dict(PEAK_TFLOPS)["A100"]
-    return a100 * 1e12, f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's {a100} TFLOPS"
+    """(FLOP/s, note) of the GPU of this name, from the table of cards; an unknown one counts as an A100."""
+    card = cards.of_driver(name)
+    note = f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's {cards.A100.tflops} TFLOPS"
+    return (card or cards.A100).tflops * 1e12, "" if card else note
 
 
 # ---- time, memory, random numbers -------------------------------------------------------------------

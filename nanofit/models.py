@@ -27,7 +27,8 @@ from nanofit.recompute import recomputed
 from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
-DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
+INIT = torch.nn.init
+DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, INIT.normal_, INIT.uniform_, INIT.kaiming_uniform_)
 GELUS = {"gelu": "none", "gelu_new": "tanh"}  # an activation by its name in transformers: nn.GELU's argument
 KEY_TYPES = (bool, int, float, str)  # of what --key=value can set
 NANOGPT_PEAK_FLOPS = 312e12  # an A100's, of which nanoGPT's estimate_mfu gives a share

@@ -3,10 +3,10 @@
 import math
 import os
 
-from nanofit import machine, models, optimizers
+from nanofit import cards, machine, models, optimizers
 from nanofit.batches import SAMPLINGS
 from nanofit.errors import UsageError, shown
-from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, gib
+from nanofit.units import GPT2_SIZES
 
 # Keys that may differ between the ranks of a run. folder.take makes sure that all go on from the same iteration.
 OF_A_RANK = (
@@ -14,10 +14,9 @@ OF_A_RANK = (
     "wait_minutes", "device", "memory_limit_gb", "compile_min_sms", "save_minutes", "keep",
 )  # fmt: skip
 # What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
-NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "ranks")
+NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "gpu", "ranks")
 COMPILE_MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BATCHES = ("block_size", "vocab_size")  # sizes of a model that batches have as well
-MAX_AUTOTUNE_SMS = 68  # a GPU needs so many, or Inductor doesn't tune matrix products
 
 
 def at_least(minimum, config, *keys):
@@ -38,14 +37,27 @@ def one_of(choices, config, key):
 def dtype(config, given):
     """The precision to compute in: as asked for, else the best of the device."""
     if "dtype" not in given:
-        return "bfloat16" if is_elsewhere(config) else machine.best_dtype(config["device"])
+        gpu = config.get("gpu")  # a key of train.py's alone
+        return cards.best_dtype(cards.named(gpu).capability) if gpu else machine.best_dtype(config["device"])
     one_of(tuple(machine.DTYPES), config, "dtype")
     return config["dtype"]
 
 
-def is_elsewhere(config):
-    """Whether a plan is asked for, for a device that isn't in this machine."""
-    return config.get("dry_run", False) and config["memory_limit_gb"] > 0 and not machine.is_here(config["device"])
+def of_a_plan(config, given):
+    """{key: value} that follow from a plan for the card that gpu names. UsageError where a plan lacks a card."""
+    if config["gpu"]:
+        cards.named(config["gpu"])
+        return {"dry_run": True, "device": "cuda"}
+    # A limit alone may be meant as the size of a card, where there is none.
+    device = config["device"]
+    no_card = device.startswith("cuda") and not machine.is_here(device)
+    unclear = "memory_limit_gb" in given and "device" not in given and device == "cpu"
+    if config["dry_run"] and (no_card or unclear):
+        here = "; memory_limit_gb is a limit for the device that is here: --device=cpu" if unclear else ""
+        raise UsageError(
+            f"there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060' or --gpu=12GB{here}"
+        )
+    return {}
 
 
 def shared(config):
@@ -75,15 +87,11 @@ def check(config, world):
             f"init_from must be 'scratch', 'resume', 'auto', one of {', '.join(GPT2_SIZES)}, a checkpoint such as "
             f"out/ckpt.pt, or a folder that holds one or a Hugging Face GPT-2, not {init_from!r}"
         )
-    if is_elsewhere(config):
-        check_plan(config, world)
-    elif config["dry_run"] and not machine.is_here(config["device"]):
-        raise UsageError(
-            f"there is no {config['device']} here: to plan for one, say how much memory it has: --memory_limit_gb=12"
-        )
-    else:
+    if not config["gpu"]:
         machine.find_device(config["device"])
-    ranks = config["ranks"] if is_elsewhere(config) else world.size
+    elif world.size > 1:
+        raise UsageError("a plan for a card that isn't here is simulated in one process: start without torchrun")
+    ranks = config["ranks"] if config["gpu"] else world.size
     if (steps := config["gradient_accumulation_steps"]) % ranks:
         nearest = [str(n) for n in (steps // ranks * ranks, steps // ranks * ranks + ranks) if n]
         raise UsageError(
@@ -92,18 +100,6 @@ def check(config, world):
         )
     if config["shard"]:
         check_shard(config, ranks)
-
-
-def check_plan(config, world):
-    """Raise a UsageError where a plan for a device that isn't here can't be simulated."""
-    memory_gb, device = config["memory_limit_gb"], config["device"]
-    if world.size > 1:
-        raise UsageError("a plan for a device that isn't here is simulated in one process: start without torchrun")
-    if device.startswith("cuda") and memory_gb * GIB <= CONTEXT_BYTES:
-        raise UsageError(
-            f"memory_limit_gb={memory_gb} is the whole memory of a planned {device}, of which CUDA itself takes "
-            f"{gib(CONTEXT_BYTES)}: give more"
-        )
 
 
 def check_shard(config, ranks):
@@ -125,8 +121,8 @@ def without_effect(config, given, config_class, ranks):
     fields, told = models.fields(config_class), []
     init_from, kind = config["init_from"], config["device"].partition(":")[0]
     may_shard = config["shard"] or config["auto_fit"] or config["dry_run"] or init_from == "resume"
-    several = config["ranks"] > 1 and not is_elsewhere(config)
-    sms = machine.sm_count(machine.find_device(config["device"])) if kind == "cuda" and not is_elsewhere(config) else 0
+    several, gpu = config["ranks"] > 1 and not config["gpu"], config["gpu"]
+    sms = cards.named(gpu).sm_count if gpu else machine.sm_count(machine.find_device(config["device"]))
     tunes = config["compile"] and "max-autotune" in config["compile_mode"]
 
     def tell(idle, why, *keys):
@@ -150,8 +146,8 @@ def without_effect(config, given, config_class, ranks):
     tell(several, "it is for plans of GPUs that aren't here; to train on several, start with torchrun", "ranks")
     unheld = kind in ("cpu", "mps") and not (config["auto_fit"] or config["dry_run"])
     tell(unheld, f"without auto_fit nothing holds a run on {kind} to it", "memory_limit_gb")
-    few = f"Inductor tunes matrix products on {MAX_AUTOTUNE_SMS} SMs or more, and this GPU has {sms}"
-    tell(tunes and 0 < sms < MAX_AUTOTUNE_SMS, few, "compile_mode")
+    few = f"Inductor tunes matrix products on {cards.MAX_AUTOTUNE_SMS} SMs or more, and this GPU has {sms}"
+    tell(tunes and 0 < sms < cards.MAX_AUTOTUNE_SMS, few, "compile_mode")
     return told
 
 
@@ -161,6 +157,7 @@ def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, ite
     iter_num: the iteration that it goes on from. meta: that of the data set, where it has one.
     """
     where = f"device {device}{'' if 'device' in given else ' (the best one here)'}"
+    where = f"a plan for {cards.named(config['gpu'])}" if config["gpu"] else where
     how = f"dtype {dtype}{'' if 'dtype' in given else ' (the best for it)'}"
     nothing_left = f"nothing is left to train: max_iters={config['max_iters']} was the last iteration"
     if config["init_from"] != "scratch":
@@ -182,10 +179,11 @@ def anything_left(config, iter_num):
 def go_on_with(saved, config, given, ranks=1):
     """{key: value} of the keys that a resumed run on so many ranks takes from its checkpoint: those that weren't named.
 
-    The device and its precision are taken where this machine has that device. saved: None for a run that begins.
+    The device and its precision are taken where this machine has that device. saved: None for a run that begins. What
+    follows from a plan comes on top.
     """
     if not saved:
-        return {}
+        return of_a_plan(config, given)
     alone = ("shard", "gather_once") if ranks == 1 else ()
     taken = {
         key: value
@@ -193,9 +191,9 @@ def go_on_with(saved, config, given, ranks=1):
         if key in config and key not in (*given, *NOT_TAKEN, *alone) and type(value) is type(config[key])
     }
     device = taken.get("device", config["device"])
-    if not machine.is_here(device) or device != saved["config"].get("device"):
+    if config["gpu"] or not machine.is_here(device) or device != saved["config"].get("device"):
         taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
-    return taken
+    return taken | of_a_plan(config | taken, given)
 
 
 def beginning(init_from, saved, config, given):

@@ -33,10 +33,20 @@ def micro_batch_sizes(batch_size, per_iter):
 
 
 def duration(seconds):
-    """Seconds for people: '40 s', '3.3 min', '17.5 h'."""
+    """Seconds for people: '40 s', '3.3 min', '17.5 h', '4.0 days'."""
+    if abs(seconds) >= 86400:
+        return f"{seconds / 86400:.1f} days"
     if abs(seconds) >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if abs(seconds) >= 60 else f"{seconds:.0f} s"
+
+
+def amount(n):
+    """A whole number for people: '65,536', '1.3 billion'."""
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if n >= size:
+            return f"{n / size:.1f} {name}"
+    return f"{n:,}"
 
 
 @dataclass(frozen=True)

@@ -413,11 +413,11 @@ row("a config file that Windows wrote", file("c.py", b"\xef\xbb\xbfmax_iters = 2
     says="max_iters = 2", changes=("out", *SAVED))
 row("a config file that asserts", file("c.py", "assert 1 > 2"), argv=["c.py"], says="c.py, line 1: AssertionError")
 row("no time to wait for a rank", wait_minutes=0, says="wait_minutes must be above 0")
-row("ranks of a plan without a memory", no_gpu, ranks=2, device="cuda", dry_run=True, gradient_accumulation_steps=2,
-    says="there is no cuda here: to plan for one, say how much memory it has: --memory_limit_gb=12", never="torchrun")
-row("a plan for a card that CUDA fills", no_gpu, device="cuda", dry_run=True, memory_limit_gb=0.3,
-    says="memory_limit_gb=0.3 is the whole memory of a planned cuda, of which CUDA itself takes 0.50 GiB: give more",
+row("ranks of a plan for no card", no_gpu, ranks=2, device="cuda", dry_run=True, gradient_accumulation_steps=2,
+    says="there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060'", never="torchrun")
+row("a plan for a card that CUDA fills", gpu="0.3GB", says="CUDA itself takes 0.50 GiB of a card's memory: give more",
     never="auto-fit")
+row("a plan for a card of tomorrow", gpu="RTX 3061", says="did you mean RTX 3060 or ", never="auto-fit")
 row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
 row("an unknown init_from", init_from="gpt5", says="init_from must be")
 row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")

@@ -151,7 +151,7 @@ def test_what_stays_as_in_the_checkpoint_is_told_as_it_is_in_use_and_not_as_it_w
 
 def test_shares_that_one_process_does_not_keep_are_told():
     saved = {"model_args": {}, "config": {"shard": True, "gather_once": True, "grad_clip": 0.5}, "optimizer": {}}
-    config = {"shard": False, "gather_once": False, "grad_clip": 1.0, "device": "cpu"}
+    config = {"shard": False, "gather_once": False, "grad_clip": 1.0, "device": "cpu", "gpu": "", "dry_run": False}
     config |= settings.go_on_with(saved, config, set(), ranks=1)
     [told] = differences(saved, config, set())
     assert told.endswith("is taken: shard True -> False (not given), gather_once True -> False (not given)")

@@ -113,7 +113,7 @@ COMMANDS = {
     EXPORT: How((), "shakespeare-gpt", BY_CHARACTERS),
     f"{BY_CHARACTERS} --init_from=shakespeare-gpt --out_dir=out-again --max_iters=100": How(SHORT, TRAINED, EXPORT),
     "python train.py config/train_openwebtext.py --dataset=edu --auto_fit=True": replace(FITTED, proof=True),
-    "python train.py config/train_openwebtext.py --device=cuda --memory_limit_gb=12 --dry_run=True": How(
+    'python train.py config/train_openwebtext.py --gpu="RTX 3060"': How(
         (*flags(**TINY), *ONE), "^auto-fit: batch_size 1 -> 1, .*$"
     ),
     BY_CHARACTERS: How(SHORT, TRAINED),

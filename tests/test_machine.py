@@ -56,7 +56,7 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
         ("Tesla V100-SXM2-16GB", 125),
         ("NVIDIA GeForce RTX 3060", 25.6),
         ("NVIDIA GeForce RTX 3060 Ti", 32.4),
-        ("NVIDIA GeForce RTX 4070 Ti SUPER", 80.2),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA A10G", 70),
         ("NVIDIA A10", 125),

@@ -145,7 +145,7 @@ FIELDS = dict(n_kv_head=1, rope_base=5000.0)
 # A vocabulary of 50304, as the data set has no meta.pkl: a token's logits and their gradient take 0.6 MB.
 LARGE = dict(dataset="large", n_layer=1, n_embd=32, max_iters=0, eval_iters=1, auto_fit=True, n_kv_head=1)
 FITTED = dict(batch_size=4, block_size=256, memory_limit_gb=0.85, **LARGE)  # of which torch takes 0.3
-PLANNED = dict(batch_size=1, block_size=2048, device="cuda", memory_limit_gb=3, dry_run=True, **LARGE)
+PLANNED = dict(batch_size=1, block_size=2048, gpu="3GB", **LARGE)
 
 
 def test_a_fork_trains_resumes_bit_for_bit_and_samples(fork):
@@ -208,7 +208,6 @@ def test_a_fork_is_fitted(fork, large):
     assert run.iter_loss[0] == pytest.approx(math.log(50304), abs=0.05), "nats, as nothing is learnt yet"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_a_fork_is_planned_for(fork, large):
     """With the logits that it holds."""
     with pytest.raises(SystemExit) as stop:

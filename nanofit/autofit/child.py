@@ -1,8 +1,8 @@
 """The child's side of trials: measure Jobs in a process that ends before training starts.
 
 trials.py starts it. Each Job comes as a line of JSON on standard input, which stays open as long as answers are wanted.
-Lines go out on standard output: the Facts about the device first, then a Trial. Jobs of one process differ in their
-sizes alone, and so have one model and optimizer.
+Lines go out on standard output: the Facts about the device, if a Job knows no limit, then a Trial. Jobs of one process
+differ in their sizes alone, and so have one model and optimizer.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from nanofit.errors import first_line, is_out_of_memory
 from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.ranks import ALONE, World
 from nanofit.step import evaluate, train_step
-from nanofit.units import memory_limit
 
 TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
 
@@ -45,22 +44,11 @@ def measure(job, made):
     """
     device = machine.find_device(job.device)
     machine.set_device(device)
-    free = machine.free_memory_bytes(device) // job.sharers
-    limit = job.limit_bytes or memory_limit(free, job.memory_limit_gb)
-    report(
-        Facts(
-            name=machine.device_name(device) + (f" of {job.sharers} ranks" if job.sharers > 1 else ""),
-            device_type=device.type,
-            sm_count=machine.sm_count(device),
-            capability=machine.capability(device),
-            has_triton=machine.has_triton(),
-            total_bytes=machine.total_memory_bytes(device),
-            free_bytes=free,
-            limit_bytes=limit,
-            process_bytes=machine.process_bytes(device),
-            neighbours=() if job.limit_bytes else tuple(machine.gpu_processes(device)),
-        )
-    )
+    limit = job.limit_bytes
+    if not limit:
+        facts = Facts.here(device, job.memory_limit_gb, job.sharers)
+        limit = facts.limit_bytes
+        report(facts)
     levers = job.levers.within(limit, device.type)
     machine.cap_memory(device, limit)
     if device.type == "cpu":
@@ -110,27 +98,26 @@ def run(job, model, optimizer, own_gradients, device):
         machine.synchronize(device)
         return time.perf_counter() - start
 
+    def best(micro_steps):
+        times = [seconds(micro_steps)]
+        while sum(times) < TIMED_SECONDS / 2 and len(times) < 10:
+            times.append(seconds(micro_steps))
+        return min(times)
+
     # With the second micro-step, gradients are there while activations grow; in the first they aren't, but on one of
     # several ranks, where they have memory that stays.
-    accumulated = 2 if job.ranks > 1 else min(2, job.micro_steps)
-    seconds(accumulated)
+    seconds(2 if job.ranks > 1 else min(2, job.micro_steps))
     evaluate(model, batches, 1, autocast)
     machine.empty_cache(device)
     machine.reset_peak_memory(device)
     retries = machine.allocator_retries(device)
     # An iteration is one micro-step with the update, and the others without: times of short and of long steps
     # tell both. Quick ones need a longer step, or noise would hide the difference.
-    began = time.perf_counter()
-    short = [seconds(1)]
-    several = min(8, job.micro_steps) if short[0] < 0.25 else accumulated
-    long = [seconds(several)] if several > 1 else []
-    while time.perf_counter() - began < TIMED_SECONDS and len(short) < 10:
-        short.append(seconds(1))
-        if several > 1:
-            long.append(seconds(several))
+    first, another = best(1), 0.0
+    if job.micro_steps > 1:
+        several = min(8, job.micro_steps) if first < 0.25 else 2
+        another = max((best(several) - first) / (several - 1), 0.1 * first)
     evaluate(model, batches, 1, autocast)
-    first = min(short)
-    another = max((min(long) - first) / (several - 1), 0.1 * first) if long else 0.0
     tokens = job.micro_steps * job.micro_batch_size * job.model_args["block_size"]
     return {
         "peak_bytes": machine.peak_reserved_bytes(device),

@@ -5,13 +5,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+from nanofit import cards
 from nanofit.autofit import search
-from nanofit.autofit.plan import FAILS, UNSIMULATED, Job, Plan, as_configured, recall, remember
+from nanofit.autofit.plan import FAILS, UNSIMULATED, Facts, Job, Plan, as_configured, recall, remember
 from nanofit.autofit.trials import Trials
 from nanofit.errors import UsageError
 from nanofit.progress import waiting
-from nanofit.units import FITTED, GIB, MemoryLevers, duration, gib, micro_batch_sizes
+from nanofit.units import FITTED, GIB, MemoryLevers, amount, duration, gib, micro_batch_sizes
 
+SHARES = {  # of the peak of matrix products that a plan counts on, and what was measured
+    "cuda": (0.35, 0.5, "an H200 reached 36% eager and 43 to 48% compiled, others aren't measured"),
+    "cpu": (0.5, 0.9, "GPT-2 124M reached 75 to 87% on two cores"),
+}
 SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
 MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow one runs five, and the forward pass of four more
 KEYS = (  # of the run, that an answer depends on
@@ -23,31 +28,32 @@ KEYS = (  # of the run, that an answer depends on
 def fit(world, device, config, given, model_args, classes, iterations_left):
     """The Plan for a run, the same split on every rank. All ranks must call it.
 
-    device: a torch.device, or the name of one that isn't here: then steps are simulated. config: the run's keys;
-    given: those that were named. classes: (GPT, GPTConfig). Raises UsageError on every rank where nothing fits, a rank
-    can't tell, or steps must be simulated and can't be.
+    device: a torch.device; for the card that config['gpu'] names, anything. A plan alone (dry_run) is simulated.
+    config: the run's keys; given: those that were named. classes: (GPT, GPTConfig). Raises UsageError on every rank
+    where nothing fits, a rank can't tell, or steps must be simulated and can't be.
     """
     from nanofit import machine, models  # which import torch: who only reads plans needn't wait for it
 
-    began, elsewhere, dry_run = time.monotonic(), isinstance(device, str), config["dry_run"]
-    asked, ranks = as_configured(config), config["ranks"] if elsewhere else world.size
+    began, dry_run, limit_gb = time.monotonic(), config["dry_run"], config["memory_limit_gb"]
+    card = cards.named(config["gpu"]) if config["gpu"] else None
+    asked, ranks = as_configured(config), config["ranks"] if card else world.size
     job = Job(
         source=models.source_of(*classes),
         model_args=model_args,
-        device=str(device),
+        device=config["device"] if card else str(device),
         dtype=config["dtype"],
         grad_clip=config["grad_clip"],
         levers=asked.levers,
         ranks=ranks,
-        sharers=1 if elsewhere or device.type != "cpu" else world.local_size,
+        sharers=1 if card or device.type != "cpu" else world.local_size,
         compile_mode=config["compile_mode"],
-        memory_limit_gb=config["memory_limit_gb"],
-        simulate=elsewhere,
+        memory_limit_gb=limit_gb,
+        simulate=dry_run,
     )
     may_shard = ranks > 1 and config["optimizer_state"] == "float32"
     free = {name for name in FITTED if name not in given and (name != "shard" or may_shard)}
     key = {
-        **({} if elsewhere else machine.device_info(device)),
+        **({} if card else machine.device_info(device)),
         **{name: config[name] for name in KEYS},
         "model": model_args,
         "ranks": ranks,
@@ -56,19 +62,32 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
     with Trials() as run_trial:
         fitter = Fitter(job, asked, free, config["compile_min_sms"], iterations_left, run_trial)
         kept, why = None, ""
-        if world.is_main and not dry_run:
+        if dry_run:
+            fitter.see(Facts.of_card(card, limit_gb) if card else Facts.here(device, limit_gb, job.sharers))
+        elif world.is_main:
             kept, why = recall(config["out_dir"], key, asked, free, fitter.sizes)
         if why:
             print(f"auto-fit: {why}")
         # Rank 0 looks for a kept answer, so that ranks on other machines see the same one.
         plan = _of_all_ranks(world, fitter, world.all_gather(kept)[0], config["init_from"] == "scratch")
         if dry_run and world.is_main:
-            _tell_where_it_goes(fitter, plan)
+            fitter.tell_where_it_goes(plan)
+            fitter.tell_time(_peak_flops(card, device, config["dtype"]))
     if world.is_main and not (dry_run or config["eval_only"]) and (why := remember(config["out_dir"], key, plan)):
         print(f"auto-fit: {why}")
     why = f": {plan.reasons[0]}" if plan.reasons else ""  # a kept answer may have none
     print(f"auto-fit: {plan}, found in {duration(time.monotonic() - began)}{why}")
     return plan
+
+
+def _peak_flops(card, device, dtype):
+    """Of a Card, or of a torch.device where that is None; 0 where it isn't known."""
+    from nanofit import machine
+
+    if not card and device.type == "cpu":
+        return machine.peak_flops(device, dtype)[0]
+    card = card or cards.of_driver(machine.device_name(device))
+    return card.tflops * 1e12 if card and dtype != "float32" else 0.0
 
 
 def _of_all_ranks(world, fitter, kept, may_shrink):
@@ -90,21 +109,6 @@ def smallest(plans, own):
     why = own.reasons if size == own.micro_batch_size else ("what each rank can take", *own.reasons[1:])
     compile = all(plan.compile for plan in plans)
     return replace(own, micro_batch_size=size, levers=replace(own.levers, **moved), compile=compile, reasons=tuple(why))
-
-
-def _tell_where_it_goes(fitter, plan):
-    """What the parts of a plan take, simulated; of several ranks, with the model whole and shared out."""
-    from nanofit.autofit.simulate import where_it_goes
-
-    ranks, size = fitter.job.ranks, plan.micro_batch_size
-    ways = {"": plan.levers.shard}
-    if ranks > 1:
-        ways = {f"each of {ranks} ranks, whole: ": False, f"each of {ranks} ranks, sharded: ": True}
-    for who, shard in ways.items():
-        levers = replace(plan.levers, shard=shard)
-        known = [t for t in plan.trials if t.parts and (t.micro_batch_size, t.levers) == (size, levers)]
-        trial = known[0] if known else fitter.run_trial(replace(fitter.job_of(size), levers=levers, simulate=True))
-        print(f"auto-fit: {who}{where_it_goes(trial.parts) if trial.parts else trial.failure}")
 
 
 class Budget:
@@ -148,10 +152,18 @@ class Fitter:
     def __post_init__(self):
         asked, block_size = self.asked, self.job.model_args["block_size"]
         per_rank = asked.gradient_accumulation_steps // self.job.ranks
-        self.facts = None  # of the device, once a trial has told them
+        self.facts = None  # of the device, once they are known
         self.budget = Budget(max(1, self.iterations_left) * asked.batch_size * per_rank * block_size, self.clock)
         largest = max(asked.batch_size, search.TOKENS // block_size)
         self.sizes = [size for size in micro_batch_sizes(asked.batch_size, per_rank) if size <= largest]
+
+    def see(self, facts):
+        """Take the Facts of the device, the first time that somebody knows them."""
+        if not self.facts:
+            self.facts = facts
+            asked = " (memory_limit_gb)" if facts.limit_bytes == int(self.job.memory_limit_gb * GIB) else ""
+            simulated = ", simulated on fake tensors: nothing is measured" if self.job.simulate else ""
+            print(f"auto-fit: {facts}{asked}{simulated}")
 
     def plan(self, kept=None, advises=False, may_shrink=False):
         """A Plan, from trials or from an earlier one that a single trial confirms.
@@ -167,20 +179,24 @@ class Fitter:
             for pid, name, mib in self.facts.neighbours:
                 print(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
         choice, use_compile, why = self._compile(choice)
+        print(f"auto-fit: {why}")
         return self._plan(choice, use_compile, (*reasons, why), trials)
 
     def measure(self, size, levers, compile=False):
         """The Trial of one micro-batch size; says how it went."""
-        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=self._limit())
+        limit = self.facts.limit_bytes if self.facts else 0  # all are held to what the first has found
+        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=limit)
         what = f"batch_size {size}{levers}{', compiled' if compile else ''}"
         with waiting(f"auto-fit: trying {what}", self.budget.seconds - self.budget.elapsed):
-            trial = self.run_trial(job, self._on_facts)
+            trial = self.run_trial(job, self.see)
         self.budget.note(trial.tokens_per_second)
         if levers.shard:  # without other ranks' messages that is too fast to be told or compared
             trial = replace(trial, tokens_per_second=0.0)
+        if self.job.simulate and trial.peak_bytes:
+            trial = replace(trial, peak_bytes=trial.peak_bytes + self.facts.process_bytes)
         print(f"auto-fit: {what}   {trial}")
         if trial.failure.startswith(UNSIMULATED):
-            raise UsageError(f"auto-fit: {trial.failure}: a plan for {job.device} needs the device itself")
+            raise UsageError(f"auto-fit: {trial.failure}: only --auto_fit=True on {job.device} itself can tell")
         return trial
 
     def job_of(self, size):
@@ -188,22 +204,17 @@ class Fitter:
         sequences = self.asked.batch_size * self.asked.gradient_accumulation_steps // self.job.ranks
         return replace(self.job, micro_batch_size=size, micro_steps=sequences // size)
 
-    def _limit(self):
-        """Bytes that training may take; 0 before a trial has found out. All others are held to the same."""
-        return self.facts.limit_bytes if self.facts else 0
-
     def _confirm(self, kept):
         """A Plan as the kept one, if one trial shows that it still holds; else None, with a sentence."""
         compile = kept.compile and not kept.levers.shard  # sharded, it wasn't tried either
         trial = self.measure(kept.micro_batch_size, kept.levers, compile)
-        if not trial.fits:
-            print("auto-fit: the answer kept beside the run does not fit any more: looking again")
-        elif abs(self._limit() - kept.limit_bytes) > 0.05 * kept.limit_bytes:
-            print(f"auto-fit: the limit was {gib(kept.limit_bytes)} and is {gib(self._limit())}: looking again")
-        else:
+        same_limit = abs(trial.limit_bytes - kept.limit_bytes) <= 0.05 * kept.limit_bytes
+        if trial.fits and same_limit:
             was = f" ({kept.tokens_per_second:,.0f} tok/s when it was found)" if kept.tokens_per_second else ""
             print(f"auto-fit: the answer kept beside the run holds{was}")
             return self._plan(trial, kept.compile, kept.reasons, [trial])
+        why = f"was found for a limit of {gib(kept.limit_bytes)}" if trial.fits else "does not fit any more"
+        print(f"auto-fit: the answer kept beside the run {why}: looking again")
         self.facts = None
         self.budget.start()
         return None
@@ -236,6 +247,9 @@ class Fitter:
         # To join batches buys speed: without any figure of it, a whole model's aren't joined.
         sizes = [s for s in self.sizes if s <= batch_size or levers.shard or not self.job.simulate]
 
+        def limit():
+            return self.facts.limit_bytes if self.facts else 0
+
         def affordable(size):
             return self.budget.allows(size * self.job.model_args["block_size"])
 
@@ -243,13 +257,13 @@ class Fitter:
             trials.append(self.measure(size, levers))
             if len(trials) == 2 and all(t.peak_bytes for t in trials):
                 a, k = search.line_through(trials)
-                larger = search.next_size(sizes, trials, self._limit(), batch_size)
+                larger = search.next_size(sizes, trials, limit(), batch_size)
                 hope = f": {larger} should fit" if larger and larger > size else ""
                 print(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB{hope}")
             return trials[-1]
 
-        search.search(sizes, self._limit, measure, affordable, batch_size)
-        if len(trials) < search.MAX_TRIALS and search.next_size(sizes, trials, self._limit(), batch_size):
+        search.search(sizes, limit, measure, affordable, batch_size)
+        if len(trials) < search.MAX_TRIALS and search.next_size(sizes, trials, limit(), batch_size):
             print(
                 f"auto-fit: no more sizes are tried: trials have taken {duration(self.budget.elapsed)}, and may take "
                 f"{duration(self.budget.seconds)} (2% of the run, at least a minute)"
@@ -262,52 +276,81 @@ class Fitter:
         if not choice:
             return None, ""
         size = choice.micro_batch_size
-        why = "it fits as a whole" if size == self.asked.batch_size else "the largest that was tried and fits"
-        if not rival:
-            return choice, why
-        levers = replace(choice.levers, loss_chunk_mb=self.job.levers.loss_chunk_mb)  # as the first time
-        again, faster = (self.measure(t.micro_batch_size, levers) for t in (choice, rival))
-        if not search.is_faster(faster, again):
-            return choice, why
-        return faster, f"{faster.tokens_per_second / again.tokens_per_second - 1:.0%} faster than {size}"
+        if rival:
+            levers = replace(choice.levers, loss_chunk_mb=self.job.levers.loss_chunk_mb)  # as the first time
+            again, faster = (self.measure(t.micro_batch_size, levers) for t in (choice, rival))
+            if search.is_faster(faster, again):
+                return faster, f"{faster.tokens_per_second / again.tokens_per_second - 1:.0%} faster than {size}"
+        larger = next((s for s in self.sizes if size < s <= self.asked.batch_size), None)
+        return choice, search.why_no_larger(larger, trials, self.facts.limit_bytes) if larger else "it fits as a whole"
 
     def _compile(self, choice):
         """(trial, whether to compile, why), at the chosen size or the next smaller one."""
-        if self.job.simulate:
-            return choice, False, "compile: decided on the device itself"
         if choice.levers.shard:
             return choice, self.asked.compile, "compile: as configured, the speed of sharded ranks isn't measured"
         verdict, why = search.may_compile(self.asked.compile, self.facts, self.compile_min_sms)
         use = verdict == "yes"
         seconds_left = self.budget.tokens / choice.tokens_per_second if choice.tokens_per_second else math.inf
-        if untried := search.needs_no_trial(verdict, choice, seconds_left):
+        if self.job.simulate and verdict == "prove":
+            few = 0 < self.facts.sm_count < cards.MAX_AUTOTUNE_SMS
+            more = "; max-autotune has no effect there" if few else ""
+            return choice, False, f"compile if it pays: {why}, so a trial decides when the run starts{more}"
+        if not self.job.simulate and (untried := search.needs_no_trial(verdict, choice, seconds_left)):
             use, why = untried[0], f"{why}, and {untried[1]}"
-        elif verdict != "no":
+        elif not self.job.simulate and verdict != "no":
             for size in [size for size in self.sizes if size <= choice.micro_batch_size][:-3:-1]:
                 compiled = self.measure(size, choice.levers, compile=True)
                 if compiled.fits or compiled.failure.startswith(FAILS):
                     break
             use, why = search.judge(verdict, why, choice, compiled, self.budget.tokens)
             choice = compiled if use else choice
-        why = f"compile {'on' if use else 'off'}: {why}"
-        print(f"auto-fit: {why}")
-        return choice, use, why
+        return choice, use, f"compile {'on' if use else 'off'}: {why}"
 
     def _plan(self, trial, use_compile, reasons, trials):
+        if trial.tokens_per_second and self.iterations_left > 1:
+            seconds = duration(self.budget.tokens / trial.tokens_per_second)
+            less = ", less when compiled" if use_compile and not trial.compiled else ""
+            print(f"auto-fit: {self._work()}, about {seconds}{less}")
         return replace(
             self.asked, micro_batch_size=trial.micro_batch_size, levers=trial.levers, compile=use_compile,
-            limit_bytes=self._limit(), peak_bytes=trial.peak_bytes, tokens_per_second=trial.tokens_per_second,
+            limit_bytes=self.facts.limit_bytes, peak_bytes=trial.peak_bytes, tokens_per_second=trial.tokens_per_second,
             reasons=tuple(reasons), trials=tuple(trials),
         )  # fmt: skip
 
-    def _on_facts(self, facts):
-        if self.facts:
+    def _work(self):
+        """What is left of the run, in words."""
+        return f"{self.iterations_left - 1:,} iterations: {amount(self.budget.tokens * self.job.ranks)} tokens"
+
+    def tell_where_it_goes(self, plan):
+        """What the parts of a plan take, simulated; of several ranks, with the model whole and shared out."""
+        from nanofit.autofit.simulate import where_it_goes
+
+        ranks, size = self.job.ranks, plan.micro_batch_size
+        ways = {"": plan.levers.shard}
+        if ranks > 1:
+            ways = {f"each of {ranks} ranks, whole: ": False, f"each of {ranks} ranks, sharded: ": True}
+        for who, shard in ways.items():
+            levers = replace(plan.levers, shard=shard)
+            known = [t for t in plan.trials if t.parts and (t.micro_batch_size, t.levers) == (size, levers)]
+            trial = known[0] if known else self.run_trial(replace(self.job_of(size), levers=levers))
+            print(f"auto-fit: {who}{where_it_goes(trial.parts) if trial.parts else trial.failure}")
+
+    def tell_time(self, peak_flops):
+        """What a run takes by the shares of the peak that were measured. peak_flops: of the device, 0: unknown."""
+        from nanofit.autofit.simulate import flops_of_a_sequence
+
+        flops = self.budget.tokens / self.job.model_args["block_size"] * flops_of_a_sequence(self.job)
+        if self.iterations_left <= 1 or not flops:
             return
-        self.facts = facts
-        limits = self.job.memory_limit_gb and not self.job.simulate  # of a planned card it is the size, not a limit
-        asked = " (memory_limit_gb)" if limits and facts.limit_bytes == int(self.job.memory_limit_gb * GIB) else ""
-        simulated = ", simulated on fake tensors: nothing is measured" if self.job.simulate else ""
-        print(f"auto-fit: {facts}{asked}{simulated}")
+        if not peak_flops:
+            print(f"auto-fit: {self._work()}; the time isn't known, as nothing is of the speed of {self.facts.name}")
+            return
+        low, high, measured = SHARES[self.facts.device_type]
+        fast, slow = (duration(flops / peak_flops / share) for share in (high, low))
+        print(
+            f"auto-fit: {self._work()}, {fast} to {slow}, at {high:.0%} to {low:.0%} of {peak_flops / 1e12:.3g} TFLOPS "
+            f"({measured})"
+        )
 
     def _nothing_fits(self, trial, advises, may_shrink):
         """Lines about a Trial of the smallest size, and on what would fit."""
@@ -334,5 +377,4 @@ class Fitter:
 
         print("auto-fit: nothing fits: looking for settings that would, by simulation")
         levers = replace(trial.levers, recompute=trial.levers.recompute or "recompute" in self.free)
-        job = replace(self.job_of(1), levers=levers)
-        return said + what_would_fit(job, facts, self.run_trial, may_shrink)
+        return said + what_would_fit(replace(self.job_of(1), levers=levers), facts, self.run_trial, may_shrink)

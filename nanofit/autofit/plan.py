@@ -5,13 +5,12 @@ No torch is imported here.
 
 import contextlib
 import json
-import math
 import os
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 from nanofit.files import replacing
-from nanofit.units import FITTED, GIB, MemoryLevers, gib
+from nanofit.units import CONTEXT_BYTES, FITTED, GIB, MemoryLevers, gib, memory_limit
 
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
 FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
@@ -55,6 +54,33 @@ class Facts:
     process_bytes: int = 0  # of it, what a process takes before it has a model
     neighbours: tuple = ()  # (pid, name, MiB) of other processes that hold memory of this GPU
 
+    @classmethod
+    def here(cls, device, memory_limit_gb=0.0, sharers=1):
+        """Those of a torch.device, which sharers ranks use together. To ask takes some of a GPU's memory."""
+        from nanofit import machine
+
+        free = machine.free_memory_bytes(device) // sharers
+        return cls(
+            name=machine.device_name(device) + (f" of {sharers} ranks" if sharers > 1 else ""),
+            device_type=device.type,
+            sm_count=machine.sm_count(device),
+            capability=machine.capability(device),
+            has_triton=machine.has_triton(),
+            total_bytes=machine.total_memory_bytes(device),
+            free_bytes=free,
+            limit_bytes=memory_limit(free, memory_limit_gb),
+            process_bytes=machine.process_bytes(device),
+            neighbours=tuple(machine.gpu_processes(device)),
+        )
+
+    @classmethod
+    def of_card(cls, card, memory_limit_gb=0.0):
+        """Those of a cards.Card that nobody else uses."""
+        total = int(card.memory_gb * GIB)
+        free = total - CONTEXT_BYTES
+        limit = memory_limit(free, memory_limit_gb)
+        return cls(card.name or "a card", "cuda", card.sm_count, card.capability, True, total, free, limit)
+
     def __str__(self):
         sms = f"{self.sm_count} SMs, " if self.sm_count else ""
         return f"{self.name}, {sms}{gib(self.total_bytes)}, {gib(self.free_bytes)} free, limit {gib(self.limit_bytes)}"
@@ -90,7 +116,8 @@ class Trial:
         peak = f"peak {gib(self.peak_bytes)}" if self.peak_bytes else self.failure
         speed = f"   {self.tokens_per_second:,.0f} tok/s" if self.tokens_per_second else ""
         why = f" (the allocator ran short {self.retries} times)" if self.retries else ""
-        return f"{peak}{speed}   {'fits' if self.fits else f'does not fit{why}'}"
+        verdict = "   fits" if self.fits else f"   does not fit{why}" if self.out_of_memory else ""
+        return f"{peak}{speed}{verdict}"
 
 
 @dataclass(frozen=True)
@@ -162,31 +189,23 @@ def from_json(line, *kinds):
     return from_dict(kind, read) if kind else None
 
 
-def from_dict(kind, read):
-    """The value of this kind of which asdict gave read, its types checked; None where read is anything else.
-
-    Numbers are finite, and whole ones have 64 bits.
-    """
-    wanted = typing.get_type_hints(kind)
-    if not isinstance(read, dict) or not set(read) <= set(wanted):
-        return None
-    given = {}
-    for name, value in read.items():
-        if wanted[name] is MemoryLevers:
-            value = from_dict(MemoryLevers, value)
-        elif wanted[name] is tuple and type(value) is list:
-            value = tuple(tuple(v) if type(v) is list else v for v in value)  # neighbours are tuples in one
-        if type(value) is int and abs(value) >= 2**63:
-            return None
-        if wanted[name] is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted[name] or (type(value) is float and not math.isfinite(value)):
-            return None
-        given[name] = value
+def from_dict(kind, told):
+    """The value of this kind of which asdict gave what is told; None where it can't be made of that."""
     try:
-        return kind(**given)
-    except (TypeError, ValueError):  # a field is missing, or a Plan's sizes don't divide
-        return None
+        return _made(kind, told)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+        return None  # a field is missing or another's, a Plan's sizes don't divide, a number has 400 digits
+
+
+def _made(kind, told):
+    if is_dataclass(kind):
+        kinds = typing.get_type_hints(kind)
+        return kind(**{name: _made(kinds[name], value) for name, value in told.items()})
+    if kind is tuple:
+        return tuple(tuple(inner) if type(inner) is list else inner for inner in told)  # neighbours are tuples in one
+    if kind is int:
+        float(told)  # the same for people: gib()
+    return kind(told)
 
 
 # ---- the answer beside the run -----------------------------------------------------------------------------
@@ -195,22 +214,17 @@ def from_dict(kind, read):
 def recall(out_dir, key, asked, free, sizes):
     """(the Plan kept in out_dir for a run of the same key, or None, and why not).
 
-    asked: the Plan as configured. free: names of the levers that may differ from it. sizes: those that may be chosen.
+    asked: the Plan as configured; of the kept one, what is ours to choose is taken: the size, one of sizes, compiling,
+    and the levers named in free.
     """
     path = os.path.join(out_dir, KEPT)
-    kept, now = _read(path), json.loads(json.dumps(key))
-    if "plan" not in kept:
-        return None, ""
-    before = kept.get("key") if isinstance(kept.get("key"), dict) else {}
-    if other := next((name for name, value in now.items() if before.get(name) != value), None):
-        return None, f"{path} was found for another run ({other} differs): looking again"
-    plan = from_dict(Plan, kept["plan"])
-    if plan and plan.micro_batch_size in sizes and plan.compile <= asked.compile:
-        chosen = {name: getattr(plan.levers, name) for name in FITTED if name in free}
+    kept = _read(path)
+    plan = from_dict(Plan, kept.get("plan"))
+    if plan and kept.get("key") == json.loads(json.dumps(key)) and plan.micro_batch_size in sizes:
+        levers = replace(asked.levers, **{name: getattr(plan.levers, name) for name in FITTED if name in free})
         split = dict(batch_size=asked.batch_size, gradient_accumulation_steps=asked.gradient_accumulation_steps)
-        if plan == replace(plan, **split, levers=replace(asked.levers, **chosen)):
-            return plan, ""
-    return None, f"{path} holds no answer: looking again"
+        return replace(plan, **split, levers=levers, compile=plan.compile and asked.compile), ""
+    return None, f"{path} is no answer for this run: looking again" if "plan" in kept else ""
 
 
 def remember(out_dir, key, plan):

@@ -6,7 +6,7 @@ Facts and measurements come in, decisions with their reasons go out: nothing is 
 import math
 from operator import attrgetter
 
-from nanofit.units import duration
+from nanofit.units import GIB, duration
 
 MAX_TRIALS = 5
 FASTER = 1.1  # what counts as faster: less may be noise
@@ -99,6 +99,16 @@ def choose(trials, batch_size):
     return choice, rival if rival and is_faster(rival, choice) else None
 
 
+def why_no_larger(larger, trials, limit_bytes):
+    """Why the next larger size than the choice isn't it, in words. larger: that size."""
+    tried = next((t for t in trials if size_of(t) == larger), None)
+    a, k = line_through(trials)
+    would_take = (tried and tried.peak_bytes) or int(a + k * larger)
+    if would_take > limit_bytes:
+        return f"the largest that fits, as {larger} would take {would_take / GIB:.1f} of {limit_bytes / GIB:.1f} GiB"
+    return f"the largest that was tried and fits{f', {larger} did not run' if tried else ''}"
+
+
 def is_faster(trial, other):
     """Whether a Trial is faster than another by more than noise."""
     return trial.fits and speed_of(trial) >= FASTER * speed_of(other) > 0
@@ -123,6 +133,8 @@ def may_compile(asked, facts, min_sms):
         return "no", "Triton needs compute capability 7.0, this GPU has {}.{}".format(*facts.capability)
     if not facts.has_triton:
         return "no", "Triton is not installed"
+    if not facts.sm_count:
+        return "prove", "how many SMs it has isn't known"
     if facts.sm_count < min_sms:
         return "prove", f"{facts.sm_count} SMs are fewer than compile_min_sms={min_sms}"
     return "yes", f"{facts.sm_count} SMs, compile_min_sms={min_sms}"

@@ -18,18 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanofit import machine, models
-from nanofit.autofit.plan import UNSIMULATED, Facts, Trial
+from nanofit.autofit.plan import UNSIMULATED, Trial
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line
 from nanofit.optimizers import OPTIMIZER_STATES
 from nanofit.step import accumulate, clip
-from nanofit.units import CONTEXT_BYTES, FRAGMENTED, GIB, GPT2_SIZES, memory_limit
+from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
 # What torch gives cuBLAS to work in: once for the thread that runs forward passes and once for that of backward passes.
 CUBLAS_BYTES = 2 * (8 * 2**20 + 2**17)
 SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 KINDS = ("Parameter", "Gradient", "Optstate")  # of what MemTracker counts
+STATE_SHARES = {"float32": 1.0, "8bit": 65 / 256, "offload": 0.0}  # of AdamW's state in float32, as compact_bytes
 PARTS = ("weights", "gradients", "optimizer state", "activations", "loss and backward")
 
 
@@ -154,25 +155,31 @@ def step_memory(model_class, config_class, job, levers):
     return dict(zip(PARTS, (*held, activations, rest - activations), strict=True))
 
 
-def simulate(job, on_facts=lambda facts: None):
-    """The Trial of a Job whose device may be elsewhere: then job.memory_limit_gb is the size of that device's memory.
+@contextlib.contextmanager
+def _quietly():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
-    on_facts is given its Facts.
-    """
-    device_type, card = job.device.partition(":")[0], int(job.memory_limit_gb * GIB)
-    free = card - (CONTEXT_BYTES if device_type == "cuda" else 0)
-    limit = job.limit_bytes or memory_limit(free, 0.0)
-    name = f"a planned {job.device} device"
-    on_facts(Facts(name, device_type, total_bytes=card, free_bytes=free, limit_bytes=limit))
-    levers = job.levers.within(limit, device_type)
+
+def simulate(job):
+    """The Trial of a Job for a device of job.limit_bytes, which need not be here."""
+    levers = job.levers.within(job.limit_bytes, job.device.partition(":")[0])
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quietly():
             parts = step_memory(*models.from_source(job.source), job, levers)
     except Exception as e:  # anything at all: fake tensors have no values, and a model may look at them
         why = f"{UNSIMULATED} ({type(e).__name__}: {first_line(e)[:100]})"
-        return Trial(job.micro_batch_size, levers, failure=why, limit_bytes=limit)
-    return Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts, limit_bytes=limit)
+        return Trial(job.micro_batch_size, levers, failure=why, limit_bytes=job.limit_bytes)
+    return Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts, limit_bytes=job.limit_bytes)
+
+
+def flops_of_a_sequence(job):
+    """FLOP of a sequence's forward and backward pass by the model's own estimate_mfu, 0 where it can't tell."""
+    with contextlib.suppress(Exception), _quietly():  # of a model that somebody wrote
+        model = models.build(*models.from_source(job.source), job.model_args, empty=True)
+        return models.share_of_peak(model, sequences=1, seconds=1.0, peak_flops=1.0)
+    return 0.0
 
 
 # ---- advice ------------------------------------------------------------------------------------------------
@@ -191,36 +198,54 @@ def what_would_fit(job, facts, run_trial, may_shrink):
 
     may_shrink: whether another size of model may be proposed.
     """
+    asked, known = job.levers.optimizer_state, {}
+    # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
+    no_help = ("float32", asked, *(["offload"] if facts.device_type == "cpu" else []))
+    others = [] if job.levers.shard else [kind for kind in OPTIMIZER_STATES if kind not in no_help]
 
-    def parts_of(**changes):
-        return run_trial(replace(job, simulate=True, **changes)).parts
+    def parts_of(sizes, state):
+        """Of one simulation for all states, which is what takes time."""
+        key = tuple(sizes.items())
+        if key not in known:
+            levers = replace(job.levers, optimizer_state="float32")
+            model_args = {**job.model_args, **sizes}
+            known[key] = run_trial(replace(job, simulate=True, model_args=model_args, levers=levers)).parts
+        parts = known[key]
+        return {**parts, PARTS[2]: int(STATE_SHARES[state] * parts[PARTS[2]])} if parts else {}
 
-    def fits(**changes):
-        parts = parts_of(**changes)
+    def fits(parts):
         return bool(parts) and FRAGMENTED * sum(parts.values()) + facts.process_bytes <= facts.limit_bytes
 
-    def fits_shape(sizes):
-        return fits(model_args={**job.model_args, **sizes})
+    def first(family, states):
+        """The first sizes, and with them the first state, that fit: [flags], else []."""
+        found = ((sizes, state) for sizes in family for state in states if fits(parts_of(sizes, state)))
+        return [_flags(sizes, state, asked) for sizes, state in islice(found, 1)]
 
-    def flags(sizes):
-        return " ".join(f"--{key}={value}" for key, value in sizes.items())
-
-    # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
-    no_help = ("float32", job.levers.optimizer_state, *(["offload"] if facts.device_type == "cpu" else []))
-    states = [] if job.levers.shard else [kind for kind in OPTIMIZER_STATES if kind not in no_help]
     shorter, block_size = [], job.model_args["block_size"] // 2
     while block_size >= SMALLEST_BLOCK:
         shorter.append({"block_size": block_size})
         block_size //= 2
     larger_first = reversed(GPT2_SIZES.values()) if may_shrink else ()
     smaller = [sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]]
-    options = [f"--optimizer_state={kind}" for kind in states if fits(levers=replace(job.levers, optimizer_state=kind))]
-    options += [flags(sizes) for some in (shorter, smaller) for sizes in islice(filter(fits_shape, some), 1)]
-    parts = parts_of()
-    lines = [where_it_goes(parts)] if parts else []
+    own = parts_of({}, asked)
+    lines = [where_it_goes(own)] if own else []
+    options = [_flags({}, state, asked) for state in others if fits(parts_of({}, state))]
+    # Where the state alone is no way out, it is one beside a shorter block, unless what no block changes is too much.
+    held = {state: {part: parts_of({}, state).get(part, 0) for part in PARTS[:3]} for state in (asked, *others)}
+    possible = [state for state, parts in held.items() if fits(parts)]
+    options += first(shorter, [state for state in possible if state == asked]) or (
+        [] if options else first(shorter, [state for state in possible if state != asked])
+    )
+    options += first(smaller, [asked, *others])
     if not options:
-        tried = [f"--optimizer_state={kind}" for kind in states] + [flags(s) for s in (*shorter[-1:], *smaller[-1:])]
+        tried = [_flags({}, state, asked) for state in others]
+        tried += [_flags(sizes, asked, asked) for sizes in (*shorter[-1:], *smaller[-1:])]
         what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
         return [*lines, f"{what}: a smaller model, or more memory, is needed"]
     which = "each of these would fit" if len(options) > 1 else "this would fit"
     return [*lines, f"{which}, with batch_size 1:", *(f"  {option}" for option in options)]
+
+
+def _flags(sizes, state, asked):
+    changed = {**sizes, **({"optimizer_state": state} if state != asked else {})}
+    return " ".join(f"--{key}={value}" for key, value in changed.items())

@@ -49,7 +49,7 @@ class Trials:
         if job.simulate:
             from nanofit.autofit.simulate import simulate  # which imports torch
 
-            return simulate(job, on_facts)
+            return simulate(job)
         if self._child and not self._child.may_go_on_with(job):
             self.close()
         self._child = self._child or _Child()

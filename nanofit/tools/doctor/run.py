@@ -15,14 +15,14 @@ from types import SimpleNamespace
 
 import torch
 
-from nanofit import autofit, checkpoint, machine, models, settings
+from nanofit import autofit, checkpoint, machine, models
 from nanofit.codec import differs
 from nanofit.errors import UsageError, first_line
 from nanofit.folder import LOCK
 from nanofit.metrics import require_readers
 from nanofit.tokens import open_data
 from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict
-from nanofit.units import CONTEXT_BYTES, GIB, GPT2_SIZES, gib, memory_limit
+from nanofit.units import GPT2_SIZES, gib
 
 LOOKED_AT = 8  # batches of each split whose tokens are looked at
 CHECKPOINTS_AT_ONCE = 3  # the last, the one before, and the one that is being written
@@ -164,16 +164,11 @@ def _disk(run):
 
 def _fit(run):
     """Whether the batch fits, by the plan of --dry_run=True; always simulated."""
-    card, config = run.memory_limit_gb, run.config
+    held = run.auto_fit or run.dry_run or run.device.type == "cuda"  # to memory_limit_gb
+    asked = {**run.config, "dry_run": True, "shard": False, "memory_limit_gb": run.memory_limit_gb if held else 0.0}
+    classes = run.GPT, run.GPTConfig
     try:
-        if not settings.is_elsewhere(config):
-            is_gpu = run.device.type == "cuda"
-            limit = memory_limit(machine.free_memory_bytes(run.device), card if run.auto_fit or is_gpu else 0.0)
-            # From a simulated card, CUDA's context and the margin are taken off: this card leaves the limit.
-            card = (limit + min(limit / 19, GIB) + CONTEXT_BYTES * is_gpu) / GIB
-        asked = {**config, "memory_limit_gb": card, "dry_run": True, "shard": False}
-        classes, iterations = (run.GPT, run.GPTConfig), run.max_iters
-        plan = autofit.fit(run.world, config["device"], asked, run.given, run.model_args, classes, iterations)
+        plan = autofit.fit(run.world, run.device, asked, run.given, run.model_args, classes, run.max_iters)
     except Exception as e:  # a model that can't be simulated, a device in distress
         nothing_fits = isinstance(e, UsageError) and "nothing fits" in str(e)
         return Verdict(STOP, str(e)) if nothing_fits else Verdict(WARNING, f"whether it fits can't be simulated: {e}")
