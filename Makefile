@@ -14,7 +14,7 @@ endif
 OUT := out-python-char
 RESULTS := benchmarks/results
 
-.PHONY: help train test proofs picture torture hosts bigdata lint gpu clean
+.PHONY: help train test proofs picture torture hosts lint gpu clean
 help:
 	@echo "make train   train a small model on Python's standard library, about three minutes on two cores"
 	@echo "make test    run the tests; those that need a GPU skip where there is none"
@@ -22,7 +22,6 @@ help:
 	@echo "make torture kill a small run a hundred times, and resume it each time; what only whole processes show"
 	@echo "make hosts   as root, on Linux: a run on two hosts, of which one is unplugged; two network namespaces"
 	@echo "make picture take the picture of a report that README shows, with Chromium"
-	@echo "make bigdata prepare a corpus of 300 MB: what is read, what memory it takes; some minutes"
 	@echo "make lint    check the style"
 	@echo "make gpu     on a GPU with 24 GB: benchmarks and the tests that need one, in stages; keeps what they measure;"
 	@echo "             NANOGPT=folder, a checkout of nanoGPT to compare with"
@@ -50,9 +49,6 @@ torture: $(SETUP)
 
 hosts: $(SETUP)
 	$(PY) tests/two_hosts.py
-
-bigdata: $(SETUP)
-	$(PY) tests/bigdata.py
 
 lint: $(SETUP)
 	$(PY) -m ruff check .

@@ -260,29 +260,3 @@ def test_two_ranks_agree_on_the_smaller_answer(workplace):
         "auto-fit: batch_size 8 -> 2, gradient_accumulation_steps 4 -> 16, effective batch 32, found in " in done.stdout
     )
     assert "iter 2: loss" in done.stdout
-
-
-@pytest.mark.proof
-def test_two_ranks_stop_together_where_one_fails(workplace):
-    done = ranks(workplace, limits=[8, None])
-    assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "error: rank 1: auto-fit" in line]
-    assert told, done.stderr[:3000]
-    assert "the probe was killed by signal 9" in told[0]
-    assert "iter 0" not in done.stdout
-
-
-@pytest.mark.proof
-def test_the_matrix_of_choices_runs_at_toy_size(workplace):
-    argv = flags(device="cpu", limits="'0.1,2'", models="1x2x32", block_size=16, batch_size=2, vocab_size=65,
-                 save="cells.json")  # fmt: skip
-    command = [sys.executable, str(ROOT / "benchmarks" / "fit_matrix.py"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads((workplace / "cells.json").read_text())
-    none, roomy = result["cells"]
-    assert (none["choice"], none["best"]) == (None, None), "torch alone takes more than 0.1 GiB"
-    assert roomy["choice"] in (1, 2)
-    assert roomy["confirmed"]
-    assert 0 < roomy["ratio"] <= 1

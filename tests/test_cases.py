@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import REFERENCE, as_a_process, flags
 
-from nanofit import machine, step
+from nanofit import machine
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import Plan
 
@@ -188,10 +188,6 @@ def of_model(name, change):
     return held(lambda c: (change(c["model"][name]), None)[1])
 
 
-def group(**values):
-    return held(lambda c: c["optimizer"]["param_groups"][0].update(values))
-
-
 def size(**values):
     return held(lambda c: c["model_args"].update(values))
 
@@ -237,21 +233,6 @@ def fails(place, number=0, message=None, error=OSError):
     return lambda patch: patch.setattr(place, fail)
 
 
-def meanwhile(*acts):
-    """These happen in the first iteration, before the weights move."""
-
-    def prepare(patch):
-        def act(*args):
-            while left:
-                left.pop(0)(patch)
-            return move(*args)
-
-        left, move = list(acts), step.update
-        patch.setattr(step, "update", act)
-
-    return prepare
-
-
 class Broken(io.StringIO):
     """A standard output that takes some lines, and then fails with this error number."""
 
@@ -282,16 +263,12 @@ BOTH_KEPT = (
 )
 row("a run in a new folder", code=0, changes=("out", *SAVED), says="saving checkpoint to out")
 row("a run that goes on", a_run, init_from="resume", max_iters=6, code=0, changes=SAVED, never="another run")
-row("a run that has nothing left to do", a_run, init_from="resume", max_iters=4, code=0, changes=SAVED)
 row("from scratch over another run", a_run, code=0, changes=("out/*",), says=BOTH_KEPT)
-row("from scratch, and no iteration that saves", a_run, eval_only=True, code=0)
 row("from scratch, nothing trained", a_run, max_iters=0, code=0, changes="out/*", says=BOTH_KEPT)
 row("another run's last", a_run, last_of(3, run_id="0" * 8), init_from="resume", max_iters=6, code=0,
     says="ckpt.last.pt is of another run than out/ckpt.pt and is left alone", changes=("out/*",))
 row("this run's last is where it goes on", a_run, last_of(5), init_from="resume", max_iters=5, code=0,
     says="resuming from out at iteration 5", changes=("out/ckpt*", *STARTED))
-row("an earlier last is left", a_run, last_of(3), init_from="resume", max_iters=6, code=0,
-    says="resuming from out at iteration 4", changes=("out/ckpt*", *STARTED))
 row("a damaged last beside a whole best", a_run, last_of(5), damaged("out/ckpt.last.pt"), init_from="resume",
     says="to go on from there, move out/ckpt.last.pt elsewhere")
 row("a damaged checkpoint beside the one before", a_run, damaged("out/ckpt.pt"), init_from="resume", says=("damaged",
@@ -301,9 +278,6 @@ row("a checkpoint that is gone beside the one before", a_run, gone("out/ckpt.pt"
 row("a damaged checkpoint, and the advice", a_run, damaged("out/ckpt.pt"), gone("out/ckpt.pt"),
     moved("out/ckpt.prev.pt", "out/ckpt.pt"), init_from="resume", max_iters=6, code=0, changes=SAVED,
     says="resuming from out at iteration 2")
-row("a damaged checkpoint, and auto", a_run, damaged("out/ckpt.pt"), init_from="auto", says="out/ckpt.pt is damaged")
-row("all three damaged", a_run, last_of(5), *(damaged(f"out/ckpt{n}.pt") for n in ("", ".prev", ".last")),
-    init_from="resume", says="out/ckpt.pt is damaged", never="is whole")
 row("a damaged checkpoint, from scratch: it is kept", a_run, damaged("out/ckpt.pt"), code=0,
     says="out/ckpt.pt, of iteration 4, is another run's: kept", changes=("out/*",))
 row("a cropped block_size keeps what was before", a_run, init_from="resume", block_size=4, max_iters=6, code=0,
@@ -312,12 +286,6 @@ WITH_AN_ID = [a_run, *(entry("run_id", "0123abcd", f"out/ckpt{n}.pt") for n in (
 KEPT = "out/kept-of-run-0123abcd"
 row("a run that was kept goes on where it is", *WITH_AN_ID, trained(), init_from="resume", out_dir=KEPT, max_iters=6,
     code=0, says=f"resuming from {KEPT} at iteration 4", never="another run", changes=(f"{KEPT}/*",))
-row("what was there before a crop goes on where it was kept", *WITH_AN_ID, trained(init_from="resume", block_size=4,
-    max_iters=6), init_from="resume", out_dir=KEPT, max_iters=6, code=0, never="cropped", changes=(f"{KEPT}/*",),
-    says=(f"resuming from {KEPT} at iteration 4", "tokens per iteration will be: 16"))
-row("a larger block_size", a_run, init_from="resume", block_size=16, says="set --block_size=8 or less")
-row("a part of another program", a_run, file("out/film.part", "half"), init_from="resume", max_iters=6, code=0,
-    changes=SAVED)
 row("parts of a killed run", a_run, file("out/ckpt.pt.abc.part", "half"), file("out/auto_fit.json.x.part"),
     file("out/sample.txt.x.part"), file("out/report.html.x.part"), init_from="resume", max_iters=6, code=0,
     changes=(*SAVED, "out/*.part"))
@@ -325,16 +293,10 @@ row("no locks on this file system", fails("fcntl.lockf", errno.ENOLCK), code=0, 
     says="out can't be locked (No locks available): make sure that no other run writes there")
 row("somebody holds the lock", a_run, file(LOCK, "process 7 on there\n"), fails("fcntl.lockf", errno.EWOULDBLOCK),
     init_from="resume", says="out_dir='out' is in use by process 7 on there: let it end, or give another --out_dir")
-row("a folder that is removed in mid-run", a_run, meanwhile(lambda patch: shutil.rmtree("out")), init_from="resume",
-    max_iters=6, code=0, changes="out/*", never="not saved")
-row("no second names on this file system", a_run, fails("os.link", errno.EPERM), init_from="resume", max_iters=6,
-    code=0, changes=(*STARTED, "out/ckpt.pt"))
 
 # ---- folders -----------------------------------------------------------------------------------------------
 row("out_dir is a file", file("out", "words"), says="out_dir='out' can't be made")
 row("out_dir where nobody may write", out_dir="/proc/out", says="out_dir='/proc/out' can't be made")
-row("out_dir of no name", out_dir="", says="out_dir")
-row("out_dir with a name too long", out_dir="x" * 300, says="File name too long")
 row("a read-only disk", fails("os.makedirs", errno.EROFS), says="Read-only file system")
 row("nothing to resume", init_from="resume", says="there is no checkpoint out/ckpt.pt: train with --out_dir=out first")
 
@@ -343,18 +305,8 @@ row("a full disk", fails("os.fsync", errno.ENOSPC), changes=("out", *STARTED),
     says=("not saved: out/ckpt.pt can't be written (No space left on device)", "training goes on"))
 row("a full disk in a run that goes on", a_run, fails("os.fsync", errno.ENOSPC), init_from="resume", max_iters=6,
     changes=SAVED, says="not saved")
-row("a disk that fails", fails("os.fsync", errno.EIO), changes=("out", *STARTED), says="Input/output error")
 row("a disk that can't rename", a_run, fails("os.replace", errno.EIO), init_from="resume", max_iters=6,
     says="not saved", changes=STARTED)
-row("another run's can't be moved", a_run, fails("os.rename", errno.EPERM), changes=(*STARTED, "out/kept-*"),
-    says="can't be moved")
-row("no memory to save with", fails("os.fsync", message="no", error=MemoryError), changes=("out", *STARTED),
-    says="not saved")
-
-# ---- what lies where the figures belong --------------------------------------------------------------------
-FIGURES = "out/metrics.jsonl"
-row("figures in a folder", a_run, gone(FIGURES), folder(FIGURES), init_from="resume", max_iters=6, code=0,
-    changes="out/*")
 
 # ---- what a checkpoint holds -------------------------------------------------------------------------------
 
@@ -366,15 +318,10 @@ def refused(what, *given, says, **keys):
 
 FC = "transformer.h.0.mlp.c_fc.weight"
 refused("a weight that is nan", of_model(FC, lambda w: w[0, 0].fill_(math.nan)), says="not finite", changes=SAVED)
-refused("a weight of another shape", held(lambda c: c["model"].update({FC: torch.zeros(3, 3)})), says="size mismatch")
 refused("no weights", entry("model", {}), says="it lacks model")
 refused("a weight missing", held(lambda c: (c["model"].pop(FC), None)[1]), says="Missing key")
-refused("one group", held(lambda c: (c["optimizer"]["param_groups"].pop(), None)[1]), says="optimizer")
 refused("no optimizer", held(lambda c: (c.pop("optimizer"), None)[1]), says="it lacks optimizer")
-refused("an empty optimizer", entry("optimizer", {}), says="the checkpoint's optimizer does not belong to its model: ")
 refused("no zip and no pickle", file("out/ckpt.pt", b"words" * 99), says="damaged or not a checkpoint")
-refused("nothing in it", cut("out/ckpt.pt", 0), says="damaged or not a checkpoint")
-refused("a list in it", held(lambda c: [1, 2]), says="not a checkpoint of a training run")
 refused("code in it", file("out/ckpt.pt", pickle.dumps(print)),
     says="it holds more than plain data")
 row("an iteration after the last", a_run, entry("iter_num", 10**9), init_from="resume", code=0, changes=LOCK)
@@ -384,35 +331,19 @@ row("no data and generators, as nanoGPT's", a_run, held(lambda c: [c.pop(name, 0
 
 # ---- numbers -----------------------------------------------------------------------------------------------
 row("a learning rate that is infinite", argv=["--learning_rate=1e999"], says="learning_rate must be a finite number")
-row("a learning rate that is nan", learning_rate="nan", says="learning_rate must be a number")
 row("a learning rate beyond reason", learning_rate=1e30, max_iters=3, says="finite", changes=("out", *SAVED))
 row("a width beyond reason", n_embd=2**42, says="memory", changes=("out", *STARTED))
-row("steps beyond reason on no ranks", gradient_accumulation_steps=0,
-    says="gradient_accumulation_steps must be at least 1")
 row("a batch of none", batch_size=0, says="batch_size must be at least 1")
-row("a beta of more than one", beta2=1.5, says="beta2 must be below 1, not 1.5")
-row("a compile_mode of tomorrow", compile_mode="max_autotune", says="compile_mode must be one of 'auto', 'default',")
-row("a log of every 0 iterations", log_interval=0, says="log_interval must be at least 1, not 0")
 row("heads that don't divide the width", n_head=3, says="n_embd=16 is not divisible by n_head=3")
-row("dropout of one", dropout=1.0, says="dropout must be at least 0 and below 1")
-row("an infinite memory", memory_limit_gb="1e999", says="memory_limit_gb must be a finite number")
-row("a chunk beyond reason", loss_chunk_mb=10**18, code=0, changes=("out", *SAVED))
-row("a schedule that ends before it begins", warmup_iters=5, lr_decay_iters=-3, code=0, changes=("out", *SAVED))
 
 # ---- keys and config files ---------------------------------------------------------------------------------
-row("an unknown key", argv=["--batchsize=3"], says="train.py has no key 'batchsize'")
-row("a key without a value", argv=["--batch_size"], says="write --batch_size=value")
 row("a config file that isn't there, and scripts that are", file("doctor.py"), file("configurator.py"),
     argv=["dokter.py"], says="config file 'dokter.py' does not exist (a key is set by", never="did you mean")
 row("a config file that isn't there, and one of config/", file("config/train_tiny.py"), argv=["trian_tiny.py"],
     says="config file 'trian_tiny.py' does not exist; did you mean 'config/train_tiny.py'?")
 row("a config file without its ending", file("mine.py"), argv=["mine"], says="did you mean 'mine.py'?")
-row("a config file that is a folder", folder("c.py"), argv=["c.py"], says="config file 'c.py' is not a file")
-row("a config file that is no Python", file("c.py", "batch size = 3"), argv=["c.py"], says="c.py, line 1")
 row("a config file that Windows wrote", file("c.py", b"\xef\xbb\xbfmax_iters = 2\r\n"), argv=["c.py"], code=0,
     says="max_iters = 2", changes=("out", *SAVED))
-row("a config file that asserts", file("c.py", "assert 1 > 2"), argv=["c.py"], says="c.py, line 1: AssertionError")
-row("no time to wait for a rank", wait_minutes=0, says="wait_minutes must be above 0")
 row("ranks of a plan for no card", no_gpu, ranks=2, device="cuda", dry_run=True, gradient_accumulation_steps=2,
     says="there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060'", never="torchrun")
 row("a plan for a card that CUDA fills", gpu="0.3GB", says="CUDA itself takes 0.50 GiB of a card's memory: give more",
@@ -420,26 +351,19 @@ row("a plan for a card that CUDA fills", gpu="0.3GB", says="CUDA itself takes 0.
 row("a plan for a card of tomorrow", gpu="RTX 3061", says="did you mean RTX 3060 or ", never="auto-fit")
 row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
 row("an unknown init_from", init_from="gpt5", says="init_from must be")
-row("a dtype of tomorrow", dtype="float4", says="dtype must be one of")
-row("a device of tomorrow", device="tpu", says="device must be")
 row("a GPU that isn't here", no_gpu, device="cuda:7", says="torch sees no CUDA GPU")
 
 # ---- data --------------------------------------------------------------------------------------------------
-row("no such data set", dataset="marcov", says="did you mean --dataset=markov")
-row("val.bin is gone", gone("data/markov/val.bin"), says="val.bin does not exist")
 row("train.bin of an odd size", cut("data/markov/train.bin", 4001), says="expected uint16 tokens")
-row("train.bin of too few", cut("data/markov/train.bin", 16), says="too few for block_size=8")
 row("tokens beyond the vocabulary", file("data/markov/train.bin", b"\xff" * 4000), says="holds token 65535",
     changes=("out", *STARTED))
 row("other data of the same size", a_run, file("data/markov/train.bin", bytes(120000)), init_from="resume", max_iters=6,
     code=0, changes=SAVED, says="train.bin is not what it was when the checkpoint was saved")
-row("meta.pkl is damaged", cut("data/markov/meta.pkl", 99), says="meta.pkl can't be read")
 row("a vocabulary too small for the data", meta(vocab_size=3), says="but the vocabulary has 3", changes=("out",
     *STARTED))
 
 # ---- weights from elsewhere --------------------------------------------------------------------------------
 row("an empty folder", folder("hf"), init_from="hf", says="expects a folder")
-row("a config that is no JSON", file("hf/config.json", "{"), init_from="hf", says="expects a folder")
 
 # ---- auto_fit's answer, which is only a cache --------------------------------------------------------------
 
@@ -457,21 +381,17 @@ FULL = fails("nanofit.models.build", message="CUDA out of memory. Tried to alloc
 row("no memory for the model", FULL, changes=("out", *STARTED), says="error: memory ran out on asking for 6.14 GiB\n")
 fitted("is new")
 fitted("is no JSON", file("out/auto_fit.json", "{"))
-fitted("can't be written", fails("tempfile.mkstemp", errno.ENOSPC), code=1, changes=("out", *STARTED))
 # ---- ranks -------------------------------------------------------------------------------------------------
-row("a rank that is a word", environment(RANK="first"), says="not as torchrun sets it")
 row("a rank without a meeting place", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR=None),
     gradient_accumulation_steps=2, says="torchrun")
 
 # ---- the machine -------------------------------------------------------------------------------------------
 row("a clock that jumps", lambda patch: patch.setattr("time.time", iter(range(10**9, 0, -(10**6))).__next__), code=0,
     changes=("out", *SAVED), never=", -|time -")
-row("no home", environment(HOME=None, USER=None, LOGNAME=None, TMPDIR="/nowhere"), code=0, changes=("out", *SAVED))
 row("output on a full disk", output(lambda: Broken(errno.ENOSPC, 3)), changes=("out", *SAVED),
     says="standard output could not be written (No space left on device); all else was done")
 row("output that nobody reads", output(lambda: Broken(errno.EPIPE, 3)), changes=("out", *SAVED),
     says="standard output could not be written (its reader has gone)")
-row("output that was never there", output(lambda: None), changes=("out", *SAVED), code=0)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------
@@ -483,13 +403,8 @@ sample("a few tokens", a_run, code=0, says="out/ckpt.pt, of iteration 4")
 sample("nothing there", says="there is no checkpoint out/ckpt.pt")
 sample("where only a last one is", a_run, last_of(5), gone("out/ckpt.pt"), code=0,
     says="out/ckpt.last.pt, of iteration 5")
-sample("a damaged checkpoint", a_run, damaged("out/ckpt.pt"), says="damaged")
 sample("a temperature of none", a_run, temperature=0.0, says="use --top_k=1")
-sample("a negative top_k", a_run, top_k=-1, says="top_k must be at least 0")
-sample("samples beyond reason", a_run, num_samples=0, says="num_samples must be at least 1")
 sample("a prompt from nowhere", a_run, start="FILE:nowhere", says="the prompt can't be read")
-sample("a prompt of nothing", a_run, start="", says="start is empty")
-sample("a prompt of unknown characters", a_run, start="\N{SNOWMAN}" * 9, says="not among the 65 symbols")
 sample("lines that Windows wrote", a_run, lambda patch: patch.setattr(sys, "stdin",
     io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\r\n\r\nA"), encoding="latin-1", newline="\n")), start="-", code=0,
     says="---------------")

@@ -5,7 +5,6 @@ import gzip
 import importlib
 import json
 import os
-import pickle
 import re
 import resource
 import runpy
@@ -112,17 +111,6 @@ def test_shakespeare_in_bpe(project, shared, bpe):
     assert set(contents("shakespeare")) == {"train.bin", "val.bin", "prepared.json"}
     record = json.loads(contents("shakespeare")["prepared.json"])
     assert record == {"encoding": "GPT-2 BPE", "dtype": "uint16", "tokens": {"train": 301_966, "val": 36_059}}
-
-
-def test_python_by_characters(project):
-    prepare("python_char")
-    text = symbols("python_char")
-    assert 8e6 < len(text) < 20e6
-    assert len(tokens("python_char", "train")) == int(0.9 * len(text))
-    assert text.isascii()
-    assert '"""' in text[:20_000]
-    with open("data/python_char/meta.pkl", "rb") as f:
-        assert set(pickle.load(f)) == {"vocab_size", "itos", "stoi"}
 
 
 @pytest.mark.parametrize(
@@ -331,14 +319,6 @@ def test_a_small_corpus_takes_a_larger_share_and_says_so(project, bpe, capsys):
     assert said.err == ""
 
 
-def test_a_val_too_short_for_config_is_told(project, bpe, capsys):
-    Path("docs.txt").write_text("\n\n".join("word " * 180 for _ in range(4)))
-    prepare("openwebtext", "--source=docs.txt", "--out=four")
-    count = len(tokens("four", "val"))
-    sentence = f"val has {count} tokens, too few for block_size=256, 1024 in config/: give more text, or train with"
-    assert f"warning: {sentence} --block_size={count - 1}\n" == capsys.readouterr().err
-
-
 def test_five_characters_do_not_replace_good_data(project, capsys):
     (project / "long.txt").write_text("to be or not to be\n" * 500)
     (project / "five.txt").write_text("hello")
@@ -381,18 +361,6 @@ def test_a_folder_becomes_a_data_set(project, tales, bpe, capsys):
     assert command == expected + (f" --block_size={size}" if size < 256 else "")
 
 
-def test_a_folder_by_characters_trains_with_the_command_that_is_printed(project, tales, capsys):
-    prepare("from_text", "my tales/", "--characters", "--out=tales_char")
-    text = symbols("tales_char")
-    assert len(text) == sum(map(len, tales)) + 2, "files end with a line"
-    assert all(tale.rstrip("\n") + "\n" in text for tale in tales)
-    command = capsys.readouterr().out.splitlines()[-1]
-    assert command.startswith("to train on it: python train.py config/train_shakespeare_char.py --dataset=tales_char")
-    small = flags(device="cpu", compile=False, n_layer=1, n_head=1, n_embd=16, batch_size=2, max_iters=1, eval_iters=1)
-    run = run_script("train.py", *command.split("train.py ")[1].split(), *small)
-    assert 0 in run.iter_loss
-
-
 def test_more_characters_than_two_bytes_can_number(project):
     text = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x14000)])) * 2
     (project / "all.txt").write_text(text, encoding="utf-8", newline="")
@@ -418,25 +386,6 @@ def test_pieces_have_the_tokens_of_the_whole(project, bpe, text):
     assert len(pieces) > 1 or "\n" not in text.strip()
     gpt2 = tiktoken.get_encoding("gpt2")
     assert list(chain(*(gpt2.encode_ordinary(piece) for piece, _ in pieces))) == gpt2.encode_ordinary(text)
-
-
-@pytest.mark.parametrize(
-    ("argv", "sentence"),
-    [
-        (["nowhere"], "nowhere does not exist: give a folder of text files"),
-        (["binary"], "binary is empty: there is no UTF-8 text in it"),
-        (["x.txt", "--out=shakespeare"], "data/shakespeare is made by a prepare.py of its own: .*--out=NAME"),
-        (["x.txt", "--characters"], "the text is a single character"),
-    ],
-)
-def test_texts_that_cannot_be_a_data_set(project, bpe, argv, sentence):
-    (project / "binary").mkdir()
-    (project / "binary" / "x").write_bytes(b"\xff")
-    (project / "x.txt").write_text("x")
-    there = sorted(os.listdir("data"))
-    with pytest.raises(UsageError, match=sentence):
-        prepare("from_text", *argv)
-    assert sorted(set(os.listdir("data")) - {"__pycache__"}) == sorted(set(there) - {"__pycache__"})
 
 
 # ---- nothing lost, nothing half-written --------------------------------------------------------------------

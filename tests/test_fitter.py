@@ -8,7 +8,6 @@ from model import GPT, GPTConfig
 from nanofit import cards, models
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Plan, Trial
-from nanofit.autofit.simulate import what_would_fit
 from nanofit.errors import UsageError
 from nanofit.units import GIB, GPT2_SIZES, MemoryLevers
 
@@ -127,15 +126,6 @@ def test_batches_are_joined_where_that_is_faster_and_no_further(gain, chosen):
     assert max(job.micro_batch_size for job in made.jobs) == 60, "96 x 1,024 tokens gain nothing more"
 
 
-def test_a_plan_by_simulation_leaves_the_batch_whole():
-    def answer(job):
-        return dict(peak_bytes=GIB, parts={"weights": GIB})
-
-    assert Made(answer, job=replace(JOB, simulate=True), batch_size=12, steps=40).plan().micro_batch_size == 12
-    sharded = replace(JOB, simulate=True, ranks=2, levers=MemoryLevers(shard=True))
-    assert Made(answer, job=sharded, batch_size=12, steps=40).plan().micro_batch_size == 60, "shares travel less often"
-
-
 # ---- compiling ---------------------------------------------------------------------------------------------
 
 
@@ -202,12 +192,6 @@ def test_a_size_that_would_take_too_long_is_not_begun():
     """Two CPU cores: 500 tokens a second, whatever the size."""
     made = Made(lambda job: dict(peak_bytes=GIB, tokens_per_second=500.0), clock=lambda: 0.0)
     assert made.plan().micro_batch_size == 4, "8 sequences: 115 s"
-
-
-def test_a_kept_answer_that_is_rejected_takes_no_time_of_the_search():
-    made = timed(45.0)
-    assert made.plan(kept(32)).micro_batch_size == 2
-    assert [job.micro_batch_size for job in made.jobs] == [32, 1, 2]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -307,19 +291,6 @@ def test_nothing_fits_is_an_error_with_numbers_and_with_what_would_fit():
     assert parts.startswith("of 2.70 GiB (simulated): weights 0.50, gradients 0.50, optimizer state 0.90, ")
     assert options[1:] == ["  --optimizer_state=8bit", "  --optimizer_state=offload", "  --block_size=256"]
     assert all(job.simulate and job.levers.recompute for job in made.jobs[2:]), "what is proposed was simulated"
-
-
-@pytest.mark.parametrize("may_shrink", [True, False])
-def test_a_model_that_is_given_is_not_proposed_smaller(may_shrink):
-    def answer(job):
-        smaller = job.model_args["n_layer"] < 24
-        return needs({name: n / 9 if smaller else n for name, n in SHARES.items()})(job)
-
-    job = replace(JOB, model_args={"block_size": 1024, "n_layer": 24})
-    with pytest.raises(UsageError) as error:
-        Made(answer, replace(FACTS, limit_bytes=GIB), job=job).plan(may_shrink=may_shrink)
-    assert ("--n_layer=12 --n_head=12 --n_embd=768" in str(error.value)) == may_shrink
-    assert ("none of these would fit either: " in str(error.value)) == (not may_shrink)
 
 
 def advice(gib, process_gib=0.0, device_type="cuda", may_shrink=False, n_layer=12, **levers):

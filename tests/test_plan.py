@@ -37,31 +37,6 @@ def test_a_value_comes_back_from_its_line_and_what_is_no_number_is_none(value):
             assert from_json(json.dumps({**told, name: "word"}), *KINDS) is None, name
 
 
-PLAN = dict(kind="Plan", batch_size=64, gradient_accumulation_steps=1, micro_batch_size=8)
-TRIAL = dict(kind="Trial", micro_batch_size=1)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "", "null", "3", "[]", "{}", '{"kind": ["Trial"]}', '{"kind": "int"}', "[" * 9999, '{"kind": "Trial"}',
-        *(json.dumps({**TRIAL, name: value}) for name, value in [
-            ("turbo", 1), ("micro_batch_size", None), ("peak_bytes", 10**400), ("tokens_per_second", 10**400),
-            ("levers", {"turbo": True}),
-        ]),
-        *(json.dumps({**PLAN, name: value}) for name, value in [
-            ("micro_batch_size", 5), ("micro_batch_size", 0), ("micro_batch_size", -8), ("batch_size", -64),
-            ("batch_size", 10**400),
-        ]),
-        json.dumps(PLAN)[:-1],
-    ],
-    ids=lambda line: line[:90],
-)  # fmt: skip
-def test_what_looks_like_a_value_and_is_none(line):
-    assert from_json(json.dumps(PLAN), *KINDS) == Plan(64, 1, 8)
-    assert from_json(line, *KINDS) is None
-
-
 # ---- what they say -----------------------------------------------------------------------------------------
 
 

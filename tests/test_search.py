@@ -10,19 +10,11 @@ from hypothesis import strategies as st
 from nanofit.autofit.plan import OUT_OF_MEMORY, Facts, Trial
 from nanofit.autofit.search import (
     MAX_TRIALS,
-    SHORT_RUN_SECONDS,
-    UNTRIED_SECONDS,
     choose,
-    judge,
     may_compile,
-    needs_no_trial,
     search,
 )
-from nanofit.units import GIB, divisors, micro_batch_sizes
-
-
-def trial(size, speed, fits=True):
-    return Trial(size, peak_bytes=1 if fits else 2, tokens_per_second=speed, limit_bytes=1)
+from nanofit.units import GIB, divisors
 
 
 def device(limit, memory, speed=lambda size: float(size) / (size + 4)):
@@ -116,46 +108,6 @@ def test_the_order_of_trials(batch_size, limit, memory, expected, probes):
     assert asked == probes
 
 
-@pytest.mark.parametrize(
-    ("half", "limit", "probes"),
-    [
-        (0.2, 1000, [1, 2, 12]),  # no more is to be gained beyond 12
-        (8, 1000, [1, 2, 12, 60]),
-        (8, 30, [1, 2, 12, 24]),  # memory ends it
-    ],
-)
-def test_batches_are_joined_where_that_promises_speed(half, limit, probes):
-    sizes = [size for size in micro_batch_sizes(12, 40) if size <= 64]
-    measure, asked = device(limit * GIB, lambda b: (2 + b) * GIB, speed=lambda b: b / (b + half))
-    search(sizes, lambda: limit * GIB, measure, batch_size=12)
-    assert asked == probes
-
-
-def test_without_speed_all_that_fits_is_joined():
-    measure, asked = device(1000 * GIB, lambda b: (2 + b) * GIB, speed=lambda b: 0.0)
-    trials = search(micro_batch_sizes(12, 40), lambda: 1000 * GIB, measure, batch_size=12)
-    assert asked == [1, 2, 12, 480]
-    assert choose(trials, 12) == (trials[-1], None)
-
-
-@pytest.mark.parametrize(
-    ("speeds", "choice", "rival"),
-    [
-        ({1: 50.0, 4: 98.0, 8: 100.0}, 8, None),
-        ({1: 50.0, 4: 109.0, 8: 100.0}, 8, None),  # may be noise
-        ({1: 50.0, 4: 111.0, 8: 100.0}, 8, 4),
-        ({1: 50.0, 8: 100.0, 32: 105.0}, 8, None),
-        ({1: 50.0, 8: 100.0, 32: 111.0}, 8, 32),
-        ({1: 100.0, 2: 80.0}, 2, 1),
-        ({1: 0.0, 8: 0.0, 32: 0.0}, 32, None),  # speed isn't measured
-    ],
-)
-def test_the_configured_size_is_chosen_unless_another_is_faster_by_more_than_noise(speeds, choice, rival):
-    tried = [trial(size, speed) for size, speed in speeds.items()]
-    chosen, faster = choose([*tried, trial(4, 999.0, fits=False)], 8)
-    assert (chosen.micro_batch_size, faster and faster.micro_batch_size) == (choice, rival)
-
-
 # ---- torch.compile -----------------------------------------------------------------------------------------
 
 GPU = Facts("a card", "cuda", sm_count=108, capability=(8, 0), has_triton=True)
@@ -181,29 +133,3 @@ def test_who_may_compile(changes, verdict, why):
     got, reason = may_compile(asked, replace(GPU, **changes), min_sms)
     assert got == verdict
     assert why in reason
-
-
-def test_compiling_must_save_more_than_it_costs():
-    eager = trial(8, 1000.0)
-    compiled = replace(trial(8, 1250.0), compiled=True, compile_seconds=60.0)
-    worth, why = judge("prove", "few SMs", eager, compiled, tokens_left=1_000_000)  # 1,000 s without, 800 s with
-    assert worth
-    assert why == "few SMs, and compiling takes 1.0 min and saves 3.3 min of 16.7 min"
-    assert not judge("prove", "few SMs", eager, compiled, tokens_left=250_000)[0]
-    assert judge("yes", "SMs", eager, compiled, tokens_left=250_000) == (True, "SMs")
-
-
-@pytest.mark.parametrize(
-    ("verdict", "peak", "seconds", "expected"),
-    [
-        ("prove", 50, SHORT_RUN_SECONDS - 1, False),
-        ("prove", 50, SHORT_RUN_SECONDS, None),
-        ("yes", 75, UNTRIED_SECONDS - 1, True),
-        ("yes", 76, UNTRIED_SECONDS - 1, None),  # compiling takes more memory than running eagerly
-        ("yes", 75, UNTRIED_SECONDS, None),
-        ("no", 1, 1, None),
-    ],
-)
-def test_what_is_decided_without_a_trial(verdict, peak, seconds, expected):
-    decided = needs_no_trial(verdict, Trial(8, peak_bytes=peak, limit_bytes=100, tokens_per_second=1.0), seconds)
-    assert (decided and decided[0]) == expected

@@ -13,7 +13,7 @@ from conftest import ROOT, environment
 from model import GPT, GPTConfig
 from nanofit import models
 from nanofit.autofit import trials
-from nanofit.autofit.plan import OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Trial, to_json
+from nanofit.autofit.plan import OUT_OF_MEMORY, Facts, Job, Trial, to_json
 from nanofit.autofit.trials import Trials
 from nanofit.errors import UsageError
 from nanofit.units import GIB, MemoryLevers
@@ -122,15 +122,6 @@ def test_after_a_trial_that_does_not_fit_comes_another_child(child, workplace):
     assert children_of(workplace, job, job) == [0, 1]
 
 
-def test_an_answer_that_is_whole_counts_and_a_child_that_died_is_replaced(child, workplace):
-    child(ANSWERS + "    os._exit(1)\n")
-    job = replace(JOB, device="cuda")
-    with Trials() as run:
-        assert run(job).fits
-        run._child._process.wait()
-        assert run(job).fits
-
-
 def test_facts_are_told_at_once_and_their_limit_is_the_trials(child):
     facts = Facts("a card", limit_bytes=9, neighbours=((1, "x", 2),))
     child(f"print('''{to_json(facts)}'''); print('''{GOOD}''')")
@@ -232,50 +223,8 @@ def test_a_model_that_only_the_script_itself_has_cannot_be_tried(monkeypatch):
         models.source_of(GPT, GPTConfig)
 
 
-def test_a_model_that_cannot_be_simulated_says_so(workplace, monkeypatch):
-    (workplace / "looks.py").write_text(
-        "import model\n\nclass GPT(model.GPT):\n    def forward(self, *given, **options):\n"
-        "        assert self.transformer.wte.weight.sum().item() < 1e9\n"
-        "        return super().forward(*given, **options)\n"
-    )
-    monkeypatch.syspath_prepend(str(workplace))
-    looks = importlib.import_module("looks")
-    tried = run_trial(replace(JOB, source=models.source_of(looks.GPT, GPTConfig), simulate=True))
-    assert tried.failure.startswith(f"{UNSIMULATED} (")
-    del sys.modules["looks"]
-
-
 def test_a_size_far_beyond_the_limit_ends_in_the_probe_alone():
     tried = run_trial(replace(JOB, micro_batch_size=200_000, memory_limit_gb=0.5))
     assert tried.failure == OUT_OF_MEMORY
     assert tried.peak_bytes == 0
     assert tried.out_of_memory
-
-
-@pytest.fixture
-def large_blocks_go_back(monkeypatch):
-    """glibc keeps freed blocks of less than 32 MiB for later, up to a third more than the tensors take.
-
-    Then a process takes what its tensors take, as under a GPU's allocator with expandable segments, which is
-    what the simulation stands for. It costs speed, so that only this comparison asks for it.
-    """
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
-
-
-@pytest.fixture(scope="module")
-def a_process_takes():
-    """Bytes of a probe with a model of next to nothing: Python, torch and its libraries."""
-    return run_trial(JOB).peak_bytes
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize(
-    "shape", [(3, 256, 8192, 256), (2, 128, 16384, 128), (1, 512, 32768, 64)], ids=lambda s: "x".join(map(str, s))
-)
-def test_the_simulation_agrees_with_what_a_process_takes(shape, a_process_takes, large_blocks_go_back):
-    n_layer, n_embd, vocab_size, block_size = shape
-    sizes = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, vocab_size=vocab_size, block_size=block_size)
-    job = replace(JOB, model_args={**JOB.model_args, **sizes, "dropout": 0.0})
-    taken = run_trial(job).peak_bytes - a_process_takes
-    assert run_trial(replace(job, simulate=True)).peak_bytes == pytest.approx(taken, rel=0.1)
-    assert taken > GIB // 8, "large enough to tell"
