@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +70,14 @@ def flags(**keys):
 def as_a_process(name, *argv):
     """What python sets up for a script of the project, put back at the end; the value is the script's path."""
     before = sys.argv, sys.excepthook, sys.stdout, sys.stderr
-    interrupted = signal.getsignal(signal.SIGINT)
+    running, interrupted = set(threading.enumerate()), signal.getsignal(signal.SIGINT)
     sys.argv = [name, *argv]
     try:
         yield str(ROOT / name)
     finally:
+        for thread in set(threading.enumerate()) - running:
+            if not thread.daemon:
+                thread.join()  # as python waits for them
         sys.argv, sys.excepthook, sys.stdout, sys.stderr = before
         signal.signal(signal.SIGINT, interrupted)
 
