@@ -8,6 +8,7 @@ from model import GPT, GPTConfig
 from nanofit import cards, models
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Plan, Trial
+from nanofit.autofit.simulate import what_would_fit
 from nanofit.errors import UsageError
 from nanofit.units import GIB, GPT2_SIZES, MemoryLevers
 
