@@ -27,7 +27,7 @@ from nanofit.compiling import try_compile
 from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
 from nanofit.folder import run_id_of
-from nanofit.tools.huggingface import codec_of_folder, ends_of
+from nanofit.tools.huggingface import ends_of
 
 # ---- keys: a config file or --key=value overrides them -----------------------------------------------------
 init_from = "resume"  # the checkpoint in out_dir; or a .pt; 'gpt2' to 'gpt2-xl'; a folder
@@ -80,8 +80,9 @@ else:
 model.eval().to(device)
 is_folder = not path and os.path.isdir(init_from)
 vocab_size = model.config.vocab_size
-encode, decode, symbols = codec_of_folder(init_from, vocab_size) if is_folder else codec_of(data_dir, vocab_size)
-print(f"symbols: {symbols}")
+codec = codec_of(init_from if is_folder else data_dir, vocab_size)
+encode, decode = codec.encode, codec.decode
+print(f"symbols: {codec.name}")
 stops = [stop] if stop else [] if "stop" in given or not is_folder else ends_of(init_from, decode)
 if stop:
     encode(stop)  # a UsageError for what the model can't draw
@@ -164,8 +165,8 @@ def draw(text):
     tokens = encode(text)
     if (largest := max(tokens)) >= vocab_size:
         raise UsageError(
-            f"the prompt has the token {largest} of {symbols}, and the model has a vocabulary of {vocab_size:,}: bring "
-            "the symbols that it was trained with"
+            f"the prompt has the token {largest} of {codec.name}, and the model has a vocabulary of {vocab_size:,}: "
+            "bring the symbols that it was trained with"
         )
     prompt = torch.tensor([tokens], device=device)  # (1, T)
     check_numbers(prompt)
@@ -207,7 +208,7 @@ with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
         if line:
             draw(line)
 if left_out := sum(count for i, count in drawn_ids.items() if not decode([i])):
-    print(f"warning: {left_out:,} of {drawn_ids.total():,} tokens stand for nothing in {symbols}, and are left out")
+    print(f"warning: {left_out:,} of {drawn_ids.total():,} tokens stand for nothing in {codec.name}, and are left out")
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
     with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be somebody else's

@@ -38,11 +38,12 @@ SMALL_VAL_BLOCKS = 16  # what val should hold where that share of the documents 
 MOST_SPACES = 500_000  # white space in a row that tiktoken's regular expression surely takes: at a million it panics
 MOST_VAL = 10_000_000  # tokens, where val is 10% of a text
 BATCH_CHARACTERS = 1_000_000  # what is tokenised at a time
+MULTIPLE = 64  # a vocab_size of whole tiles of a matrix product is faster
 COPIED_TOKENS = 2**21  # what is copied at a time
 
 # A data set's files. They change together: val.bin is the first to go and the first to come, train.bin the last to
 # come. So wherever the change is interrupted, there is never something old and something new to train on.
-FILES = ("val.bin", "prepared.json", "meta.pkl", "train.bin")
+FILES = ("val.bin", "prepared.json", "meta.pkl", *codec.TOKENIZER_FILES, "train.bin")
 READY = "ready.part"  # the folder in which they wait while the old ones go
 
 
@@ -69,6 +70,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.add_argument("--force", action="store_true", help="let a text too short to train on replace a larger one")
+
+    def add_tokenizer(self):
+        self.add_argument(
+            "--tokenizer",
+            default="gpt2",
+            help="a Hugging Face tokenizer.json, a SentencePiece .model, a folder with one of them, or the name of an "
+            "encoding of tiktoken's, such as cl100k_base (default: gpt2)",
+        )
 
     def error(self, message):
         raise UsageError(f"{message} ({self.prog} --help tells what may be given)")
@@ -213,6 +222,24 @@ class DataSet:
         with self.writing(), open(self.part("meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": vocab_size, **more}, f)
 
+    def keep_tokenizer(self, tokenizer):
+        """Write what sample.py and export.py know the data's Codec by: nothing for GPT-2's BPE, as nanoGPT."""
+        name, kind = tokenizer.name, os.path.splitext(tokenizer.name)[1]
+        self.record["encoding"] = os.path.basename(name)
+        if name == codec.GPT2:
+            return
+        more = {}
+        if "tokenizer" + kind in codec.TOKENIZER_FILES:
+            with self.writing():
+                shutil.copyfile(name, self.part("tokenizer" + kind))
+        else:
+            more["tokenizer"] = name
+        padded = -(-tokenizer.symbols // MULTIPLE) * MULTIPLE
+        self.write_meta(padded, symbols=tokenizer.symbols, **more)
+        say(f"{name} has {tokenizer.symbols:,} symbols: vocab_size {padded:,}, {self.kind} ids")
+        if tokenizer.end is None:
+            say("it names no end of a text: documents follow each other without one")
+
     def _finish(self):
         """Check what was made, and let it take the place of what was there."""
         sizes = {split: os.path.getsize(self.part(f"{split}.bin")) for split in ("train", "val")}
@@ -330,7 +357,7 @@ def write_characters(made, text):
 
 def write_bpe(made, text):
     """A data set in GPT-2's BPE."""
-    bpe = codec.gpt2_bpe()
+    bpe = codec.codec_of(None)
     for split, part in halves(text).items():
         check_spaces(part, "the text")
         made.write(split, bpe.encode_ordinary(part))
@@ -370,17 +397,17 @@ def check_spaces(text, name):
             )
 
 
-def tokenised(pieces, threads):
-    """(text, whether a document ends with it) to (ids, the same), in GPT-2's BPE, many at a time.
+def tokenised(made, tokenizer, pieces, threads):
+    """(text, whether a document ends with it) to (ids, the same), by a Codec, many at a time.
 
-    A document's end is followed by the token <|endoftext|>.
+    A document's end is followed by the tokenizer's token for it, such as <|endoftext|>.
     """
-    bpe = codec.gpt2_bpe()
+    end = [] if tokenizer.end is None else [tokenizer.end]
 
     def encode(number, text, ends):
         check_spaces(text, f"document {number:,}")
-        ids = bpe.encode_ordinary(text)
-        return np.array([*ids, bpe.eot_token] if ends else ids, dtype="<u2"), ends
+        ids = tokenizer.encode_ordinary(text)
+        return np.array(ids + end if ends else ids, dtype=made.kind), ends
 
     with ThreadPoolExecutor(threads) as pool:  # tiktoken lets other threads run
         batch, size, number = [], 0, 1

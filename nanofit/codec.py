@@ -1,13 +1,19 @@
-"""Text to token ids and back: a data set's own symbols where its meta.pkl has them, else GPT-2's BPE."""
+"""Text to token ids and back, by the tokenizer that lies beside a data set or a model; without one, GPT-2's BPE."""
 
 import os
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, usage_errors
 
-END_OF_TEXT = "<|endoftext|>"
+GPT2 = "GPT-2 BPE"
 GPT2_SYMBOLS = 50257
+END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # how tokenizer.json files call it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 # ---- meta.pkl ----------------------------------------------------------------------------------------------
 
@@ -98,7 +104,7 @@ def differs(meta, vocab_size):
 
     meta: the data set's, or None. vocab_size: the model's.
     """
-    if meta is None or meta["vocab_size"] == vocab_size:
+    if meta is None or vocab_size in (meta["vocab_size"], meta.get("symbols")):  # with padding, and without
         return []
     return [
         f"warning: meta.pkl of the data names {meta['vocab_size']:,} symbols, and the model has a vocabulary of "
@@ -106,47 +112,170 @@ def differs(meta, vocab_size):
     ]
 
 
-# ---- text --------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------------------
 
 
-def gpt2_bpe():
-    """GPT-2's byte-pair encoding, as a tiktoken.Encoding; tiktoken fetches its tables once and keeps them."""
-    import tiktoken
+@dataclass(frozen=True)
+class Codec:
+    """One tokenizer, whichever library's.
 
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as e:  # requests' errors, which tiktoken passes on
-        raise UsageError(
-            f"GPT-2's BPE can't be fetched ({type(e).__name__}): connect to the network once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept it"
-        ) from e
+    name: for messages; of a tokenizer in a file, its path. symbols: its ids are below this. encode: str to list of int,
+    in which special tokens are known by their text; a UsageError for what it lacks. encode_ordinary: the same for data,
+    in which no text is special. decode: list of int to str; an id that stands for nothing, as those of a padded
+    vocabulary, gives nothing. end: the id of the end of a text, or None. by: the library's object, or (stoi, itos).
+    """
+
+    name: str
+    symbols: int
+    encode: Callable
+    encode_ordinary: Callable
+    decode: Callable
+    end: int | None
+    by: object
 
 
 def codec_of(folder, vocab_size=None):
-    """(encode, decode, name) for the data set in folder; None stands for no data set: GPT-2's BPE.
+    """The Codec of a data set's or of a model's folder; None stands for no folder: GPT-2's BPE.
 
-    encode: str to list of int, a UsageError for a character that the data set lacks. decode: list of int to str; an id
-    that stands for nothing, as those of a padded vocabulary, gives nothing. vocab_size: of a model, which the symbols
-    must fit, else a UsageError.
+    It is that of a tokenizer.json or a tokenizer.model there, or what meta.pkl says: its symbols, or the name of an
+    encoding. vocab_size: of a model, which the symbols must fit, else a UsageError.
     """
-    meta = load_meta(folder) if folder else None
-    name, size = (os.path.join(folder, "meta.pkl"), meta["vocab_size"]) if meta else ("GPT-2 BPE", GPT2_SYMBOLS)
-    if vocab_size is not None and size > vocab_size:
-        lacking = f": {os.path.join(folder, 'meta.pkl')} is not in this folder" if folder and not meta else ""
+    path = _file_in(folder) if folder else None
+    meta = load_meta(folder) if folder and not path else None
+    if path:
+        codec = codec_named(path)
+    elif meta is None:
+        lacking = f": {os.path.join(folder, 'meta.pkl')} is not in this folder" if folder else ""
+        _must_fit(GPT2, GPT2_SYMBOLS, vocab_size, lacking)  # before its tables are fetched
+        codec = codec_named("gpt2")
+    elif isinstance(meta.get("tokenizer"), str) and not {"stoi", "itos"} & set(meta):
+        codec = _of_tiktoken(meta["tokenizer"])
+    else:
+        codec = _of_symbols(folder, meta["vocab_size"])
+    _must_fit(codec.name, codec.symbols, vocab_size)
+    return codec
+
+
+def _must_fit(name, symbols, vocab_size, lacking=""):
+    if vocab_size is not None and symbols > vocab_size:
         raise UsageError(
-            f"the model has a vocabulary of {vocab_size:,}, and {name} has {size:,} symbols{lacking}; start in the "
-            "folder whose data/ has the meta.pkl that the model was trained with"
+            f"the model has a vocabulary of {vocab_size:,}, and {name} has {symbols:,} symbols{lacking}; start in the "
+            "folder whose data/ has what the model was trained with"
         )
-    if meta is None:
-        bpe = gpt2_bpe()
 
-        def decode(ids):
-            return bpe.decode([i for i in ids if i < bpe.n_vocab])
 
-        return lambda text: bpe.encode(text, allowed_special={END_OF_TEXT}), decode, name
+def codec_named(name):
+    """The Codec of a Hugging Face tokenizer.json, a SentencePiece .model, a folder with one, or one of tiktoken's."""
+    if os.path.isdir(name):
+        path = _file_in(name)
+        if path is None:
+            raise UsageError(f"the folder {name} has neither a tokenizer.json nor a tokenizer.model")
+        name = path
+    kind = os.path.splitext(name)[1]
+    return {".json": _of_tokenizers, ".model": _of_sentencepiece}.get(kind, _of_tiktoken)(name)
 
-    stoi, itos = symbols_of(folder)
-    return lambda text: _encode(text, stoi, name), lambda ids: "".join(itos.get(i, "") for i in ids), name
+
+def _file_in(folder):
+    """The tokenizer that lies in a folder as a file, or None."""
+    paths = (os.path.join(folder, name) for name in TOKENIZER_FILES)
+    return next(filter(os.path.isfile, paths), None)
+
+
+def _of_tiktoken(name):
+    with usage_errors(ImportError, prefix=f"{name} needs a package: pip install tiktoken. "):
+        import tiktoken
+    if name not in tiktoken.list_encoding_names():
+        raise UsageError(
+            f"there is no tokenizer {name!r}: expected a tokenizer.json, a SentencePiece .model, or one of tiktoken's, "
+            f"{', '.join(tiktoken.list_encoding_names())}"
+        )
+    try:
+        bpe = tiktoken.get_encoding(name)  # which fetches its tables once and keeps them
+    except Exception as e:  # requests' errors, which tiktoken passes on
+        why = type(e).__name__
+        what = f"GPT-2's BPE can't be fetched ({why})" if name == "gpt2" else f"{name} can't be fetched ({why})"
+        raise UsageError(
+            f"{what}: connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept it"
+        ) from e
+
+    def bytes_of(i):
+        try:
+            return bpe.decode_single_token_bytes(i)
+        except KeyError:
+            return b""
+
+    return Codec(
+        name=GPT2 if name == "gpt2" else name,
+        symbols=bpe.n_vocab,
+        encode=lambda text: bpe.encode(text, allowed_special="all"),
+        encode_ordinary=bpe.encode_ordinary,
+        decode=lambda ids: b"".join(map(bytes_of, ids)).decode("utf-8", errors="replace"),
+        end=bpe.eot_token if END_OF_TEXT in bpe.special_tokens_set else None,
+        by=bpe,
+    )
+
+
+def _of_tokenizers(path):
+    with usage_errors(ImportError, prefix=f"{path} needs a package: pip install tokenizers. "):
+        from tokenizers import Tokenizer
+
+    def encode_by(tokenizer, text):
+        with usage_errors(Exception, prefix=f"the text has what {path} has no symbol for: "):
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+    with usage_errors(Exception, prefix=f"{path} can't be read, it is damaged or not a tokenizer: "):
+        text = Path(path).read_text(encoding="utf-8")
+        tokenizer, ordinary = Tokenizer.from_str(text), Tokenizer.from_str(text)
+    for one in (tokenizer, ordinary):
+        one.no_truncation()
+        one.no_padding()
+    ordinary.encode_special_tokens = True  # as the text that they are
+    vocabulary = tokenizer.get_vocab()
+    return Codec(
+        name=path,
+        symbols=max(vocabulary.values()) + 1,
+        encode=lambda text: encode_by(tokenizer, text),
+        encode_ordinary=lambda text: encode_by(ordinary, text),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        end=next((vocabulary[end] for end in ENDS if end in vocabulary), None),
+        by=tokenizer,
+    )
+
+
+def _of_sentencepiece(path):
+    with usage_errors(ImportError, prefix=f"{path} needs a package: pip install sentencepiece. "):
+        from sentencepiece import SentencePieceProcessor
+    with usage_errors(Exception, prefix=f"{path} can't be read, it is damaged or no SentencePiece model: "):
+        model = SentencePieceProcessor(model_file=path)
+    end, symbols = model.eos_id(), model.get_piece_size()
+    end_text = model.id_to_piece(end) if end >= 0 else None  # which SentencePiece neither reads nor writes
+
+    def encode(text):
+        first, *others = map(model.encode, text.split(end_text) if end_text else [text])
+        return [*first, *(i for ids in others for i in (end, *ids))]
+
+    def decode(ids):
+        texts = [[]]
+        for i in ids:
+            if i == end:
+                texts.append([])
+            elif i < symbols:
+                texts[-1].append(i)
+        return (end_text or "").join(map(model.decode, texts))
+
+    return Codec(path, symbols, encode, model.encode, decode, end if end >= 0 else None, model)
+
+
+def _of_symbols(folder, vocab_size):
+    (stoi, itos), name = symbols_of(folder), os.path.join(folder, "meta.pkl")
+
+    def encode(text):
+        return _encode(text, stoi, name)
+
+    def decode(ids):
+        return "".join(itos.get(i, "") for i in ids)
+
+    return Codec(name, vocab_size, encode, encode, decode, stoi.get(END_OF_TEXT), (stoi, itos))
 
 
 def _encode(text, stoi, name):
@@ -165,7 +294,7 @@ def _encode(text, stoi, name):
         unknown = sorted(unknown)
         several = f"characters {', '.join(map(repr, unknown[:20]))}, which are" if unknown[1:] else ""
         raise UsageError(
-            f"the prompt has the {several or f'character {unknown[0]!r}, which is'} not among the {len(stoi)} "
+            f"the text has the {several or f'character {unknown[0]!r}, which is'} not among the {len(stoi)} "
             f"symbols of {name}: use only {''.join(stoi)[:300]!r}"
         )
     return ids

@@ -230,7 +230,8 @@ def test_a_meta_file_that_is_none(tmp_path, content):
 
 
 def test_symbols_there_and_back():
-    encode, decode, _ = codec_of("data/markov")
+    codec = codec_of("data/markov")
+    encode, decode = codec.encode, codec.decode
     assert decode(encode("HELLO!")) == "HELLO!"
     with pytest.raises(UsageError, match="'é', which is not among the 65 symbols of data/markov/meta.pkl"):
         encode("Hé")
@@ -238,7 +239,8 @@ def test_symbols_there_and_back():
 
 def test_the_longest_symbol_that_fits_is_taken(tmp_path):
     stoi = OrderedDict({"a": np.int64(0), "ab": 1, "b": 2, "abcd": 3, "<end>": 4, "<": 5, "c": 6})
-    encode, decode, _ = codec_of(write_meta(tmp_path, vocab_size=7, stoi=stoi))
+    codec = codec_of(write_meta(tmp_path, vocab_size=7, stoi=stoi))
+    encode, decode = codec.encode, codec.decode
     assert encode("abcabcd<<end>ba") == [1, 6, 3, 5, 4, 2, 0]
     assert decode(encode("abcabcd<<end>ba")) == "abcabcd<<end>ba"
     with pytest.raises(UsageError, match="the characters 'd', 'e', which are not among the 7 symbols"):
@@ -268,7 +270,8 @@ def test_symbols_must_fit_the_model(tmp_path):
 
 
 def test_bpe_there_and_back(bpe):
-    encode, decode, _ = codec_of(None)
+    codec = codec_of(None)
+    encode, decode = codec.encode, codec.decode
     assert encode("Hello<|endoftext|>") == [15496, 50256]
     assert decode([15496, 50300]) == "Hello", "the padding of the vocabulary stands for nothing"
 

@@ -111,9 +111,9 @@ def test_transformers_alone_reads_what_was_exported(bpe, shared):
     save(drawn(bias=True, dropout=0.1))
     export(to="words")
     folders["words"] = ours()
-    encode, decode, _ = codec_of("data/markov")
+    codec = codec_of("data/markov")
     words = (shared / "text" / "tinyshakespeare.txt").read_text()[:50_000]
-    texts = {"char": [decode(list(range(65))) * 3], "words": [words, *random_texts(300)]}
+    texts = {"char": [codec.decode(list(range(65))) * 3], "words": [words, *random_texts(300)]}
     for folder, model in folders.items():
         torch.save(torch.randint(min(50257, model.config.vocab_size), (2, model.config.block_size)), f"{folder}.idx.pt")
     Path("texts.json").write_text(json.dumps(texts))
@@ -131,17 +131,17 @@ def test_transformers_alone_reads_what_was_exported(bpe, shared):
         assert told[folder]["goes_on"]
     assert [told[folder]["vocabulary"] for folder in folders] == [65, 50257]
     assert told["char"]["texts"] == texts["char"]
-    assert told["char"]["ids"] == [encode(texts["char"][0])]
-    tiktoken_encode, tiktoken_decode, _ = codec_of(None)
+    assert told["char"]["ids"] == [codec.encode(texts["char"][0])]
+    bpe = codec_of(None)
     for text, ids, back in zip(texts["words"], told["words"]["ids"], told["words"]["texts"], strict=True):
-        assert ids == tiktoken_encode(text)
-        assert back == tiktoken_decode(ids) == text
+        assert ids == bpe.encode(text)
+        assert back == bpe.decode(ids) == text
 
 
 def test_the_tokenizer_is_gpt2s_own(bpe, shared):
     """The merges that are worked out of tiktoken's ranks are those that OpenAI released."""
     pytest.importorskip("tokenizers")
-    merges = json.loads(huggingface.tokenizer_of(None).to_str())["model"]["merges"]
+    merges = json.loads(huggingface.tokenizer_of(codec_of(None)).to_str())["model"]["merges"]
     released = [path.read_text(encoding="utf-8") for path in (shared / "tiktoken_cache").iterdir()]
     [released] = [text.splitlines()[1:] for text in released if text.startswith("#version")]
     assert len(released) == 50000
@@ -156,7 +156,7 @@ def write_meta(symbols):
 def test_symbols_of_several_characters_are_taken_before_shorter_ones():
     pytest.importorskip("tokenizers")
     write_meta(["a", "ab", "abc", ".", "(", "a.b", "b", "c"])
-    tokenizer = huggingface.tokenizer_of("data/markov")
+    tokenizer = huggingface.tokenizer_of(codec_of("data/markov"))
     assert tokenizer.encode("abcaba.b(ac.").tokens == ["abc", "ab", "a.b", "(", "a", "c", "."]
     assert tokenizer.decode(tokenizer.encode("abcaba.b(ac.").ids) == "abcaba.b(ac."
 
@@ -222,17 +222,16 @@ def test_the_activation_survives_training_and_resuming():
 def test_the_symbols_of_an_exported_folder():
     trained()
     export(to="hf")
-    encode, decode, name = huggingface.codec_of_folder("hf")
-    theirs_encode, theirs_decode, _ = codec_of("data/markov")
-    text = theirs_decode(list(range(65)))
-    assert encode(text) == theirs_encode(text)
-    assert decode(encode(text)) == text
-    assert name == os.path.join("hf", "tokenizer.json")
-    with pytest.raises(UsageError, match="the prompt has what hf/tokenizer.json has no symbol for"):
-        encode("\u4e00")
+    codec, theirs = codec_of("hf"), codec_of("data/markov")
+    text = theirs.decode(list(range(65)))
+    assert codec.encode(text) == theirs.encode(text)
+    assert codec.decode(codec.encode(text)) == text
+    assert codec.name == os.path.join("hf", "tokenizer.json")
+    with pytest.raises(UsageError, match="the text has what hf/tokenizer.json has no symbol for"):
+        codec.encode("\u4e00")
     Path("hf/tokenizer.json").write_text("{")
     with pytest.raises(UsageError, match="hf/tokenizer.json can't be read"):
-        huggingface.codec_of_folder("hf")
+        codec_of("hf")
 
 
 # ---- models that transformers' GPT-2 is not ----------------------------------------------------------------

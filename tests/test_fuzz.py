@@ -188,11 +188,10 @@ def use_meta(seen, data):
     made = meta and result_of(Counter(), lambda: codec.codec_of("."), ["meta.pkl"])
     assert nothing_ran()
     if made:
-        encode, decode, _ = made
         assert type(meta["vocab_size"]) is int
         assert meta["vocab_size"] > 0
-        assert isinstance(decode(range(100)), str)
-        ids = result_of(Counter(), lambda: encode("ab"), ["meta.pkl"])
+        assert isinstance(made.decode(range(100)), str)
+        ids = result_of(Counter(), lambda: made.encode("ab"), ["meta.pkl"])
         assert ids is None or all(0 <= i < meta["vocab_size"] for i in ids)
 
 
@@ -276,7 +275,7 @@ def test_any_token_files_give_batches_or_are_refused():
     small = st.binary(max_size=40).map(lambda data: (np.frombuffer(data, "u1") % 10).astype("<u2").tobytes())
     content = small | small | st.binary(max_size=80)
 
-    @cases(100)
+    @cases(200)  # what hypothesis draws depends on constants in the code
     @given(content, content, st.integers(1, 12), st.integers(8, 2**17))
     def check(train, val, block_size, vocab_size):
         Path("train.bin").write_bytes(train)

@@ -26,7 +26,8 @@ def drawn(batches, start="A", seed=7):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
-    encode, decode, _ = codec_of("data/markov")
+    codec = codec_of("data/markov")
+    encode, decode = codec.encode, codec.decode
     prompts = [torch.tensor([encode(start)] * rows) for rows in batches]
     samples = [row for prompt in prompts for row in model.eval().generate(prompt, 30, temperature=0.9, top_k=5)]
     return [decode(tokens.tolist()) for tokens in samples]

@@ -47,7 +47,8 @@ def sample(**keys):
 @torch.no_grad()
 def plain_loop(model, prompts, rows, stop=None):
     """Tokens one after the other for each prompt, so many texts in a batch, cut before the stop."""
-    encode, decode, _ = codec_of("data/markov")
+    codec = codec_of("data/markov")
+    encode, decode = codec.encode, codec.decode
     torch.manual_seed(KEYS["seed"])
     GPT(model.config)  # sample.py draws weights before it loads them
     texts = []
@@ -131,6 +132,5 @@ def test_a_hugging_face_folder_says_where_its_texts_end(bpe):
     end = list(ran.names["drawn_ids"])[7]
     said = json.loads(Path("hf/generation_config.json").read_text())
     Path("hf/generation_config.json").write_text(json.dumps({**said, "eos_token_id": [50256, end]}))
-    _, decode, _ = codec_of(None)
-    assert sample(**keys) == ["Hello" + whole[5:].split(decode([end]))[0]]
+    assert sample(**keys) == ["Hello" + whole[5:].split(codec_of(None).decode([end]))[0]]
     assert sample(**keys, stop="") == [whole]

@@ -2,10 +2,11 @@
 
     python data/from_text/prepare.py ~/tales
     python data/from_text/prepare.py ~/tales --characters --out=tales_char
+    python data/from_text/prepare.py ~/tales --tokenizer=tokenizer.json --out=tales_mine
 
-makes data/tales in GPT-2's BPE, each file followed by <|endoftext|>, and data/tales_char by characters; the last line
-says how to train on it. All files below the folder count, hidden ones and links to folders aside. The files are
-shuffled by a seed, and the last 10% of all (at most 10 million tokens) are val.
+makes data/tales in GPT-2's BPE, each file followed by <|endoftext|>, data/tales_char by characters, and data/tales_mine
+by a tokenizer of your own; the last line says how to train on it. All files below the folder count, hidden ones and
+links to folders aside. The files are shuffled by a seed, and the last 10% of all (at most 10 million tokens) are val.
 """
 
 import os
@@ -104,20 +105,22 @@ def main():
     parser = corpus.Parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="a folder of UTF-8 text files, or one such file")
     parser.add_argument("--characters", action="store_true", help="a token a character, instead of GPT-2's BPE")
+    parser.add_tokenizer()
     parser.add_argument("--out", metavar="NAME", help="the data set's name, a folder in data/ (default: FOLDER's name)")
     args = parser.parse_args()
     path = os.path.abspath(args.folder)
     stem = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
     name = args.out or re.sub(r"[^\w.-]+", "_", stem).strip("._") or "text"
     out = corpus.folder_named(name)
-    if not args.characters:
-        corpus.codec.gpt2_bpe()  # if it can't be had, that is told before the texts are read
+    if args.characters and args.tokenizer != "gpt2":
+        raise UsageError("--characters and --tokenizer are two ways to make tokens: choose one")
+    tokenizer = None if args.characters else corpus.codec.codec_named(args.tokenizer)
 
     with usage_errors(OSError, prefix=f"{args.folder} can't be read: "):
         files, symbols, count = survey(text_files(args.folder, out))
     if not files:
         raise UsageError(f"{args.folder} is empty: there is no UTF-8 text in it")
-    with corpus.DataSet(out, args.force) as made:
+    with corpus.DataSet(out, args.force, tokenizer.symbols if tokenizer else len(symbols)) as made:
         made.record.update({"source": args.folder, "files": len(files)})
         documents = corpus.Documents(made)
         texts = (piece for file in files for piece in pieces(file))
@@ -128,7 +131,8 @@ def main():
                 for text, ends in texts:
                     documents.add(encode(text if not ends or text.endswith("\n") else text + separator), ends)
             else:
-                for ids, ends in corpus.tokenised(texts, os.cpu_count()):
+                made.keep_tokenizer(tokenizer)
+                for ids, ends in corpus.tokenised(made, tokenizer, texts, os.cpu_count()):
                     documents.add(ids, ends)
         documents.split_by_tokens()
     if min(made.tokens.values()) > 1:

@@ -197,6 +197,7 @@ def main():
     )
     parser.add_argument("--name", help="which of a hub data set's configurations, such as sample-10BT")
     parser.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
+    parser.add_tokenizer()
     parser.add_argument("--max_tokens", type=corpus.whole_number, help="only the first documents with so many tokens")
     parser.add_argument(
         "--out", default="openwebtext", help="the data set's name, a folder in data/ (default: openwebtext)"
@@ -209,16 +210,17 @@ def main():
     )
     args = parser.parse_args()
 
-    corpus.codec.gpt2_bpe()  # if it can't be had, that is told before anything is fetched
-    with corpus.DataSet(corpus.folder_named(args.out, own="openwebtext"), args.force) as made:
+    tokenizer = corpus.codec.codec_named(args.tokenizer)  # if it can't be had, that is told before anything is fetched
+    with corpus.DataSet(corpus.folder_named(args.out, own="openwebtext"), args.force, tokenizer.symbols) as made:
+        made.keep_tokenizer(tokenizer)
         given = {"source": args.source, "name": args.name, "max_tokens": args.max_tokens}
         made.record.update({key: value for key, value in given.items() if value is not None})
         documents = corpus.Documents(made, args.max_tokens)
-        for ids, _ in corpus.tokenised(((text, True) for text in texts(args)), args.num_proc):
+        for ids, _ in corpus.tokenised(made, tokenizer, ((text, True) for text in texts(args)), args.num_proc):
             documents.add(ids)
             if args.max_tokens and documents.tokens >= args.max_tokens and len(documents) > 1:
                 break
-        if documents.tokens == len(documents):  # of nothing, each is <|endoftext|>
+        if documents.tokens <= len(documents) * (tokenizer.end is not None):  # of nothing, each is <|endoftext|>
             raise UsageError(f"--source {args.source} is empty: no document holds text")
         if len(documents) < 2:
             raise UsageError(f"--source {args.source} has 1 document: at least two are needed, one of them for val")

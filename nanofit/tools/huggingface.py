@@ -3,18 +3,21 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from nanofit.codec import END_OF_TEXT, codec_of, gpt2_bpe, load_meta, symbols_of
+from nanofit.codec import GPT2, TOKENIZER_FILES, codec_of
 from nanofit.errors import UsageError, first_line, usage_errors
 from nanofit.files import whole_or_not_at_all
 from nanofit.models import activation_of
 
+PROBE = "Hello  world's 12345 (x)=y;//\n\n\tÀÉé 日本語 🙂\r\n  YOU'LL end \n "  # cut by every rule that patterns have
 MOST_PADDING = 1024  # a vocabulary that is larger by so many symbols is not padded, it is another one
 CLOSE = 1e-4  # logits that differ by less, beside the largest of them, differ by rounding
 NOT_GPT2 = "this model is no GPT-2, and transformers' GPT-2 can't express it: "
@@ -23,34 +26,41 @@ NOT_GPT2 = "this model is no GPT-2, and transformers' GPT-2 can't express it: "
 # ---- symbols -----------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(data_dir):
-    """The symbols of codec_of(data_dir) as a tokenizers.Tokenizer: those of a data set, or GPT-2's BPE."""
+def tokenizer_of(codec):
+    """A Codec that isn't a file yet, as a tokenizers.Tokenizer. UsageError for what that can't express."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    meta = load_meta(data_dir) if data_dir else None
-    if meta is None:
-        tokenizer = Tokenizer(models.BPE(*_vocabulary_and_merges(gpt2_bpe())))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    if isinstance(codec.by, tuple):
+        stoi, itos = codec.by
+        if {symbol: i for i, symbol in itos.items()} != stoi:
+            raise UsageError(
+                f"{codec.name}: stoi and itos are not each other's inverse, which no tokenizer can express: prepare "
+                "the data again"
+            )
+        longest_first = sorted((symbol for symbol in stoi if len(symbol) > 1), key=len, reverse=True)
+        tokenizer = Tokenizer(models.WordLevel(stoi, unk_token=""))
+        symbols = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(symbols), "isolated")
+        tokenizer.decoder = decoders.Fuse()  # without spaces between them
         return tokenizer
-    stoi, itos = symbols_of(data_dir)
-    if {symbol: i for i, symbol in itos.items()} != stoi:
-        raise UsageError(
-            f"{data_dir}/meta.pkl: stoi and itos are not each other's inverse, which no tokenizer can express: "
-            "prepare the data again"
-        )
-    longest_first = sorted((symbol for symbol in stoi if len(symbol) > 1), key=len, reverse=True)
-    tokenizer = Tokenizer(models.WordLevel(stoi, unk_token=""))
-    symbols = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(symbols), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without spaces between them
+    bpe = codec.by
+    special = {text: bpe.encode_single_token(text) for text in bpe.special_tokens_set}
+    vocabulary, merges = _vocabulary_and_merges(bpe)
+    tokenizer = Tokenizer(models.BPE({**vocabulary, **special}, merges, ignore_merges=True))
+    # Where tiktoken takes {1,3}+ for a repeat that gives nothing back, this library takes it for two repeats.
+    pattern = Regex(re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", bpe._pat_str))
+    by_words, by_bytes = pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_words, by_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in sorted(special, key=special.get)])
+    if tokenizer.encode(PROBE).ids != codec.encode_ordinary(PROBE):
+        raise UsageError(f"tokenizers, Hugging Face's library, can't express {codec.name}: it cuts words otherwise")
     return tokenizer
 
 
 def _vocabulary_and_merges(bpe):
     """What the tokenizers library asks of a byte-pair encoding, from a tiktoken.Encoding, which keeps only ranks."""
-    ranks = {bpe.decode_single_token_bytes(i): i for i in range(bpe.n_vocab) if i != bpe.eot_token}
+    ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
     # tokenizers spells bytes in letters: those that can't be printed, in order, by the ones from chr(256) on.
     others = iter(range(256, 512))
     letter = {b: chr(b) if chr(b).isprintable() and b != ord(" ") else chr(next(others)) for b in range(256)}
@@ -59,29 +69,14 @@ def _vocabulary_and_merges(bpe):
     for token in sorted(ranks, key=ranks.get):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:  # merged by rank until the two are left that the token is merged from
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-            i = pairs.index(min(pairs))
+            pairs = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            if (rank := min(pairs)) == math.inf:
+                break
+            i = pairs.index(rank)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((spelled[parts[0]], spelled[parts[1]]))
     return {spelled[token]: rank for token, rank in ranks.items()}, merges
-
-
-def codec_of_folder(folder, vocab_size=None):
-    """(encode, decode, name) by a Hugging Face folder's tokenizer.json, as codec_of; GPT-2's BPE where it has none."""
-    path = os.path.join(folder, "tokenizer.json")
-    if not os.path.isfile(path):
-        return codec_of(None, vocab_size)
-    with usage_errors(ImportError, prefix=f"{path} needs a package: pip install tokenizers. "):
-        from tokenizers import Tokenizer
-    with usage_errors(Exception, prefix=f"{path} can't be read, it is damaged or not a tokenizer: "):
-        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-
-    def encode(text):
-        with usage_errors(Exception, prefix=f"the prompt has what {path} has no symbol for: "):
-            return tokenizer.encode(text, add_special_tokens=False).ids
-
-    return encode, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), path
 
 
 def ends_of(folder, decode):
@@ -94,17 +89,38 @@ def ends_of(folder, decode):
     return [text for i in (ids if isinstance(ids, list) else [ids]) if i is not None and (text := decode([i]))]
 
 
-def check_vocabulary(model, tokenizer, data_dir):
-    """The number of the tokenizer's symbols; a UsageError where they are not the model's, with padding or without."""
-    symbols = max(tokenizer.get_vocab().values()) + 1
-    if not symbols <= model.config.vocab_size < symbols + MOST_PADDING:
-        path = os.path.join(data_dir or "data/...", "meta.pkl")
-        source = path if os.path.exists(path) else f"GPT-2's BPE, which is taken where there is no {path},"
+def check_vocabulary(model, codec, data_dir):
+    """Raise a UsageError where a Codec's symbols are not the model's, with padding or without."""
+    if not codec.symbols <= model.config.vocab_size < codec.symbols + MOST_PADDING:
+        name = codec.name
+        if name == GPT2:
+            path = os.path.join(data_dir or "data/...", "meta.pkl")
+            name = f"GPT-2's BPE, which is taken where there is no {path},"
         raise UsageError(
-            f"the model has a vocabulary of {model.config.vocab_size} and {source} has {symbols} symbols: bring the "
-            "meta.pkl of the data set that the model was trained with"
+            f"the model has a vocabulary of {model.config.vocab_size} and {name} has {codec.symbols} symbols: bring "
+            "the meta.pkl or the tokenizer of the data set that the model was trained with"
         )
-    return symbols
+
+
+def write_tokenizer(codec, folder, block_size):
+    """Put a Codec's tokenizer into a folder: its own file, or a tokenizer.json, with what transformers asks for."""
+    kept = os.path.join(folder, "tokenizer" + os.path.splitext(codec.name)[1])
+    if os.path.basename(kept) in TOKENIZER_FILES:
+        shutil.copyfile(codec.name, kept)
+    else:
+        text = tokenizer_of(codec).to_str(pretty=True)
+        Path(folder, "tokenizer.json").write_text(text, encoding="utf-8")
+    if kept.endswith(".model"):
+        print("tokenizer.model is copied: sample.py reads it; to transformers, name the class that it was made for")
+        return
+    end = codec.decode([codec.end]) if codec.end is not None else None
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        **({f"{kind}_token": end for kind in ("bos", "eos", "unk")} if end else {}),
+    }
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 # ---- the folder --------------------------------------------------------------------------------------------
@@ -166,24 +182,17 @@ def export(model, saved, folder, title, data_dir, keep_padding):
     from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = tokenizer_of(data_dir)
-    symbols = check_vocabulary(model, tokenizer, data_dir)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    about_tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.block_size,
-        "clean_up_tokenization_spaces": False,
-        **({f"{kind}_token": END_OF_TEXT for kind in ("bos", "eos", "unk")} if end is not None else {}),
-    }
-    prompt = tokenizer.decode([0]) if end is None else "Once upon a time"
+    codec = codec_of(data_dir)
+    check_vocabulary(model, codec, data_dir)
+    prompt = codec.decode([0]) if isinstance(codec.by, tuple) else "Once upon a time"
     with whole_or_not_at_all(folder) as part:
         os.mkdir(part)
-        # From within: safetensors and tokenizers take no path that isn't UTF-8.
+        write_tokenizer(codec, part, model.config.block_size)
+        # From within: safetensors takes no path that isn't UTF-8.
         with contextlib.chdir(part), usage_errors(SafetensorError, prefix=f"{folder} can't be written: "):
-            Path("tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            Path("tokenizer_config.json").write_text(json.dumps(about_tokenizer, indent=2) + "\n")
             Path("README.md").write_text(model_card(model, saved, title, prompt), encoding="utf-8", errors="replace")
-            as_gpt2(model, model.config.vocab_size if keep_padding else symbols, end).save_pretrained(".")
+            vocab_size = model.config.vocab_size if keep_padding else codec.symbols
+            as_gpt2(model, vocab_size, codec.end).save_pretrained(".")
             return compare(model, transformers.AutoModelForCausalLM.from_pretrained(".").eval())
 
 
