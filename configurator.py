@@ -34,7 +34,14 @@ except ModuleNotFoundError as e:
         "error: configurator.py uses nanofit/, which lies beside it: start there, or add that folder to PYTHONPATH"
     )
 
-PATHS = ("out_dir", "init_from", "dataset", "to", "weights_only_to")  # a ~ at their beginning is the home folder
+PATHS = (
+    "out_dir",
+    "init_from",
+    "dataset",
+    "to",
+    "weights_only_to",
+    "hellaswag",
+)  # a ~ at their beginning is the home folder
 NEAR = 0.8  # how alike two names are, of which one may be the other misspelt; scripts share config files
 
 

@@ -26,6 +26,7 @@ from nanofit.codec import differs, load_meta
 from nanofit.compiling import compiled
 from nanofit.errors import PatientOutput, UsageError
 from nanofit.folder import RunFolder
+from nanofit.hellaswag import HellaSwag
 from nanofit.metrics import Metrics, open_readers, require_readers, run_facts
 from nanofit.optimizers import allocate_state, make_optimizer, set_learning_rate
 from nanofit.ranks import World
@@ -41,6 +42,7 @@ eval_interval = 2000  # iterations between evaluations; a checkpoint is written 
 log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
+hellaswag = ""  # path of hellaswag_val.jsonl: its accuracy with each evaluation; four sequences a line of the file
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
 save_minutes = 0.0  # between checkpoints that don't wait for an evaluation, 0 for none
 keep = 0  # checkpoints of the last so many iterations that were saved stay, as ckpt-ITERATION.pt
@@ -63,7 +65,8 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining; finetuning may want 0.1 or more
 bias = False  # in LayerNorm and Linear
-# AdamW
+# optimizer
+optimizer = "adamw"  # that of model.py; or 'muon' for the matrices of the blocks, and AdamW for the rest
 learning_rate = 6e-4  # the highest
 max_iters = 600000
 weight_decay = 1e-1
@@ -133,6 +136,8 @@ if not dry_run:  # which needs no data and writes nothing
         folder.take()
     if block_size < trained_with:
         folder.begin_anew()  # a cropped model is another run
+    # functions of the model that return more figures for an evaluation: {name: number}
+    at_evaluation = [HellaSwag(hellaswag, data_dir, model_args, world, device, dtype)] if hellaswag else []
     readers = open_readers(config, folder, iter_num) if world.is_main else []
 
 # ---- fit the device, before there is a weight that takes memory of it --------------------------------------
@@ -154,9 +159,9 @@ if origin:
     print(*settings.beginning(init_from, origin, config, given), sep="\n")
 models.crop(model, trained_with, block_size)
 models.apply_levers(model, levers)
-world.sharded = levers.shard and world.size > 1
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
-optimizer = make_optimizer(model, levers.optimizer_state, weight_decay, learning_rate, (beta1, beta2), device)
+of_group = dict(weight_decay=weight_decay, learning_rate=learning_rate, betas=(beta1, beta2), device=device)
+optimizer = make_optimizer(model, levers.optimizer_state, **of_group, name=config["optimizer"])
 scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 per_rank = gradient_accumulation_steps // world.size
@@ -183,13 +188,10 @@ run.rehearse()
 if plan.compile and settings.anything_left(config, iter_num):
     for attempt in recovery.attempts():
         with attempt:
-            like = batches.like_current
-            model = compiled(raw_model, device, like, autocast, compile_mode, world.size)
+            model = compiled(raw_model, device, batches.like_current, autocast, compile_mode, world.size)
+
 
 # ---- the loop ----------------------------------------------------------------------------------------------
-at_evaluation = []  # functions of the model that return more figures for an evaluation: {name: number}
-
-
 def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
     """Learning rate of iteration it: linear warm-up, cosine decay to min_lr, then min_lr."""
     if it < warmup_iters:

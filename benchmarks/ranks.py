@@ -62,7 +62,6 @@ class Ours:
 
     def __init__(self, model, micro_steps):
         self.model, self.micro_steps = model, micro_steps
-        world.sharded = self.levers.shard
         sharding.place(model, world, device, dtype, self.levers)
         self.autocast, self.scaler = machine.autocast(device, dtype), machine.grad_scaler(device, dtype)
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)

@@ -10,8 +10,10 @@ from functools import partial
 import torch
 
 from nanofit.errors import UsageError, first_line, is_out_of_memory
+from nanofit.muon import Muon
 from nanofit.sharding import share_like
 
+OPTIMIZERS = ("adamw", "muon")
 OPTIMIZER_STATES = ("float32", "8bit", "offload")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
 IMPLEMENTATION = ("fused", "foreach", "capturable")  # how this machine computes a step
@@ -19,19 +21,27 @@ SHARE = "lr_share"  # a group's key: its learning rate over the schedule's
 OF_THIS_RUN = (*IMPLEMENTATION, SHARE)  # a group's keys that no checkpoint brings
 
 
-def require(kind):
-    """Raise a UsageError if the library that this kind needs is not installed."""
+def require(name, kind):
+    """Raise a UsageError if what this optimizer and its kind of state need is not installed."""
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"optimizer='muon' needs torch 2.9 or newer, not {torch.__version__}: use 'adamw'")
     if kind == "8bit" and importlib.util.find_spec("torchao") is None:
         raise UsageError("optimizer_state='8bit' is kept by torchao: pip install torchao, or use 'offload'")
 
 
-def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
-    """What configure_optimizers gives for a model that is on its device already.
+def configured(model, name, weight_decay, learning_rate, betas, device_type):
+    """What a model's configure_optimizers gives; where name is 'muon', with Muon for what that is for."""
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
+    return Muon(model, optimizer, learning_rate, weight_decay, betas) if name == "muon" else optimizer
+
+
+def make_optimizer(model, kind, weight_decay, learning_rate, betas, device, name="adamw"):
+    """What configured gives for a model that is on its device already.
 
     kind: how AdamW keeps its state, if that is what it is. 'float32'; '8bit' (two bytes a parameter instead of eight;
     Dettmers et al. 2022, arXiv:2110.02861), which needs torchao: see require; or 'offload' (none on the device).
     """
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device.type)
+    optimizer = configured(model, name, weight_decay, learning_rate, betas, device.type)
     rates = [group.get("lr") for group in optimizer.param_groups]
     rates = [learning_rate if rate is None else float(rate) for rate in rates]  # some leave it to the schedule
     differ = len(set(rates)) > 1 and learning_rate > 0
@@ -41,7 +51,7 @@ def make_optimizer(model, kind, weight_decay, learning_rate, betas, device):
         return optimizer
     if not _is_plain_adamw(optimizer):
         own = type(optimizer).__name__
-        print(f"optimizer_state={kind!r} is for plain AdamW: model.py's own optimizer ({own}) is used as it is")
+        print(f"optimizer_state={kind!r} is for plain AdamW: the optimizer here ({own}) is used as it is")
         return optimizer
     print(f"AdamW's state: {kind}")
     dropped = (*IMPLEMENTATION, "amsgrad", "maximize", "differentiable")
@@ -83,15 +93,14 @@ def allocate_state(optimizer):
     Each parameter's state is there whole or not at all, so that it can be called again after running out of memory.
     Of another optimizer, the first step makes it.
     """
-    if type(optimizer) is not torch.optim.AdamW:
-        return
-    for group in optimizer.param_groups:
-        on_device = group["fused"] or group["capturable"]
-        names = (*MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else MOMENTS
-        for p in group["params"]:
-            if p.requires_grad and not optimizer.state[p]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in names}}
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for group in part.param_groups if type(part) is torch.optim.AdamW else ():
+            on_device = group["fused"] or group["capturable"]
+            names = (*MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else MOMENTS
+            for p in group["params"]:
+                if p.requires_grad and not part.state[p]:
+                    step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+                    part.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in names}}
 
 
 # ---- a checkpoint's state ----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class World:
     size: int = 1
     local_size: int = 1  # ranks on this machine
     on_host: object = None  # a group whose messages don't wait for the devices
-    sharded: bool = False  # no rank holds the whole model: whoever makes the model says so, see sharding.py
+    sharded: bool = False  # no rank holds the whole model: see sharding.place
 
     @classmethod
     def of_torchrun(cls):
@@ -56,7 +56,7 @@ class World:
             return cls(*(int(os.environ.get(name, alone)) for name, alone in variables.items()))
 
     @classmethod
-    def imagined(cls, size, sharded=False):
+    def imagined(cls, size):
         """A World of so many ranks, of which this process is the first and the others don't exist.
 
         Messages arrive at once, and mean nothing (torch's "fake" backend): what tensors take is as among real ranks,
@@ -67,7 +67,7 @@ class World:
         hook = sys.excepthook
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         sys.excepthook = hook  # as in init
-        return cls(size=size, on_host=dist.group.WORLD, sharded=sharded)
+        return cls(size=size, on_host=dist.group.WORLD)
 
     @property
     def is_main(self):

@@ -79,8 +79,9 @@ def check(config, world):
             raise UsageError(f"{key} must be below 1, not {config[key]}")
     one_of(COMPILE_MODES, config, "compile_mode")
     one_of(tuple(SAMPLINGS), config, "sampling")
+    one_of(optimizers.OPTIMIZERS, config, "optimizer")
     one_of(optimizers.OPTIMIZER_STATES, config, "optimizer_state")
-    optimizers.require(config["optimizer_state"])
+    optimizers.require(config["optimizer"], config["optimizer_state"])
     init_from = config["init_from"]
     if init_from not in ("scratch", "resume", "auto", *GPT2_SIZES) and not os.path.exists(init_from):
         raise UsageError(
@@ -184,6 +185,12 @@ def go_on_with(saved, config, given, ranks=1):
     """
     if not saved:
         return of_a_plan(config, given)
+    was = saved["config"].get("optimizer", "adamw")
+    if "optimizer" in given and config["optimizer"] != was:
+        raise UsageError(
+            f"optimizer={config['optimizer']!r} can't go on with the state of {was!r}: leave it out, or begin a run "
+            f"with these weights: --init_from={config['out_dir']} --out_dir=another"
+        )
     alone = ("shard", "gather_once") if ranks == 1 else ()
     taken = {
         key: value

@@ -14,11 +14,12 @@ from nanofit.models import blocks_of
 
 
 def place(model, world, device, dtype, levers):
-    """Bring a model onto this rank's device, with rank 0's weights and buffers; where world.sharded, a share of it.
+    """Bring a model onto this rank's device, with rank 0's weights and buffers; with levers.shard, this rank's share.
 
     Other ranks' models may then come empty (models.build): one machine holds one model, however many ranks it has.
     dtype: what products run in, and so, on a GPU, what a block's weights travel in; all else stays float32.
     """
+    world.sharded = levers.shard and world.size > 1
     if not world.sharded:
         model.to(device)
         world.broadcast([*model.parameters(), *model.buffers()])

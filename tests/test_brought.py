@@ -38,7 +38,7 @@ def model_py(monkeypatch):
 def test_twenty_iterations_and_ten_are_thirty(kind, name):
     if not hasattr(torch.optim, name) and name not in ("AMSGrad", "momentum", "factors", "two"):
         pytest.skip(f"this torch has no {name}")
-    keys = dict(KEYS, kind=kind, optimizer=name)
+    keys = dict(KEYS, kind=kind, moved_by=name)
     whole = train(**keys, out_dir="whole")
     train(**{**keys, "max_iters": 20})
     rest = train(**keys, init_from="resume")

@@ -163,7 +163,7 @@ def test_where_adamw_keeps_its_state_is_told_to_be_of_no_use_to_another(capsys):
     model, _ = made(optimizer="AMSGrad")
     optimizer = make_optimizer(model, "offload", 0.1, 1e-3, (0.9, 0.95), CPU)
     assert type(optimizer) is torch.optim.AdamW
-    assert "optimizer_state='offload' is for plain AdamW: model.py's own" in capsys.readouterr().out
+    assert "optimizer_state='offload' is for plain AdamW: the optimizer here (AdamW)" in capsys.readouterr().out
 
 
 # ---- AdamW's state elsewhere -------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def held(model):
 def tensors_of(model):
     return [t.to_local() if hasattr(t, "to_local") else t for t in model.parameters()]
 
-device, world, told = torch.device("cpu"), World.imagined(2, sharded=True), []
+device, world, told = torch.device("cpu"), World.imagined(2), []
 for once in (False, True):
     levers = MemoryLevers(shard=True, gather_once=once)
     model = models.build(GPT, GPTConfig, dict(block_size=16, vocab_size=64, n_layer=3, n_head=2, n_embd=32, bias=False))

@@ -35,7 +35,7 @@ def made(kind="plain", optimizer="AdamW", levers=PLAIN, **more):
     """(model, optimizer) as train.py makes them."""
     torch.manual_seed(1)
     with contextlib.redirect_stdout(io.StringIO()):
-        model = build(GPT, GPTConfig, {**SIZES, "kind": kind, "optimizer": optimizer, **more})
+        model = build(GPT, GPTConfig, {**SIZES, "kind": kind, "moved_by": optimizer, **more})
         apply_levers(model, levers)
         optimizer = optimizers.make_optimizer(model, levers.optimizer_state, 0.1, LEARNING_RATE, (0.9, 0.95), CPU)
     optimizers.allocate_state(optimizer)

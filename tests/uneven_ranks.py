@@ -29,7 +29,6 @@ def train(world, kind, batches_per_iter, levers):
     torch.manual_seed(1337 + world.rank)
     model = models.build(GPT, GPTConfig, dict(kind=kind))
     models.apply_levers(model, levers)
-    world.sharded = levers.shard
     sharding.place(model, world, CPU, "float32", levers)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     scaler, autocast = machine.grad_scaler(CPU, "float32"), machine.autocast(CPU, "float32")

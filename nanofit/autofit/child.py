@@ -66,13 +66,13 @@ def make(job, levers, device):
 
     A GPU draws them in no time; its clock may mind zeros.
     """
-    world = World.imagined(job.ranks, sharded=True) if levers.shard else ALONE
+    world = World.imagined(job.ranks) if levers.shard else ALONE
     made_on = torch.device("cpu") if levers.shard else device  # one that can't be built empty may not fit the device
     with made_on, models.WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
         model = models.build(*models.from_source(job.source), job.model_args, empty=levers.shard)
     models.apply_levers(model, levers)
     sharding.place(model, world, device, job.dtype, levers)
-    optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device)
+    optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device, job.optimizer)
     allocate_state(optimizer)  # as train.py; gradients that aren't finite would leave a first step out
     return model, optimizer, gradients.of(model, world, levers)
 

@@ -21,7 +21,7 @@ SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take tog
 MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow one runs five, and the forward pass of four more
 KEYS = (  # of the run, that an answer depends on
     "batch_size", "gradient_accumulation_steps", "dtype", "compile", "compile_mode", "compile_min_sms", "max_iters",
-    "memory_limit_gb", "grad_clip", *(lever.name for lever in fields(MemoryLevers)),
+    "memory_limit_gb", "grad_clip", "optimizer", *(lever.name for lever in fields(MemoryLevers)),
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
         device=config["device"] if card else str(device),
         dtype=config["dtype"],
         grad_clip=config["grad_clip"],
+        optimizer=config["optimizer"],
         levers=asked.levers,
         ranks=ranks,
         sharers=1 if card or device.type != "cpu" else world.local_size,

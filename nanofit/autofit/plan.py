@@ -27,6 +27,7 @@ class Job:
     device: str
     dtype: str
     grad_clip: float
+    optimizer: str = "adamw"
     levers: MemoryLevers = field(default_factory=MemoryLevers)
     micro_batch_size: int = 1  # sequences
     micro_steps: int = 1  # of an iteration, on this device

@@ -21,7 +21,7 @@ from nanofit import machine, models
 from nanofit.autofit.plan import UNSIMULATED, Trial
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line
-from nanofit.optimizers import OPTIMIZER_STATES
+from nanofit.optimizers import OPTIMIZER_STATES, configured
 from nanofit.step import accumulate, clip
 from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES
 
@@ -70,9 +70,9 @@ class Unlisted(dict):
         return ()
 
 
-def _optimizer(kind, model):
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    if kind != "float32":  # the device holds no state, as with plain SGD, or that of compact_bytes
+def _optimizer(kind, model, name):
+    optimizer = configured(model, name, 0.1, 6e-4, (0.9, 0.95), "cpu")
+    if kind != "float32" and name == "adamw":  # the device holds no state, as with plain SGD, or that of compact_bytes
         optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
     # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
     for group in optimizer.param_groups:
@@ -117,10 +117,11 @@ def step_memory(model_class, config_class, job, levers):
     model = models.build_fake(model_class, config_class, job.model_args, mode)
     with mode:
         models.apply_levers(model, levers)
-        optimizer = _optimizer(levers.optimizer_state, model)
+        optimizer = _optimizer(levers.optimizer_state, model, job.optimizer)
         tracker = MemTracker()
         tracker.memory_tracking = Unlisted()
-        own = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else []  # else activations
+        parts = getattr(optimizer, "parts", [optimizer])
+        own = [part for part in parts if isinstance(part, torch.optim.Optimizer)]  # else activations
         tracker.track_external(model, *own)
         size = job.micro_batch_size, job.model_args["block_size"], job.model_args["vocab_size"]
         batches = RandomBatch(*size, CPU, on_current=tracker.reset_mod_stats)  # it tracks one pass over the modules

@@ -1,4 +1,4 @@
-"""What people change in nanoGPT's model.py, one change at a time: GPTConfig.kind and .optimizer name it.
+"""What people change in nanoGPT's model.py, one change at a time: GPTConfig.kind and .moved_by name it.
 
 It stands beside nanogpt_like.py, whose layers it takes, as forks do that keep their additions apart.
 
@@ -24,7 +24,7 @@ KINDS = (
 @dataclass
 class GPTConfig(nanogpt_like.GPTConfig):
     kind: str = "plain"
-    optimizer: str = "AdamW"
+    moved_by: str = "AdamW"
     rate: float = 1  # of the groups that "factors" makes: a number, though its default is whole
 
 
@@ -150,7 +150,7 @@ class GPT(nanogpt_like.GPT):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         params = [p for p in self.parameters() if p.requires_grad]
         matrices, rest = [p for p in params if p.dim() == 2], [p for p in params if p.dim() != 2]
-        name, lr = self.config.optimizer, learning_rate
+        name, lr = self.config.moved_by, learning_rate
         if name == "AdamW":
             return super().configure_optimizers(weight_decay, learning_rate, betas, device_type)
         if name == "AMSGrad":
