@@ -148,8 +148,8 @@ def test_the_page_tells_what_was_decided_and_lets_nothing_run():
     Path("out/sample.txt").write_text("run aaaaaaaa, iteration 12\n<script>alert(1)</script>")
     page = page_of([run])
     for words in (
-        "batch_size 8 -&gt; 4", "compile off: &lt;it takes longer&gt;", "out of memory", "iteration 19 of 100",
-        "&lt;script&gt;alert(1)", "limit 1.00 GiB", "8.00 GiB", "took 1.9 min, iteration",
+        "batch_size 8 -&gt; 4", "compile off: &lt;it takes longer&gt;", "batch_size 8: out of memory", "8.00 GiB",
+        "&lt;script&gt;alert(1)", "iteration 19 of 100", "took 1.9 min, iteration",
     ):  # fmt: skip
         assert words in page, words
     assert "<script>alert" not in page
@@ -164,21 +164,6 @@ def test_a_sample_of_another_run_is_not_shown():
         assert run.sample is None
     Path("out/sample.txt").write_text("run aaaaaaaa, iteration 12\nTo be\nor not")
     assert run.sample == (12, "To be\nor not")
-
-
-def test_every_picture_has_a_text():
-    from nanofit.tools.report.page import page_of
-
-    run = a_run()
-    run.iterations["own"] = run.iterations["loss"]
-    page = page_of([run])
-    pictures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
-    assert len(pictures) == 6
-    for picture in pictures:
-        text = re.search(r"<figcaption[^>]*>(.*?)</figcaption>", picture, re.DOTALL)[1]
-        assert re.search(r"\d", text), text
-        heading = re.search(r'aria-labelledby="([^"]+)"', picture)[1]
-        assert f'id="{heading}"' in picture
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from nanofit.autofit.plan import Plan, from_dict
 from nanofit.errors import UsageError
 from nanofit.metrics import FILE, OURS, record_of
 from nanofit.units import GIB
@@ -58,14 +59,13 @@ class Run:
 
     @property
     def plan(self):
-        """autofit's Plan as a dict, {} where it isn't told."""
-        plan = self.facts.get("plan")
-        return plan if isinstance(plan, dict) else {}
+        """The run's Plan, or None where it isn't told."""
+        return from_dict(Plan, self.facts.get("plan"))
 
     @property
     def limit_bytes(self):
         """What training may take: the limit, or else all memory of the device; 0 where neither is known."""
-        return self.plan.get("limit_bytes") or self.facts.get("memory") or 0
+        return (self.plan and self.plan.limit_bytes) or self.facts.get("memory") or 0
 
     def drawn(self, runs):
         """(iterations, evaluations) with as many rows as a report of so many runs draws, and what is derived."""
