@@ -44,7 +44,6 @@ proofs: $(SETUP)
 
 torture: $(SETUP)
 	$(PY) tests/torture.py --kills=100
-	$(PY) tests/torture.py --kills=20 --ranks=2
 	$(PY) -m pytest -q tests/processes.py
 
 hosts: $(SETUP)

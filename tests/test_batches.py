@@ -9,7 +9,6 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from conftest import train
 
 from nanofit.batches import Batches
 from nanofit.codec import codec_of, differs, load_meta
@@ -153,22 +152,8 @@ def test_the_type_that_the_data_set_names_is_believed(tmp_path, named, name):
     assert open_data(folder, 32, 65)["train"].tokens == 4000
 
 
-def test_a_type_that_is_none(tmp_path):
-    for named in ("float32", "uint23"):
-        with pytest.raises(UsageError, match="dtype in its meta.pkl or prepared.json must be a type of whole numbers"):
-            open_data(write_meta(tmp_path, vocab_size=65, dtype=named), 32, 65)
-
-
 def test_eight_bytes_an_id_are_known_without_an_id_of_0(tmp_path):
     assert open_data(write_ids(tmp_path, "<i8", ids_below(65, least=1)), 32, 65)["train"].tokens == 4000
-
-
-def test_single_digits_with_spaces_between_them_are_read_as_nanogpt_does(tmp_path, capsys):
-    ids = ids_below(11, least=1)
-    ids[1::2] = 0
-    file = open_data(write_ids(tmp_path, "<u2", ids), 32, 11)["train"]
-    assert file.tokens == 4000
-    assert "warning: every second id" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -213,15 +198,6 @@ def test_training_needs_vocab_size_alone_whatever_else_there_is(tmp_path):
     assert not (tmp_path / "ran").exists(), "nothing in it is run"
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "kind"),
-    [("65", "str"), (np.float64(65), "numpy.float64")],
-)
-def test_the_type_that_stands_in_the_way_is_named(tmp_path, vocab_size, kind):
-    with pytest.raises(UsageError, match=rf"meta.pkl: vocab_size is a .*{kind}: write int\(...\)"):
-        load_meta(write_meta(tmp_path, vocab_size=vocab_size))
-
-
 @pytest.mark.parametrize("content", [b"garbage", pickle.dumps({"stoi": {}})])
 def test_a_meta_file_that_is_none(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
@@ -245,17 +221,6 @@ def test_the_longest_symbol_that_fits_is_taken(tmp_path):
     assert decode(encode("abcabcd<<end>ba")) == "abcabcd<<end>ba"
     with pytest.raises(UsageError, match="the characters 'd', 'e', which are not among the 7 symbols"):
         encode("ade")
-
-
-@pytest.mark.parametrize(
-    ("symbols", "sentence"),
-    [({}, "has neither stoi nor itos"), ({"stoi": Tokenizer()}, "stoi is a .*Tokenizer: write a dict")],
-)
-def test_what_sampling_lacks_is_told_at_sampling(tmp_path, symbols, sentence):
-    folder = write_meta(tmp_path, vocab_size=7, **symbols)
-    assert load_meta(folder)["vocab_size"] == 7
-    with pytest.raises(UsageError, match=sentence):
-        codec_of(folder)
 
 
 def test_symbols_must_fit_the_model(tmp_path):
@@ -319,36 +284,6 @@ def test_each_sequence_is_trained_on_once_however_batches_are_cut_on_resuming(tm
             assert all(same(part.state_dict().values(), state.values()) for part in parts)
         drawn += parts[0].data["train"].drawn
     assert trained + state["starts"].tolist() == drawn
-
-
-@pytest.mark.parametrize(("first", "then"), [((4, 2), (8, 1)), ((8, 1), (2, 4))], ids=str)
-def test_a_run_goes_on_with_batches_cut_otherwise(first, then):
-    def run(cut, **keys):
-        return train(batch_size=cut[0], gradient_accumulation_steps=cut[1], eval_interval=100, **keys).iter_loss
-
-    whole = run(first, max_iters=9, out_dir="whole")
-    run(first, max_iters=5)
-    rest = run(then, max_iters=9, init_from="resume")
-    assert list(rest) == [6, 7, 8, 9]
-    assert rest == pytest.approx({i: whole[i] for i in rest}, abs=1e-3)
-
-
-def test_a_state_of_older_versions_goes_on_exactly():
-    a = stream()
-    for _ in range(3):
-        a.advance()
-    before = a.generator.get_state()
-    a.advance()
-    after, expected = a.generator.get_state(), []
-    for _ in range(3):
-        expected.append(a.current)
-        a.advance()
-    for state in ({"before": before, "after": after}, {"before": before}):
-        b = stream(seed=5)
-        b.load_state_dict(state)
-        for batch in expected:
-            assert same(b.current, batch)
-            b.advance()
 
 
 @pytest.mark.parametrize("change", ["shortened", "replaced", "removed", "cut while it is read"])

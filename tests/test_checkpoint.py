@@ -1,7 +1,6 @@
 """ckpt.pt, whatever model, optimizer or loss is in it: what is written is read again."""
 
 import math
-import os
 import pathlib
 
 import numpy as np
@@ -136,32 +135,6 @@ def test_what_cant_be_read_now_is_not_called_damaged(monkeypatch):
         checkpoint.load("out", for_training=True)
     assert "damaged" not in str(error.value)
     assert "rename" not in str(error.value), "the one before would take the place of what may be whole"
-
-
-def test_a_resumed_run_saves_at_every_evaluation_where_there_is_room_for_one_and_a_half(monkeypatch):
-    """What lies there, and one and a half beside it: the one before makes room, once nothing holds it."""
-    train(**TINY, max_iters=5)
-    room, real = 2.5 * os.path.getsize("out/ckpt.pt"), torch.save
-    refused = []
-
-    def within(checkpoint, file):
-        if not hasattr(file, "name"):  # the rehearsal's
-            return real(checkpoint, file)
-        there = sum(os.path.getsize(f"out/{name}") for name in set(os.listdir("out")) & {"ckpt.pt", "ckpt.prev.pt"})
-        if there + os.path.getsize("out/ckpt.pt") > room:
-            refused.append(1)
-            raise OSError(28, "No space left on device")
-        return real(checkpoint, file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            torch, "save", lambda value, file: within(value, file) if hasattr(file, "name") else real(value, file)
-        )
-        run = train(**TINY, max_iters=20, init_from="resume")
-    assert refused
-    assert run.text.count("saving checkpoint to out\n") == 4
-    assert not run.names["run"].unsaved
-    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 20
 
 
 def test_resuming_takes_every_key_that_is_not_named_from_the_checkpoint():

@@ -13,7 +13,6 @@ from conftest import ROOT, TOY, environment, flags, run_script, train
 from nanofit import autofit
 from nanofit.autofit.plan import Plan
 from nanofit.errors import UsageError
-from nanofit.folder import RunFolder
 from nanofit.tools.doctor import checks, private, run
 from nanofit.tools.doctor.checks import CHECKS, OK, STOP, WARNING
 from nanofit.units import GIB, MemoryLevers
@@ -170,62 +169,12 @@ def test_what_would_stop_a_run_in_train_pys_own_words(no_plan, argv, stopped_by,
     assert says in told["checks"][stopped_by]["says"]
 
 
-HOLDER = """
-import fcntl, sys
-lock = open('out/run.lock', 'r+')
-fcntl.flock(lock, fcntl.LOCK_EX)
-fcntl.lockf(lock, fcntl.LOCK_EX)
-print(flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_folder_that_another_run_holds(no_plan):
-    Path("out").mkdir()
-    Path("out/run.lock").touch()
-    doctor(*SMALL)
-    Path("out/run.lock").write_text("process 7 on engine.of.ada, since 2026-11-22 02:39:48\n")
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", HOLDER], **pipes) as holder:
-        holder.stdout.readline()
-        told = doctor(*SMALL, code=1)
-        assert told["stopped_by"] == ["folder"]
-        assert "is in use by process 7, since" in told["checks"]["folder"]["says"]
-        assert Path("out/run.lock").read_text().startswith("process 7"), "it stays the holder's"
-        doctor(*SMALL, "--eval_only=True")
-        doctor(*SMALL, "--out_dir=another")
-        holder.communicate()
-
-
 def test_a_full_disk(no_plan, monkeypatch):
     total, used, _ = shutil.disk_usage(".")
     for free, level in ((10, STOP), (2**21, WARNING)):
         usage = type(shutil.disk_usage("."))(total, used, free)
         monkeypatch.setattr(run.shutil, "disk_usage", lambda place, usage=usage: usage)
         assert doctor(*SMALL, code=int(level == STOP))["checks"]["disk"]["level"] == level
-
-
-def test_what_cannot_be_read_now_is_not_called_damaged_and_no_advice_overwrites(no_plan, monkeypatch):
-    train(**TRAINED)
-    before = held()
-    Path("out/ckpt.pt").write_bytes(before[Path("out/ckpt.pt")][0][:-3000])
-    [stopped_by] = doctor(*SMALL, "--init_from=resume", code=1)["stopped_by"]
-    assert stopped_by == "run"
-
-    def fails(folder):
-        raise UsageError("out/ckpt.pt can't be read now")
-
-    monkeypatch.setattr(RunFolder, "load", fails)
-    told = doctor(*SMALL, "--init_from=resume", code=1)["checks"]["run"]
-    assert (told["says"], told["do"]) == ("out/ckpt.pt can't be read now", "")
-
-
-def test_keys_without_effect_and_another_vocabulary_are_warnings(no_plan):
-    train(**TRAINED)
-    told = doctor(*SMALL, "--init_from=resume", "--gather_once=True")["checks"]
-    assert "no effect" not in told
-    told = doctor(*SMALL, "--decay_lr=False")["checks"]["no effect"]
-    assert (told["level"], told["says"]) == (WARNING, "warmup_iters, lr_decay_iters, min_lr: no effect, decay_lr=False")
 
 
 def test_weights_of_the_hub(no_plan, monkeypatch):
@@ -314,24 +263,3 @@ def test_what_is_taken_out_of_a_text(monkeypatch, text, shown):
     monkeypatch.setattr(private.socket, "gethostname", lambda: "HOST")
     monkeypatch.setenv("HOME", "HOME")
     assert private.private({"a": (text.replace("ROOT", str(ROOT)),)}, str(ROOT)) == {"a": (shown,)}
-
-
-def test_nothing_tells_whose_machine_it_is(monkeypatch, tmp_path, no_plan):
-    home = tmp_path / "home" / "ada.lovelace"
-    shutil.copytree("data", home / "data")
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(private.getpass, "getuser", lambda: "ada.lovelace")
-    monkeypatch.setattr(private.socket, "gethostname", lambda: "engine")
-    monkeypatch.setenv("TORCH_HOME", f"{home}/models")
-    monkeypatch.setenv("SECRET_TOKEN", "s3cret")
-    (home / "engine").mkdir()
-    (home / "engine" / "ckpt.pt").write_text("no checkpoint")
-    monkeypatch.chdir(home)
-    for argv in (["--init_from=resume", f"--out_dir={home}/engine"], [f"{home}/config.py"], [f"--dataset={home}/x"]):
-        for form in ([], ["--json"]):
-            with pytest.raises(SystemExit) as stop:
-                run_script("doctor.py", *form, *SMALL, *argv)
-            told = stop.value.text
-            assert len(told) > 300
-            for secret in ("ada", "lovelace", "engine", str(tmp_path), "s3cret", "SECRET"):
-                assert secret not in told, told

@@ -2,18 +2,13 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import TOY, flags, run_script, torchrun, train
 
-from model import GPTConfig
-from nanofit import settings
 from nanofit.autofit.fit import Fitter
-from nanofit.settings import differences, without_effect
 
 SHORT = {"eval_interval": 5, "eval_iters": 2, "max_iters": 4}
 
@@ -82,32 +77,6 @@ def test_named_keys_that_do_nothing_are_told():
     assert "no effect" not in short(wandb_log=False, wandb_project="x", out_dir="out-b"), "as nanoGPT's configs have it"
 
 
-@dataclass
-class OtherSizes:
-    block_size: int = 8
-    vocab_size: int = 65
-    n_layer: int = 2
-    width: int = 16
-
-
-def test_sizes_that_a_model_does_not_have_or_brings_with_it_are_told():
-    config = run_script("train.py", *flags(**{**TOY, **SHORT, "max_iters": 0})).names["config"]
-    told = without_effect(config, {"n_embd", "dropout", "n_layer", "block_size", "width"}, OtherSizes, ranks=2)
-    assert told == ["n_embd, dropout: no effect, GPTConfig in model.py has no such field"]
-    told = without_effect({**config, "init_from": "gpt2"}, {"n_layer", "width", "block_size"}, OtherSizes, ranks=2)
-    assert told == ["n_layer, width: no effect, the model of init_from='gpt2' has its own"]
-
-
-def test_a_gpu_too_small_for_max_autotune_is_told_and_not_refused(monkeypatch):
-    config = run_script("train.py", *flags(**{**TOY, **SHORT, "max_iters": 0})).names["config"]
-    monkeypatch.setattr(settings.machine, "find_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(settings.machine, "sm_count", lambda device: 28)
-    config |= {"device": "cuda", "compile": True, "compile_mode": "max-autotune"}
-    [told] = settings.without_effect(config, {"compile_mode"}, GPTConfig, ranks=1)
-    assert told.startswith("compile_mode: no effect, Inductor tunes matrix products on 68 SMs or more")
-    assert settings.without_effect({**config, "compile_mode": "default"}, {"compile_mode"}, GPTConfig, ranks=1) == []
-
-
 def test_a_run_says_first_where_it_computes_and_on_what():
     first = short().splitlines()
     assert "device cpu, dtype float32 (the best for it), vocab_size 65 (of data/markov/meta.pkl)" in first
@@ -125,38 +94,6 @@ def test_what_differs_from_a_checkpoint_is_told_with_what_becomes_of_it():
     ) in text
     assert "vocab_size 65 (the checkpoint's)\n" in text
     assert "differs" not in short(init_from="resume", n_layer=2, dropout=0.25, batch_size=4, max_iters=6)
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        {"param_groups": [{"betas": (0.9, 0.95, 0.99), "weight_decay": torch.tensor(0.1)}, {"weight_decay": 0}]},
-        {"first": {"param_groups": []}, "second": {}},
-    ],
-)
-def test_whatever_optimizer_was_saved_the_differences_are_told(optimizer):
-    saved = {"model_args": {"n_layer": 2}, "config": {"weight_decay": 0.1, "beta2": 0.95}, "optimizer": optimizer}
-    config = {"weight_decay": 0.3, "beta2": 0.99}
-    stays = isinstance(optimizer, dict) and len(optimizer.get("param_groups", ())) > 1
-    [told] = differences(saved, config, set(config))
-    assert told.startswith("differs, but stays" if stays else "differs from the checkpoint, and is taken"), told
-
-
-def test_what_stays_as_in_the_checkpoint_is_told_as_it_is_in_use_and_not_as_it_was_asked_for_last():
-    short(max_iters=2, weight_decay=0.0, beta2=0.9)
-    short(max_iters=3, init_from="resume")
-    text = short(max_iters=4, init_from="resume", weight_decay=0.3, beta1=0.9, beta2=0.99)
-    assert "differs, but stays as it is in the checkpoint: weight_decay 0.0, not 0.3, beta2 0.9, not 0.99\n" in text
-
-
-def test_shares_that_one_process_does_not_keep_are_told():
-    saved = {"model_args": {}, "config": {"shard": True, "gather_once": True, "grad_clip": 0.5}, "optimizer": {}}
-    config = {"shard": False, "gather_once": False, "grad_clip": 1.0, "device": "cpu", "gpu": "", "dry_run": False}
-    config |= settings.go_on_with(saved, config, set(), ranks=1)
-    [told] = differences(saved, config, set())
-    assert told.endswith("is taken: shard True -> False (not given), gather_once True -> False (not given)")
-    config |= settings.go_on_with(saved, config, set(), ranks=2)
-    assert differences(saved, config, set()) == []
 
 
 def test_on_a_cpu_mfu_is_of_that_cpu():

@@ -19,7 +19,6 @@ from nanofit import autofit, machine, models
 from nanofit.autofit.plan import OUT_OF_MEMORY, Job, Plan, from_dict
 from nanofit.autofit.trials import Trials
 from nanofit.batches import Batches
-from nanofit.compiling import dry_step, try_compile
 from nanofit.step import clip, update
 from nanofit.units import MemoryLevers
 
@@ -55,14 +54,6 @@ def test_facts_about_the_gpu():
     assert machine.capability(GPU) >= (5, 0)
     assert 0 < machine.free_memory_bytes(GPU) <= machine.total_memory_bytes(GPU)
     assert all(pid > 0 and mib >= 0 for pid, _, mib in machine.gpu_processes(GPU))
-
-
-@numbers
-def test_generators_are_put_back():
-    state = machine.rng_state(GPU)
-    first = torch.rand(3, device=GPU)
-    machine.set_rng_state(state, GPU)
-    assert torch.equal(torch.rand(3, device=GPU), first)
 
 
 def test_a_cap_makes_an_overrun_an_error():
@@ -142,24 +133,6 @@ def test_resuming_goes_on(dtype):
     rest = train(max_iters=20, out_dir="parts", init_from="resume", **keys)
     assert rest.iter_loss == pytest.approx({i: whole.iter_loss[i] for i in range(10, 21)}, abs=2e-3)
     assert rest.names["scaler"].state_dict() == whole.names["scaler"].state_dict()
-
-
-@numbers
-def test_compiling_keeps_the_losses():
-    eager = train(device="cuda", max_iters=10)
-    compiled = train(device="cuda", max_iters=10, compile=True)
-    assert "compile failed" not in compiled.text
-    assert compiled.iter_loss == pytest.approx(eager.iter_loss, abs=0.02)
-
-
-@numbers
-def test_a_trial_leaves_the_gpus_generator_alone():
-    model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=32, dropout=0.5)).to(GPU)
-    x = torch.zeros((2, 8), dtype=torch.long, device=GPU)
-    state = torch.cuda.get_rng_state()
-    _, failure = try_compile(model, lambda m: dry_step(m, (x, x), machine.autocast(GPU, "float32")), GPU)
-    assert not failure
-    assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
 @numbers

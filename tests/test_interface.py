@@ -177,11 +177,6 @@ def commands_of(text):
     return alone + re.findall(r"`((?:python3?|torchrun) [^`\n]+)`", text)
 
 
-def test_commands_are_found_wherever_they_stand():
-    text = "Say `python a.py --x=1` or `pip`:\n```sh\n$ python b.py  # why\nmake\ntorchrun c.py \\\n    --y=2\n```\n"
-    assert commands_of(text) == ["python b.py", "torchrun c.py --y=2", "python a.py --x=1"]
-
-
 @pytest.mark.proof
 def test_the_plan_that_the_readme_shows_is_what_its_command_prints(checkout):
     block = r"^\$ python train.py (.*)\n\.\.\.\n((?:auto-fit: .*\n)+)"

@@ -162,20 +162,6 @@ def test_a_model_that_cannot_tell_its_mfu_costs_that_figure(capsys):
 # ---- the file ----------------------------------------------------------------------------------------------
 
 
-def test_the_file_has_every_figure_in_order():
-    metrics = metrics_of()
-    metrics.evaluated(0, 1e-3, {"train": 4.0, "val": 4.1})
-    iterate(metrics, range(3))
-    first, evaluation, *rest = records()
-    assert (first["iter"], first["run"]["id"], first["run"]["device"]) == (0, "aaaaaaaa", "CPU")
-    assert (evaluation["iter"], evaluation["val_loss"], evaluation["best_val_loss"]) == (0, 4.1, 4.1)
-    assert [r["loss"] for r in rest] == [2.0, 3.0, 4.0]
-    assert set(rest[0]) == {
-        "iter", "time", "tokens", "lr", "loss", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes",
-        "memory_bytes", "seconds_left",
-    }  # fmt: skip
-
-
 def test_what_is_not_finite_is_null():
     metrics = metrics_of()
     metrics.evaluated(0, 1e-3, {"train": math.nan, "val": math.inf})

@@ -3,9 +3,7 @@
 tests/models/ holds nanoGPT's interface as nanoGPT has it, and a fork with other blocks and a GPTConfig of its own.
 """
 
-import contextlib
 import dataclasses
-import math
 import os
 import re
 import shutil
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import RANK, REFERENCE, TOY, flags, run_script, train, train_on_ranks
+from conftest import REFERENCE, TOY, flags, run_script, train
 from test_interface import listed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -40,20 +38,6 @@ def nanogpt(monkeypatch):
 @pytest.fixture
 def fork(monkeypatch):
     monkeypatch.setitem(sys.modules, "model", modern)
-
-
-@contextlib.contextmanager
-def kept_for_backward():
-    """A list whose sum is the elements that forward passes kept for backward ones, weights aside."""
-    kept = []
-
-    def keep(tensor):
-        base = tensor if tensor._base is None else tensor._base
-        kept.append(0 if base.is_leaf and base.requires_grad else tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
 
 
 def sampled(out_dir, *argv):
@@ -100,22 +84,6 @@ def test_nanogpts_model_trains_as_in_nanogpt(nanogpt, reference, name):
     assert re.search(r"^model\.py offers no return_logits.*all logits are held.*$", run.text, re.MULTILINE)
 
 
-def test_nothing_is_said_to_lack_in_ours():
-    assert "model.py offers" not in train(max_iters=0).text
-
-
-def test_nanogpts_blocks_are_recomputed_from_outside(nanogpt):
-    found = []
-    for recompute in (False, True):
-        with kept_for_backward() as kept:
-            run = train(max_iters=6, dropout=0.1, recompute=recompute)
-        found.append((run.iter_loss, checkpoint("out")["model"], sum(kept)))
-    (losses, weights, kept), (again, weights_again, fewer) = found
-    assert again == losses
-    assert all(torch.equal(weight, weights_again[name]) for name, weight in weights.items())
-    assert fewer < 0.5 * kept
-
-
 def test_nanogpts_model_samples_what_ours_samples_and_goes_on_with_a_shorter_block(monkeypatch):
     os.mkdir("theirs")
     shutil.copy(REFERENCE / "upstream_ckpt.pt", "theirs/ckpt.pt")
@@ -144,7 +112,6 @@ def test_what_nanogpts_model_refuses_is_a_sentence(nanogpt, hugging_face_gpt2):
 FIELDS = dict(n_kv_head=1, rope_base=5000.0)
 # A vocabulary of 50304, as the data set has no meta.pkl: a token's logits and their gradient take 0.6 MB.
 LARGE = dict(dataset="large", n_layer=1, n_embd=32, max_iters=0, eval_iters=1, auto_fit=True, n_kv_head=1)
-FITTED = dict(batch_size=4, block_size=256, memory_limit_gb=0.85, **LARGE)  # of which torch takes 0.3
 PLANNED = dict(batch_size=1, block_size=2048, gpu="3GB", **LARGE)
 
 
@@ -183,29 +150,12 @@ def test_a_forks_fields_are_keys_like_any_other(fork):
             run_script(script, *small, key)
 
 
-def test_a_fork_is_timed(fork):
-    keys = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, n_kv_head=1)
-    run = run_script("bench.py", *flags(**keys, real_data=False, compile=False, device="cpu"))
-    assert shape(run)["n_kv_head"] == 1
-    assert re.fullmatch(r"time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d\d%", run.text.splitlines()[-1])
-
-
 @pytest.fixture
 def large(workplace):
     """The data set large, which has no meta.pkl."""
     os.mkdir("data/large")
     for name in ("train.bin", "val.bin"):
         shutil.copy(REFERENCE / "markov" / name, "data/large")
-
-
-@pytest.mark.proof
-def test_a_fork_is_fitted(fork, large):
-    run = train(**FITTED)
-    configured, found = split_of(run.text)
-    assert configured == (4, 1)
-    assert found in ((1, 4), (2, 2))
-    assert set(run.iter_loss) == set(run.eval_loss) == {0}
-    assert run.iter_loss[0] == pytest.approx(math.log(50304), abs=0.05), "nats, as nothing is learnt yet"
 
 
 def test_a_fork_is_planned_for(fork, large):
@@ -218,21 +168,6 @@ def test_a_fork_is_planned_for(fork, large):
     [parts] = re.findall(r"^auto-fit: of [\d.]+ GiB \(simulated\): (.*)$", text, re.MULTILINE)
     gib = {part: float(size) for part, size in re.findall(r"([a-z ]+?) ([\d.]+)(?:, |$)", parts)}
     assert gib["loss and backward"] > 2 * 2048 * 50304 * 4 / 2**30, "logits and their gradient in float32"
-
-
-@pytest.mark.proof
-def test_a_fork_is_shared_out(fork):
-    """Its weights, and buffers that no checkpoint holds, come from rank 0."""
-    keys = dict(gradient_accumulation_steps=2, max_iters=6)
-    alone = train(**keys, out_dir="alone")
-    Path("ranks.py").write_text(
-        f"import runpy, sys\nsys.path.append({os.path.dirname(modern.__file__)!r})\nimport modern\n"
-        f"sys.modules['model'] = modern\nsys.argv[0] = {str(RANK)!r}\nrunpy.run_path({str(RANK)!r})\n"
-    )
-    run, _, _ = train_on_ranks(2, script="ranks.py", **keys, shard=True)
-    assert run.iter_loss == pytest.approx(alone.iter_loss, abs=TOLERANCE)
-    rest, _, _ = train_on_ranks(2, script="ranks.py", **{**keys, "max_iters": 9}, shard=True, init_from="resume")
-    assert min(rest.iter_loss) == 7
 
 
 class LooksAtValues(GPT):
@@ -309,31 +244,6 @@ def test_fields_become_keys_where_a_key_can_set_them():
     assert models.config_of(Config, {"n_layer": 2, "noise": 0.2}) == Config(noise=0.2)
     with pytest.raises(UsageError, match="the field n_experts of GPTConfig has no default"):
         models.own_fields(Unset)
-
-
-class Noisy(torch.nn.Module):
-    """Blocks that draw random numbers, whatever dropout is."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        blocks = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(config.noise)) for _ in range(2)]
-        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList(blocks)})
-
-    def forward(self, x):
-        for block in self.transformer.h:
-            x = torch.tanh(block(x))
-        return x
-
-
-def test_what_is_recomputed_draws_the_same_numbers_again():
-    gradients = []
-    for levers in (MemoryLevers(), MemoryLevers(recompute=True)):
-        torch.manual_seed(0)
-        model = Noisy(Config())
-        models.apply_levers(model, levers)
-        gradients.append(torch.autograd.grad(model(torch.ones(64, 8)).sum(), list(model.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_model_without_transformer_h_is_told_when_recompute_is_asked_for(capsys):

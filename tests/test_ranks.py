@@ -1,7 +1,5 @@
 """Runs on several ranks, as torchrun starts them: they go on when one is killed, and learn like one process."""
 
-import errno
-import fcntl
 import json
 import re
 import subprocess
@@ -141,27 +139,3 @@ def test_a_sharded_run_goes_on_whole_where_the_optimizer_state_asked_for_needs_t
     saved = {"split": {"of": [8, 2], "into": [8, 2], "levers": asdict(MemoryLevers(shard=True))}}
     plan = Plan(8, 2, micro_batch_size=8, levers=MemoryLevers(optimizer_state=state))
     assert as_saved(saved, plan, CONFIG, ("optimizer_state",), 2).levers == MemoryLevers(False, state, 0, shard)
-
-
-class AnotherSaved(World):
-    """A world of two, whose other rank has loaded iteration 600."""
-
-    def all_gather(self, value):
-        return [value, 600 if value is None else value]
-
-
-def test_ranks_that_loaded_while_another_run_saves_are_told_of_that_run(monkeypatch):
-    folder = RunFolder("out", AnotherSaved(size=2))
-    with pytest.raises(UsageError, match=r"does not hold the same checkpoint .*\(rank 0 none, rank 1 iteration 600\)"):
-        folder.take()
-    Path("out").mkdir()
-    Path("out/run.lock").write_text("process 7 on there\n")
-
-    def held(file, how):
-        raise BlockingIOError(errno.EAGAIN, "held")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "lockf", held)
-        with pytest.raises(UsageError, match="^out_dir='out' is in use by process 7 on there: let it end"):
-            folder.take()
-    assert folder.holder() == ""

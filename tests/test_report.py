@@ -16,7 +16,7 @@ from conftest import ROOT, run_script, train
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import Plan, Trial
 from nanofit.errors import UsageError
-from nanofit.tools.report.run import Run, labels_of, smoothed, thinned
+from nanofit.tools.report.run import Run, smoothed, thinned
 from nanofit.units import GIB
 
 pytestmark = pytest.mark.xdist_group("report")  # one process makes the run that they look at
@@ -131,11 +131,6 @@ def test_thinning_keeps_every_extreme():
         assert np.nanmax(thin[name]) == np.nanmax(values)
         assert np.nanmin(thin[name]) == np.nanmin(values)
     assert thinned(columns, n) is columns
-
-
-def test_folders_of_the_same_name_are_told_apart():
-    assert labels_of(["runs/a", "runs/b/"]) == ["a", "b"]
-    assert labels_of(["x/out", "y/out"]) == ["x/out", "y/out"]
 
 
 # ---- the page ----------------------------------------------------------------------------------------------

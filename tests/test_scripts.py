@@ -93,15 +93,6 @@ def test_pretrained_weights_and_bpe(bpe):
     assert "\nHello world" in text
 
 
-@pytest.mark.proof
-def test_compiled_sampling_gives_the_same_text():
-    train(max_iters=10)
-    keys = dict(num_samples=1, max_new_tokens=40, start="A")
-    compiled = sample(compile=True, **keys)
-    assert "compile failed" not in compiled
-    assert compiled.splitlines()[-2:] == sample(**keys).splitlines()[-2:]
-
-
 def test_no_bpe_without_a_network(monkeypatch):
     def unreachable(name):
         raise ConnectionError("no route")
@@ -141,15 +132,6 @@ def test_ids_that_stand_for_nothing_are_counted(workplace):
     assert int(of) == 100
     samples = re.findall(r"^(A+)\n-{15}$", text, re.M)
     assert int(left_out) == 100 - (len("".join(samples)) - 2)
-
-
-def test_weights_too_large_to_compute_with_are_told():
-    train(max_iters=1)
-    saved = torch.load("out/ckpt.pt")
-    saved["model"]["transformer.ln_f.weight"].fill_(3e38)  # finite, and what it is multiplied with isn't small
-    torch.save(saved, "out/ckpt.pt")
-    with pytest.raises(UsageError, match="the model's numbers are not finite"):
-        sample(num_samples=1, max_new_tokens=4, start="A")
 
 
 BENCH = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False, device="cpu")

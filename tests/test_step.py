@@ -73,14 +73,6 @@ def test_clipping_bounds_the_step():
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_no_gradient_is_left_and_the_batches_have_moved_on():
-    model, batches = toy(), Listed(*(batch(2, seed=s) for s in range(3)), micro_steps=2)
-    expected = batches.batches[2]
-    one_step(model, batches)
-    assert all(p.grad is None for p in model.parameters())
-    assert batches.current is expected
-
-
 def test_an_evaluation_is_a_mean_without_dropout_and_leaves_training_on():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()

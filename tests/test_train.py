@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT, TOY, flags, run_script, train
 
-from configurator import configure
 from nanofit.batches import Batches
 
 
@@ -253,18 +252,3 @@ def test_every_config_file_runs(path, hugging_face_gpt2, capsys):
     assert 0 in run.eval_loss
     assert bool(run.iter_loss) != path.stem.startswith("eval_")
     assert "has no key" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "tokens_per_iter"),
-    [
-        ("train_gpt2", 491520),
-        ("train_openwebtext", 65536),
-        ("train_shakespeare_char", 16384),
-        ("finetune_shakespeare", 32768),
-    ],
-)
-def test_the_configs_arithmetic(name, tokens_per_iter):
-    names = {"batch_size": 12, "block_size": 1024, "gradient_accumulation_steps": 40, "__file__": "train.py"}
-    config, _ = configure(names, [str(ROOT / "config" / f"{name}.py")])
-    assert config["batch_size"] * config["block_size"] * config["gradient_accumulation_steps"] == tokens_per_iter

@@ -1,9 +1,6 @@
 """Kill a small run at random moments, saves included, and resume it each time.
 
     python tests/torture.py --kills=100
-    python tests/torture.py --kills=20 --ranks=2
-
-With ranks, torchrun starts them again, and one of them is killed each time.
 
 Every resume must work, and the losses and the final weights must be those of a run that was left in peace, bit for
 bit. Prints what went wrong, and ends with exit code 1 if something did.
@@ -20,7 +17,6 @@ import runpy
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -137,72 +133,18 @@ def run(kills, folder, seed=0):
     return complaints
 
 
-def torchrun(ranks, log, **keys):
-    """Ranks of a small run, which go on where there is a checkpoint; each tells its weights' digest in the end."""
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    keys = {**KEYS, "backend": "gloo", "gradient_accumulation_steps": ranks, "init_from": "auto", **keys}
-    command = [
-        *together,
-        "--max-restarts=1000",
-        str(ROOT / "tests" / "rank.py"),
-        *(f"--{k}={v}" for k, v in keys.items()),
-    ]
-    with open(log, "w") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        )
-
-
-def kill_ranks(kills, ranks, seed=0):
-    """A list of complaints; the current folder is an empty one, with the data set in data/markov."""
-    choose = random.Random(seed)
-    iterations = ITERATIONS_A_KILL * kills
-    if torchrun(ranks, "whole.log", out_dir="whole", max_iters=iterations).wait():
-        return [f"the run that is left in peace failed:\n{Path('whole.log').read_text()}"]
-    expected = [path.read_text() for path in sorted(Path().glob("weights-*.json"))]
-    launcher = torchrun(ranks, "killed.log", out_dir="killed", max_iters=iterations)
-    victims = []
-    while len(victims) < kills and launcher.poll() is None:
-        seen = os.path.getsize("killed.log")
-        lines = choose.randint(1, ITERATIONS_A_KILL // 2)
-        while launcher.poll() is None and len(re.findall(r"^iter ", _tail("killed.log", seen), re.MULTILINE)) < lines:
-            time.sleep(0.01)
-        found = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        alive = [pid for pid in found if b"rank.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        if len(alive) == ranks:
-            victims.append(choose.randrange(ranks))
-            os.kill(int(alive[victims[-1]]), signal.SIGKILL)
-    code, log = launcher.wait(), Path("killed.log").read_text()
-    complaints = [f"after {len(victims)} kills torchrun ended with {code}:\n{log[-3000:]}"] if code else []
-    if len(victims) < kills:
-        complaints.append(f"the run was through after {len(victims)} of {kills} kills")
-    if [path.read_text() for path in sorted(Path().glob("weights-*.json"))] != expected:
-        complaints.append("the weights are not those of the run in peace")
-    known = dict(facts(Path("whole.log").read_text()))
-    complaints += [
-        f"{name}: {figure}, not {known.get(name)}" for name, figure in facts(log) if known.get(name) != figure
-    ]
-    print(f"{len(victims)} kills of ranks {victims}, {len(complaints)} complaints")
-    return complaints
-
-
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a fork has no threads of its parent
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=1)
     options = parser.parse_args()
 
     import torch  # noqa: F401
 
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(ROOT / "tests" / "reference" / "markov", os.path.join(place, "data", "markov"))
-        if options.ranks > 1:
-            os.chdir(place)
-            wrong = kill_ranks(options.kills, options.ranks, options.seed)
-        else:
-            wrong = run(options.kills, place, options.seed)
+        wrong = run(options.kills, place, options.seed)
     print(*wrong[:20], sep="\n")
     sys.exit(bool(wrong))
