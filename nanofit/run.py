@@ -111,7 +111,9 @@ class Run:
         snapshot = self.snapshot()
         if self.world.is_main:
             copy = checkpoint.on_host(snapshot) if goes_on else None
-            self._writer = threading.Thread(target=self._write, args=(copy or snapshot, name, goes_on))
+            self._writer = threading.Thread(
+                target=self._write, args=(copy or snapshot, name, goes_on), name="checkpoint"
+            )
             self._writer.start()
             if copy is None:  # training would move its tensors
                 self._writer.join()

@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a network, no
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+WRITER = "checkpoint"  # the thread that writes one, by nanofit/run.py
 REFERENCE = ROOT / "tests" / "reference"
 RANK = ROOT / "tests" / "rank.py"  # train.py, and then a file that tells a rank's weights
 sys.path.insert(0, str(ROOT))
@@ -70,14 +71,14 @@ def flags(**keys):
 def as_a_process(name, *argv):
     """What python sets up for a script of the project, put back at the end; the value is the script's path."""
     before = sys.argv, sys.excepthook, sys.stdout, sys.stderr
-    running, interrupted = set(threading.enumerate()), signal.getsignal(signal.SIGINT)
+    interrupted = signal.getsignal(signal.SIGINT)
     sys.argv = [name, *argv]
     try:
         yield str(ROOT / name)
     finally:
-        for thread in set(threading.enumerate()) - running:
-            if not thread.daemon:
-                thread.join()  # as python waits for them
+        for thread in threading.enumerate():
+            if thread.name == WRITER:
+                thread.join()  # as python waits for it; those of the compiler's pools would wait for us
         sys.argv, sys.excepthook, sys.stdout, sys.stderr = before
         signal.signal(signal.SIGINT, interrupted)
 
