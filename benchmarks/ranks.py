@@ -1,12 +1,11 @@
-"""Several ranks: our iteration, our step under torch's DistributedDataParallel, and nanoGPT's way under it, in turns.
+"""Several ranks: our iteration, and nanoGPT's way under torch's DistributedDataParallel, in turns.
 
     python benchmarks/ranks.py
 
 Two processes of one thread each on a CPU, or --ranks of a machine's GPUs with --device=cuda. Ours is train.py's
-iteration with all that it survives; 'after' is the same with gradients that leave after the last backward pass, not
-during it; 'sharded' and 'gathered once' are the same with shard, without and with gather_once. All sides tell the loss
-of every iteration. The ranks of each side are processes of their own, and wait while others take their turns. Prints a
-table, and one line of JSON last.
+iteration with all that it survives; 'sharded' and 'gathered once' are the same with shard, without and with
+gather_once. All sides tell the loss of every iteration. The ranks of each side are processes of their own, and wait
+while others take their turns. Prints a table, and one line of JSON last.
 """
 
 import os
@@ -67,15 +66,9 @@ class Ours:
         self.optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
         data = open_data(folder, block_size, vocab_size)
         self.batches = Batches(data, batch_size=batch_size, device=device, per_iter=micro_steps)
-        self.prepare()
-
-    def prepare(self):
-        self.own_gradients = self.gradients()
+        self.own_gradients = gradients.of(self.model, world, self.levers)
         self.signals = StopSignals()
         self.recovery = Recovery(world, device, self.batches, self.model, self.scaler, give_up=lambda: "")
-
-    def gradients(self):
-        return gradients.of(self.model, world, self.levers)
 
     def step(self):
         here = {"data": self.batches.state_dict(), "generators": machine.rng_state(device)}
@@ -89,34 +82,12 @@ class Ours:
         return loss.item()
 
 
-class After(Ours):
-    def gradients(self):
-        return gradients.AveragedGradients(self.model, world, overlap=False)
-
-
 class Sharded(Ours):
     levers = MemoryLevers(shard=True)
 
 
 class GatheredOnce(Ours):
     levers = MemoryLevers(shard=True, gather_once=True)
-
-
-class OursUnderDDP(Ours):
-    def prepare(self):
-        self.ddp = DistributedDataParallel(self.model, device_ids=[device.index] if device.type == "cuda" else None)
-
-    def step(self):
-        total = 0.0
-        for step in range(self.micro_steps):
-            self.ddp.require_backward_grad_sync = step == self.micro_steps - 1
-            with self.autocast:
-                loss = self.ddp(*self.batches.current, return_logits=False)[1] / self.micro_steps
-            self.batches.advance()
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        update(self.optimizer, self.scaler, clip(self.model, self.optimizer, self.scaler, 1.0))
-        return total.item()
 
 
 class NanoGPT:
@@ -149,8 +120,6 @@ class NanoGPT:
 
 SIDES = {
     "ours": Ours,
-    "after": After,
-    "ours under DDP": OursUnderDDP,
     "nanoGPT under DDP": NanoGPT,
     "sharded": Sharded,
     "gathered once": GatheredOnce,

@@ -83,14 +83,14 @@ class Buffers:
 class AveragedGradients(Gradients):
     """Those of a rank that holds the whole model: means over all ranks, once an iteration.
 
-    They lie in flat buckets, which leave one after the other while the last backward pass goes on: overlap=False sends
-    them after it. end() sends whatever hasn't left, so that a rank that ran out of memory holds up nobody, and takes
-    no memory for that. All ranks then agree to drop the iteration (recovery.Recovery).
+    They lie in flat buckets, which leave one after the other while the last backward pass goes on. end() sends whatever
+    hasn't left, so that a rank that ran out of memory holds up nobody, and takes no memory for that. All ranks then
+    agree to drop the iteration (recovery.Recovery).
     """
 
-    def __init__(self, model, world, overlap=True):
+    def __init__(self, model, world):
         super().__init__(model)
-        self.ranks, self.overlap = world.size, overlap
+        self.ranks = world.size
         self._averages = dist.get_backend() == "nccl"  # gloo adds
         self._buckets = [_Bucket(params) for params in _grouped(model)]
         self._buffers = Buffers(model, world)
@@ -105,7 +105,7 @@ class AveragedGradients(Gradients):
             bucket.begin(own=micro_steps > 1)
 
     def last(self):
-        self._leave = self.overlap
+        self._leave = True
 
     def _arrived(self, p, bucket):
         """The gradient of p is complete, if this is the last pass."""

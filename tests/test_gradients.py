@@ -42,12 +42,11 @@ def backward(model, seed):
     model(x, x, return_logits=False)[1].backward()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("passes", [1, 3])
-def test_averaged_gradients_are_those_of_one_process_in_memory_of_their_own(monkeypatch, two_ranks, passes, overlap):
+def test_averaged_gradients_are_those_of_one_process_in_memory_of_their_own(monkeypatch, two_ranks, passes):
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 5000)
     alone, ours = toy(), toy()
-    averaged = gradients.AveragedGradients(ours, World(size=2), overlap)
+    averaged = gradients.AveragedGradients(ours, World(size=2))
     for _ in range(2):  # iterations
         alone.zero_grad()
         two_ranks.clear()
@@ -59,7 +58,7 @@ def test_averaged_gradients_are_those_of_one_process_in_memory_of_their_own(monk
             before = len(two_ranks)
             backward(ours, seed)
             left = len(two_ranks) - before
-            assert bool(left) == (overlap and seed == passes - 1), "buckets leave during the last pass"
+            assert bool(left) == (seed == passes - 1), "buckets leave during the last pass"
         averaged.end()
         assert len({flat.data_ptr() for flat in two_ranks}) == len(two_ranks) > 3
         for (name, a), b in zip(alone.named_parameters(), ours.parameters(), strict=True):
