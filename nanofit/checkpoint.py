@@ -160,17 +160,13 @@ def rehearse(checkpoint):
         file = io.BytesIO()
         try:
             torch.save(value, file)
-        except Exception as e:  # whatever pickle or an object's own way to be pickled raises
-            raise UsageError(f"a checkpoint could not be saved: its entry {entry!r}: {first_line(e)}") from e
-        file.seek(0)
-        try:
+            file.seek(0)
             torch.load(file, weights_only=True)
-        except pickle.UnpicklingError as e:
-            found = _type_in_the_way(e) or "more than plain data"
+        except Exception as e:  # whatever pickle or an object's own way to be pickled raises
             raise UsageError(
-                f"a checkpoint of this run could not be read again: its entry {entry!r} holds {found}, and only "
-                "numbers, strings, lists, dicts and tensors are read: let the model, the optimizer or the config hold "
-                "one of these instead"
+                f"a checkpoint of this run could not be written and read again: its entry {entry!r} holds "
+                f"{_type_in_the_way(e) or first_line(e)}, and only numbers, strings, lists, dicts and tensors may be "
+                "in it: let the model, the optimizer or the config hold one of these instead"
             ) from e
 
 

@@ -79,8 +79,11 @@ def test_extra_state_travels(monkeypatch):
 @pytest.mark.parametrize(
     ("state", "sentence"),
     [
-        (lambda: 1, "could not be saved: its entry 'model': "),
-        (pathlib.PurePosixPath("a"), "could not be read again: its entry 'model' holds a pathlib.PurePosixPath"),
+        (lambda: 1, "could not be written and read again: its entry 'model' holds "),
+        (
+            pathlib.PurePosixPath("a"),
+            "could not be written and read again: its entry 'model' holds a pathlib.PurePosixPath",
+        ),
     ],
     ids=["a function", "a path"],
 )
