@@ -1,5 +1,6 @@
 """Text to token ids and back, by the tokenizer that lies beside a data set or a model; without one, GPT-2's BPE."""
 
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from nanofit.errors import UsageError, usage_errors
 
 GPT2 = "GPT-2 BPE"
 GPT2_SYMBOLS = 50257
+MOST_PADDING = 1024  # a vocabulary that is larger by so many symbols is not padded, it is another one
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # how tokenizer.json files call it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -134,11 +136,11 @@ class Codec:
     by: object
 
 
-def codec_of(folder, vocab_size=None):
+def codec_of(folder, vocab_size=None, most=math.inf):
     """The Codec of a data set's or of a model's folder; None stands for no folder: GPT-2's BPE.
 
     It is that of a tokenizer.json or a tokenizer.model there, or what meta.pkl says: its symbols, or the name of an
-    encoding. vocab_size: of a model, which the symbols must fit, else a UsageError.
+    encoding. vocab_size: of a model, which has the symbols and at most so many others; else a UsageError.
     """
     path = _file_in(folder) if folder else None
     meta = load_meta(folder) if folder and not path else None
@@ -146,21 +148,21 @@ def codec_of(folder, vocab_size=None):
         codec = codec_named(path)
     elif meta is None:
         lacking = f": {os.path.join(folder, 'meta.pkl')} is not in this folder" if folder else ""
-        _must_fit(GPT2, GPT2_SYMBOLS, vocab_size, lacking)  # before its tables are fetched
+        _must_fit(GPT2, GPT2_SYMBOLS, vocab_size, MOST_PADDING, lacking)  # before its tables are fetched
         codec = codec_named("gpt2")
     elif isinstance(meta.get("tokenizer"), str) and not {"stoi", "itos"} & set(meta):
         codec = _of_tiktoken(meta["tokenizer"])
     else:
         codec = _of_symbols(folder, meta["vocab_size"])
-    _must_fit(codec.name, codec.symbols, vocab_size)
+    _must_fit(codec.name, codec.symbols, vocab_size, most)
     return codec
 
 
-def _must_fit(name, symbols, vocab_size, lacking=""):
-    if vocab_size is not None and symbols > vocab_size:
+def _must_fit(name, symbols, vocab_size, most, lacking=""):
+    if vocab_size is not None and not symbols <= vocab_size < symbols + most:
         raise UsageError(
             f"the model has a vocabulary of {vocab_size:,}, and {name} has {symbols:,} symbols{lacking}; start in the "
-            "folder whose data/ has what the model was trained with"
+            "folder whose data/ has the meta.pkl or the tokenizer that the model was trained with"
         )
 
 

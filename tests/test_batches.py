@@ -230,6 +230,8 @@ def test_symbols_must_fit_the_model(tmp_path):
         codec_of("data/markov", 64)
     with pytest.raises(UsageError, match="vocabulary of 65, and GPT-2 BPE has 50,257 symbols: data/x/meta.pkl is not"):
         codec_of("data/x", 65)
+    with pytest.raises(UsageError, match="vocabulary of 100,288, and GPT-2 BPE has 50,257 symbols: data/x/meta.pkl"):
+        codec_of("data/x", 100_288)  # of another tokenizer, which was left behind
     assert differs(load_meta("data/markov"), 65) == differs(None, 65) == []
     assert "names 65 symbols, and the model has a vocabulary of 50,257" in differs({"vocab_size": 65}, 50257)[0]
 

@@ -332,7 +332,7 @@ MISTAKES = [
     (no_checkpoint, {"to": "hf"}, "there is no checkpoint out/ckpt.pt"),
     (occupied, {"to": "hf"}, "hf is not empty: name another one, or remove it first"),
     (lambda: Path("w.pt").write_text("mine"), {"weights_only_to": "w.pt"}, "w.pt is there"),
-    (other_meta, {"to": "hf"}, "vocabulary of 65 and data/markov/meta.pkl has 300 symbols: bring the meta.pkl"),
+    (other_meta, {"to": "hf"}, "vocabulary of 65, and data/markov/meta.pkl has 300 symbols; start in the folder"),
 ]  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(act, keys, sentence):
 def test_gpt2s_symbols_are_not_taken_for_a_model_of_characters(bpe):
     trained()
     os.remove("data/markov/meta.pkl")
-    with pytest.raises(UsageError, match="vocabulary of 65 and GPT-2's BPE, which is taken .*meta.pkl.* has 50257"):
+    with pytest.raises(UsageError, match="vocabulary of 65, and GPT-2 BPE has 50,257 symbols: data.markov"):
         export(to="hf")
 
 

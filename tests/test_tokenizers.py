@@ -1,6 +1,7 @@
 """Tokenizers that people bring: --tokenizer of the prepare.py files, and what finds them again."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -61,8 +62,9 @@ def cl100k(monkeypatch, bpe):
     gpt2 = tiktoken.get_encoding("gpt2")
     ranks = {token: i for i, token in enumerate(sorted(gpt2.token_byte_values(), key=gpt2.encode_single_token))}
     words = [token for token in ranks if len(token) > 2]
+    numbers = itertools.count(len(ranks))
     while len(ranks) < 100_256:
-        a, b = divmod(len(ranks) * 7919, len(words))
+        a, b = divmod(next(numbers) * 7919, len(words))
         ranks.setdefault(words[a % len(words)] + words[b], len(ranks))
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **keys: ranks)
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "cl100k_base", tiktoken.Encoding(**openai_public.cl100k_base()))

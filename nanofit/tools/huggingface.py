@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from nanofit.codec import GPT2, TOKENIZER_FILES, codec_of
+from nanofit.codec import MOST_PADDING, TOKENIZER_FILES, codec_of
 from nanofit.errors import UsageError, first_line, usage_errors
 from nanofit.files import whole_or_not_at_all
 from nanofit.models import activation_of
 
 PROBE = "Hello  world's 12345 (x)=y;//\n\n\tÀÉé 日本語 🙂\r\n  YOU'LL end \n "  # cut by every rule that patterns have
-MOST_PADDING = 1024  # a vocabulary that is larger by so many symbols is not padded, it is another one
 CLOSE = 1e-4  # logits that differ by less, beside the largest of them, differ by rounding
 NOT_GPT2 = "this model is no GPT-2, and transformers' GPT-2 can't express it: "
 
@@ -87,19 +86,6 @@ def ends_of(folder, decode):
         return []
     ids = GenerationConfig.from_pretrained(folder).eos_token_id
     return [text for i in (ids if isinstance(ids, list) else [ids]) if i is not None and (text := decode([i]))]
-
-
-def check_vocabulary(model, codec, data_dir):
-    """Raise a UsageError where a Codec's symbols are not the model's, with padding or without."""
-    if not codec.symbols <= model.config.vocab_size < codec.symbols + MOST_PADDING:
-        name = codec.name
-        if name == GPT2:
-            path = os.path.join(data_dir or "data/...", "meta.pkl")
-            name = f"GPT-2's BPE, which is taken where there is no {path},"
-        raise UsageError(
-            f"the model has a vocabulary of {model.config.vocab_size} and {name} has {codec.symbols} symbols: bring "
-            "the meta.pkl or the tokenizer of the data set that the model was trained with"
-        )
 
 
 def write_tokenizer(codec, folder, block_size):
@@ -182,8 +168,7 @@ def export(model, saved, folder, title, data_dir, keep_padding):
     from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
-    codec = codec_of(data_dir)
-    check_vocabulary(model, codec, data_dir)
+    codec = codec_of(data_dir, model.config.vocab_size, MOST_PADDING)
     prompt = codec.decode([0]) if isinstance(codec.by, tuple) else "Once upon a time"
     with whole_or_not_at_all(folder) as part:
         os.mkdir(part)
