@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -48,10 +47,6 @@ def started(command=LONG, until="saving checkpoint to", **more):
         child.wait()
 
 
-def iterations():
-    return [int(i) for i in re.findall(r"^iter (\d+)", Path("log").read_text(), re.MULTILINE)]
-
-
 def saved():
     return torch.load("out/ckpt.pt", weights_only=True)["iter_num"]
 
@@ -79,17 +74,6 @@ def test_streams_and_limits(command, code, said):
     assert (ended, said in printed) == (code, True), printed
     if code == 0:
         assert saved() == 2
-
-
-def test_a_second_run_says_who_holds_the_folder_and_a_killed_one_holds_nothing():
-    with started() as first:
-        code, printed = shell("$RUN")
-        assert code == 1
-        assert f"in use by process {first.pid} on " in printed
-        first.kill()
-        first.wait()
-    code, printed = shell("$RUN --init_from=resume --max_iters=0")
-    assert code == 0, printed
 
 
 def script_of(name, first):
@@ -146,21 +130,6 @@ def test_ctrl_c_at_any_moment_is_a_line(auto_fit):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(
-    ("script", "keys"),
-    [
-        ("sample.py", ["--device=cpu", "--max_new_tokens=100000", "--start=a"]),
-        ("export.py", ["--weights_only_to=weights.pt"]),
-        ("bench.py", [*flags(**KEYS["bench.py"])]),
-        ("report.py", ["out"]),
-    ],
-)
-def test_ctrl_c_is_a_line_in_every_script(script, keys):
-    assert shell("$RUN")[0] == 0
-    assert interrupted(script, keys, [0.5 * i for i in range(8)])
-    assert not list(Path().rglob("*.part"))
-
-
 # ---- ranks -------------------------------------------------------------------------------------------------
 
 
@@ -190,30 +159,3 @@ def test_a_rank_that_dies_ends_the_others_in_words(number, victim):
         assert saved() % 50 == 0
     code, printed = shell("$RUN --init_from=resume --max_iters=0")
     assert code == 0, printed
-
-
-OF_ONE = "os.environ['RANK'] == '{}' and {}"
-SHORT_OF_DISK = "__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (20480, 20480))"
-NEVER_COMES = "__import__('time').sleep(600)"
-HASTE = "d = __import__('nanofit.ranks').ranks; d.MEETING = d.timedelta(seconds=12); "
-
-
-@pytest.mark.parametrize(
-    ("first", "said"),
-    [
-        (OF_ONE.format(1, "sys.argv.append('--batch_size=0')"), "error: rank 1: batch_size must be at least 1, not 0"),
-        (OF_ONE.format(0, "sys.argv.append('--batch_size=0')"), "error: batch_size must be at least 1, not 0"),
-        (OF_ONE.format(1, "sys.argv.append('--dataset=nowhere')"), "error: dataset is 'markov' for rank 0 and"),
-        (OF_ONE.format(0, SHORT_OF_DISK), "error: not saved: out/ckpt.pt can't be written (File too large)"),
-        (HASTE + OF_ONE.format(1, NEVER_COMES), "error: rank 1 of 2 did not come in"),
-    ],
-)
-def test_what_fails_on_one_rank_ends_both_in_one_voice(first, said):
-    with started(on_ranks(first), until="") as launcher:
-        assert launcher.wait(timeout=120) == 1
-    printed = Path("log").read_text()
-    assert said in printed, printed
-    told = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len([line for line in told if "has lost another" not in line]) == 1, printed
-    assert "in __main__" not in printed
-    assert not list(Path("out").glob("ckpt*"))

@@ -10,7 +10,6 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow
 import pytest
 import tiktoken
-from conftest import ROOT, environment, flags, run_script
+from conftest import ROOT, flags, run_script
 from pyarrow.parquet import write_table
 
 from nanofit.codec import load_meta
@@ -58,13 +57,6 @@ def prepare(name, *argv):
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = before
-
-
-def start(name, *argv, **keys):
-    """Run a prepare.py in a process of its own."""
-    keys = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **keys}
-    command = [sys.executable, f"data/{name}/prepare.py", *map(str, argv)]
-    return subprocess.Popen(command, text=True, env=environment(PYTHONPATH=""), **keys)
 
 
 def tokens(name, split):
@@ -294,15 +286,6 @@ def test_documents_without_text_are_left_out_aloud(project, bpe, capsys):
 
 
 # ---- a small corpus ----------------------------------------------------------------------------------------
-def test_val_is_as_long_as_a_block(corpus):
-    lengths = np.full(8_013_769, 1000)
-    assert corpus.share_for_val(lengths, 1024) == 4007, "OpenWebText's, with nanoGPT"
-    assert corpus.share_for_val(np.full(4000, 1000), 1024) == 2, "0.05% is enough"
-    assert corpus.share_for_val(np.full(100, 1000), 1024) == 10, "10% of a small corpus"
-    assert corpus.share_for_val(np.full(1000, 1000), 1024) == 17, "16 blocks, less than 10%"
-    assert corpus.share_for_val(np.full(4, 200), 1024) == 1
-    assert corpus.share_for_val(np.array([1, 1, 5000]), 1024) == 2, "something is left to train on"
-    assert corpus.share_for_val(np.array([900, 900, 90000, 900]), 1024) == 2, "not the one that most is in"
 
 
 def test_a_small_corpus_takes_a_larger_share_and_says_so(project, bpe, capsys):

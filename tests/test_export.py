@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -246,15 +245,6 @@ class Squared(GPT):
             block.mlp.gelu = type("ReLU2", (nn.Module,), {"forward": lambda self, x: F.relu(x) ** 2})()
 
 
-class Gated(GPT):
-    """A weight more in each block."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        for block in self.transformer.h:
-            block.mlp.gate = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-
-
 class Untied(GPT):
     """A head of its own."""
 
@@ -268,18 +258,9 @@ def export_model(model):
     return huggingface.export(model, {}, "hf", title="x", data_dir="data/markov", keep_padding=False)
 
 
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [
-        (Squared, "with GPT-2's weights it computes something else .logits differ by"),
-        (Gated, "Unexpected .*h.0.mlp.gate.weight"),
-    ],
-)
-def test_what_transformers_can_not_express_is_said_and_not_written(kind, sentence):
-    with pytest.raises(
-        UsageError, match=f"this model is no GPT-2, and transformers' GPT-2 can't express it: {sentence}"
-    ):
-        export_model(drawn(kind, vocab_size=65))
+def test_what_transformers_can_not_express_is_said_and_not_written():
+    with pytest.raises(UsageError, match="can't express it: with GPT-2's weights it computes something else .logits"):
+        export_model(drawn(Squared, vocab_size=65))
     assert sorted(os.listdir()) == ["data"]
 
 
@@ -301,15 +282,6 @@ def test_weights_alone_are_a_checkpoint_without_its_optimizer():
     assert not {"out_dir", "device", "wandb_project"} & set(alone["config"])  # they tell of the machine
     assert os.path.getsize("shared/ckpt.pt") < 0.36 * os.path.getsize("out/ckpt.pt")
     GPT(GPTConfig(**alone["model_args"])).load_state_dict(alone["model"])  # as nanoGPT's sample.py
-
-
-def test_weights_alone_are_sampled_from():
-    trained()
-    export(weights_only_to="shared/ckpt.pt")
-    keys = dict(device="cpu", num_samples=1, max_new_tokens=20, start="HELLO")
-    sides = [dict(out_dir="out"), dict(out_dir="shared"), dict(init_from="shared/ckpt.pt")]
-    said = [run_script("sample.py", *flags(**side, **keys)).text.split("symbols:")[1] for side in sides]
-    assert said[0] == said[1] == said[2]
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
@@ -357,26 +329,6 @@ def test_a_run_that_stopped_before_it_had_a_best_is_exported():
     trained()
     os.rename("out/ckpt.pt", f"out/{checkpoint.LAST}")
     assert "out/ckpt.last.pt -> w.pt" in export(weights_only_to="w.pt")
-
-
-@pytest.mark.parametrize("keys", [{"to": "hf"}, {"weights_only_to": "w.pt"}])
-def test_a_full_disk_leaves_nothing(keys):
-    trained()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # bytes that a file may have
-    try:
-        with pytest.raises(UsageError, match="(hf|w.pt) can't be written"):
-            export(**keys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(os.listdir()) == ["data", "out"]
-
-
-def test_a_missing_package_is_a_sentence(monkeypatch):
-    trained()
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match="pip install transformers"):
-        run_script("export.py", "--to=hf")
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------

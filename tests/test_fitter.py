@@ -189,12 +189,6 @@ def test_trials_take_a_minute_or_two_percent_of_the_run(capsys):
     assert made.plan().micro_batch_size == 8
 
 
-def test_a_size_that_would_take_too_long_is_not_begun():
-    """Two CPU cores: 500 tokens a second, whatever the size."""
-    made = Made(lambda job: dict(peak_bytes=GIB, tokens_per_second=500.0), clock=lambda: 0.0)
-    assert made.plan().micro_batch_size == 4, "8 sequences: 115 s"
-
-
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
@@ -204,14 +198,6 @@ def test_a_trial_in_distress_or_that_ends_badly_counts_as_too_large(capsys):
     assert any(line.endswith("does not fit (the allocator ran short 3 times)") for line in said(capsys))
     made = Made(lambda job: "the probe was killed by signal 9" if job.micro_batch_size == 8 else answer_3060(job))
     assert made.plan().micro_batch_size == 4
-
-
-def test_who_holds_the_memory_is_told_when_it_made_the_fit_smaller(capsys):
-    facts = replace(FACTS, neighbours=((1234, "python", 4300),))
-    Made(answer_3060, facts).plan()
-    assert "python (pid 1234) holds 4,300 MiB of this GPU: more would fit without it" in said(capsys)
-    Made(answer_3060, facts, batch_size=1).plan()
-    assert not any("1234" in line for line in said(capsys))
 
 
 # ---- levers ------------------------------------------------------------------------------------------------

@@ -56,16 +56,6 @@ def test_facts_about_the_gpu():
     assert all(pid > 0 and mib >= 0 for pid, _, mib in machine.gpu_processes(GPU))
 
 
-def test_a_cap_makes_an_overrun_an_error():
-    machine.empty_cache(GPU)
-    machine.set_device(GPU, 512 * 2**20)
-    try:
-        with pytest.raises(torch.OutOfMemoryError):
-            torch.empty(2**30, dtype=torch.uint8, device=GPU)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 def run_trial(job):
     with Trials() as run:
         return run(job)
@@ -133,17 +123,6 @@ def test_resuming_goes_on(dtype):
     rest = train(max_iters=20, out_dir="parts", init_from="resume", **keys)
     assert rest.iter_loss == pytest.approx({i: whole.iter_loss[i] for i in range(10, 21)}, abs=2e-3)
     assert rest.names["scaler"].state_dict() == whole.names["scaler"].state_dict()
-
-
-@numbers
-def test_sampling_and_benchmark():
-    train(device="cuda", max_iters=10)
-    text = run_script("sample.py", *flags(device="cuda", start="A", num_samples=1, max_new_tokens=9)).text
-    assert "-" * 15 in text
-    keys = dict(
-        device="cuda", n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, compile=False, real_data=False
-    )
-    assert run_script("bench.py", *flags(**keys)).text.splitlines()[-1].startswith("time per iteration: ")
 
 
 def runs_with_and_without_a_thief(monkeypatch):

@@ -171,17 +171,6 @@ def test_what_is_not_finite_is_null():
     assert (iteration["loss"], iteration["grad_norm"], iteration["lr"]) == (None, None, 1e-3)
 
 
-@pytest.mark.parametrize("left", [b'{"iter":3,"to', b"\0\0\0\0"])
-def test_half_a_line_is_cut(left):
-    metrics = metrics_of()
-    iterate(metrics, range(3))
-    with open("out/metrics.jsonl", "ab") as file:
-        file.write(left)
-    again = metrics_of(5, metrics.state(5))
-    iterate(again, [5])
-    assert iterations() == [0, 1, 2, 5]
-
-
 def test_a_run_from_scratch_keeps_the_file_of_the_one_before_and_that_one_can_go_on():
     first = metrics_of(run_id="aaaaaaaa")
     iterate(first, range(6))

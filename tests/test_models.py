@@ -20,7 +20,6 @@ from conftest import REFERENCE, TOY, flags, run_script, train
 from test_interface import listed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import GPT, GPTConfig
 from nanofit import models
 from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
@@ -168,26 +167,6 @@ def test_a_fork_is_planned_for(fork, large):
     [parts] = re.findall(r"^auto-fit: of [\d.]+ GiB \(simulated\): (.*)$", text, re.MULTILINE)
     gib = {part: float(size) for part, size in re.findall(r"([a-z ]+?) ([\d.]+)(?:, |$)", parts)}
     assert gib["loss and backward"] > 2 * 2048 * 50304 * 4 / 2**30, "logits and their gradient in float32"
-
-
-class LooksAtValues(GPT):
-    def __init__(self, config):
-        super().__init__(config)
-        self.rates = [layer.item() / config.n_layer for layer in torch.arange(config.n_layer)]
-
-
-class KeepsATensor(GPT):
-    def __init__(self, config):
-        super().__init__(config)
-        self.scale = torch.ones(3)
-
-
-@pytest.mark.parametrize(("model", "empty"), [(GPT, True), (LooksAtValues, False), (KeepsATensor, False)])
-def test_a_model_is_built_empty_where_it_can_be(model, empty):
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=65)
-    built = models.build(model, GPTConfig, sizes, empty=True)
-    assert {p.is_meta for p in built.parameters()} == {empty}
-    assert not any(p.is_meta for p in models.build(model, GPTConfig, sizes).parameters())
 
 
 # ---- what is looked for, by itself -------------------------------------------------------------------------

@@ -76,23 +76,6 @@ def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
     )
 
 
-def can_be_planned(batch_size, accumulation, micro_batch_size):
-    try:
-        Plan(batch_size, accumulation, micro_batch_size)
-    except ValueError:
-        return False
-    return True
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 30))
-def test_what_can_be_planned_are_the_sizes_that_are_tried(batch_size, accumulation):
-    assert not can_be_planned(0, accumulation, 1)
-    every = range(-1, batch_size * accumulation + 2)
-    planned = [size for size in every if can_be_planned(batch_size, accumulation, size)]
-    assert planned == micro_batch_sizes(batch_size, accumulation)
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1.0 min"), (63_000, "17.5 h"), (-90, "-1.5 min")]
 )

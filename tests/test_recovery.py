@@ -237,15 +237,6 @@ def test_a_stop_leaves_the_best_checkpoint_where_only_the_best_is_kept(monkeypat
     assert not os.path.exists("out/ckpt.last.pt"), "what is older than ckpt.pt goes"
 
 
-def test_a_signal_before_anything_is_trained_saves_nothing(monkeypatch):
-    stopped_at(monkeypatch, evaluation=1)
-    with pytest.raises(SystemExit) as stop:
-        train(max_iters=12)
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert "SIGTERM before iteration 0: nothing is trained yet, and nothing saved" in stop.value.text
-    assert os.listdir("out") == ["run.lock"]
-
-
 def test_a_second_signal_ends_it_at_once(monkeypatch):
     monkeypatch.setattr(recovery, "SAME_SIGNAL_SECONDS", 0.3)
 

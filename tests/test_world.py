@@ -15,22 +15,6 @@ from nanofit.errors import UsageError
 from nanofit.ranks import ALONE, World
 
 
-def test_one_process_is_a_world_of_its_own():
-    world = World.of_torchrun()
-    assert (world.rank, world.local_rank, world.size, world.is_main) == (0, 0, 1, True)
-    assert world == ALONE
-    assert world.init("nccl", "cpu") == torch.device("cpu")
-    tensor = torch.tensor([2.0])
-    world.broadcast([tensor])
-    world.all_reduce_mean([tensor])
-    assert tensor.item() == 2
-    assert world.all_reduce_max(3) == 3
-    assert world.all_gather({"a": 1}) == [{"a": 1}]
-    assert world.agree(lambda: 5) == [5]
-    world.destroy()
-    assert not torch.distributed.is_initialized()
-
-
 def test_alone_a_mistake_is_told_without_a_rank():
     def fail():
         raise UsageError("no")
