@@ -26,7 +26,7 @@ class HellaSwag:
     def __init__(self, path, data_dir, model_args, world, device, dtype):
         """path: of the items, in the tokens of the data set in data_dir. UsageError for what they can't be."""
         self.world, self.device, self.autocast = world, device, machine.autocast(device, dtype)
-        encode, *_ = codec_of(data_dir, model_args["vocab_size"])
+        encode = codec_of(data_dir, model_args["vocab_size"]).encode
         block_size = model_args["block_size"]
         try:
             with open(path, encoding="utf-8") as file:
