@@ -14,7 +14,6 @@ is a bool, int, float or str. Two ways in:
 
 import ast
 import builtins
-import contextlib
 import difflib
 import glob
 import os
@@ -42,6 +41,7 @@ PATHS = (
     "weights_only_to",
     "hellaswag",
 )  # a ~ at their beginning is the home folder
+SCRIPTS = ("train.py", "sample.py", "bench.py", "export.py", "report.py", "doctor.py", "model.py", "configurator.py")
 NEAR = 0.8  # how alike two names are, of which one may be the other misspelt; scripts share config files
 
 
@@ -70,8 +70,6 @@ def coerce(key, value, kind, default, source, text=None):
     if kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         value = text if text is not None and type(value) is not str else value
-        if type(value) is str and "\0" in value:
-            raise UsageError(f"{source}: {key} holds a zero byte, which no path or name may")
     if type(value) is kind:
         return os.path.expanduser(value) if key in PATHS else value
     if kind is float and type(value) is int:
@@ -91,11 +89,7 @@ def _nearest(word, words, cutoff=0.6):
 def _run_config_file(path, namespace):
     """The names that a config file assigns, as a dict; it sees the script's names, as in nanoGPT."""
     if not os.path.isfile(path):
-        near, folders = "", (os.path.dirname(path), "config")
-        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
-            found = [glob.glob(os.path.join(glob.escape(folder), "*.py")) for folder in folders]
-            scripts = os.path.join(folders[0], "configurator.py") in found[0]  # that lie beside it are no config files
-            near = _nearest(path, found[1] + (found[0] if not scripts else []))
+        near = _nearest(path, [file for file in glob.glob("config/*.py") + glob.glob("*.py") if file not in SCRIPTS])
         what = "is not a file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"config file '{path}' {what}{near and '; '}{near} (a key is set by --key=value)")
     after = dict(namespace)

@@ -239,7 +239,7 @@ with signals.listening():
             metrics.iterated(it, lr, loss, norm, **batches.figures)  # waits for the GPU
             watch.check()
         run.iter_num += 1
-    watch.check_at_the_end()
+    watch.check()
     if not eval_only:
         run.end()
 

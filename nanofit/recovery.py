@@ -194,15 +194,6 @@ class Watch:
         if len(self._noted) == LOOK_EVERY:
             self.check()
 
-    def check_at_the_end(self):
-        """As check, and a UsageError if the run ended on figures that are not finite, however few."""
-        self.check()
-        if self._in_a_row and not self._scaled:
-            raise UsageError(
-                f"{self._what} was not finite in the last {self._in_a_row} iterations, which trained nothing: a "
-                "smaller learning_rate or more warmup_iters may help"
-            )
-
     def check(self):
         """Look at what was noted since the last look; UsageError after too many in a row that are not finite."""
         if not self._noted:

@@ -237,14 +237,10 @@ def _options_of(optimizer):
     optimizer: any optimizer's state_dict. Not every one has param_groups, or weight_decay and betas in them.
     """
     groups = optimizer.get("param_groups", ()) if isinstance(optimizer, dict) else ()
-    found = {}
     decays = [float(group["weight_decay"]) for group in groups if "weight_decay" in group]
-    if decays:
-        found["weight_decay"] = max(decays)  # it is 0 in the group of biases and norms
-    for group in groups:
-        if "betas" in group:
-            found["beta1"], found["beta2"] = map(float, group["betas"][:2])
-    return found
+    betas = next((map(float, group["betas"]) for group in groups if "betas" in group), ())
+    decay = {"weight_decay": max(decays)} if decays else {}  # it is 0 in the group of biases and norms
+    return decay | dict(zip(("beta1", "beta2"), betas, strict=False))
 
 
 def cropped_to(config, given, trained_with):

@@ -73,7 +73,6 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
         ("--compile", "'--compile' is neither a config file nor --key=value: write --compile=True"),
         ("--out-dir", "write --out_dir=value"),
         ("-compile", "'-compile' is neither .* write --compile=True"),
-        ("--out_dir='a\\0b'", "out_dir holds a zero byte"),
         ("batch_size=3", "'batch_size=3' is neither a config file nor --key=value: write --batch_size=3"),
         ("nowhere.py", "config file 'nowhere.py' does not exist"),
     ],
@@ -83,9 +82,10 @@ def test_mistakes_are_value_errors_with_a_sentence(argument, sentence):
         configured(argument)
 
 
-def test_a_missing_file_gets_its_nearest_neighbour():
-    with pytest.raises(UsageError, match="did you mean '.*train_gpt2.py'"):
-        configured(str(ROOT / "config" / "trian_gpt2.py"))
+def test_a_missing_file_gets_its_nearest_neighbour(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UsageError, match="did you mean 'config/train_gpt2.py'"):
+        configured("config/trian_gpt2.py")
 
 
 def test_numbers_of_numpy_and_torch_are_kept_as_pythons(tmp_path):
