@@ -15,6 +15,7 @@ from dataclasses import asdict
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
 import nanofit
 
+AS_SET = dict(os.environ)  # before anything adds to it
 nanofit.start()
 from nanofit.tools.doctor.checks import STOP, facts, verdicts_on
 from nanofit.tools.doctor.private import private
@@ -27,7 +28,7 @@ def main(argv):
         print((__doc__ or "usage: python doctor.py [--json]").strip())
         print("python train.py --help lists the keys.")
         return 0
-    known, config, of_run = facts(), {}, {}
+    known, config, of_run = facts(AS_SET), {}, {}
     if known["torch"]:
         from nanofit.tools.doctor.run import look
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import io
 import os
 import pickle
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nanofit import host
 from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, system_error
 from nanofit.files import replacing
+from nanofit.units import gib
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
@@ -86,6 +89,19 @@ def on_host(checkpoint):
         if not is_out_of_memory(e):
             raise
         return None
+
+
+def room(out_dir, model, keep=0):
+    """(sentence, checkpoints that the disk has still room for, those that must be there at a time, in all or in part).
+
+    One takes about its model's weights and AdamW's two moments.
+    """
+    path = os.path.abspath(out_dir)
+    free = shutil.disk_usage(next(place for place in (path, *Path(path).parents) if os.path.exists(place))).free
+    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    most = 3 + keep  # the last, the one before, and the one that is being written
+    says = f"{gib(free)} are free where out_dir is; a checkpoint takes about {gib(size)}, and up to {most} are there"
+    return says, free / max(1, size), most - len(glob.glob(os.path.join(glob.escape(path), "ckpt*.pt")))
 
 
 def _is_full(error):

@@ -180,12 +180,7 @@ def peak_flops(device, dtype):
     if device.type != "cpu":
         return gpu_peak_flops(device_name(device))
     a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    flops = 2 * 1024**3 / min(seconds)
+    flops = 2 * 1024**3 / min(seconds_of(lambda: a @ a, device)[0] for _ in range(10))
     return flops, f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
 
 

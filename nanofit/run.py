@@ -93,7 +93,14 @@ class Run:
                 self.batches.load_state_dict(place, drawn=saved["config"].get("batch_size"))
 
     def rehearse(self):
-        """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again."""
+        """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again.
+
+        A disk that is nearly full is told before the first iteration.
+        """
+        if self.world.is_main and not self._begun and not self.config["eval_only"]:
+            says, has_room_for, wanted = checkpoint.room(self.folder.out_dir, self.model, self.config["keep"])
+            if has_room_for < max(1, wanted):
+                print(f"warning: {says}")
         entries = ("iter_num", "best_val_loss", "config", "model_args")
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))

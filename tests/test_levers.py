@@ -5,6 +5,7 @@ job, what training does by it, what a simulation does.
 """
 
 import random
+import types
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import train
 from test_interface import listed
 
 from model import GPT, GPTConfig
-from nanofit import autofit, models
+from nanofit import autofit, machine, models
 from nanofit.autofit.plan import Job
 from nanofit.autofit.simulate import step_memory
 from nanofit.optimizers import make_optimizer
@@ -92,6 +93,13 @@ def test_mfu_is_the_share_of_the_devices_peak():
     flops_per_token = 6 * model.get_num_params() + 12 * 2 * 32 * 16
     share = models.share_of_peak(model, sequences=4, seconds=0.5, peak_flops=1e9)
     assert share == pytest.approx(flops_per_token * 16 * 4 / 0.5 / 1e9)
+
+
+def test_a_step_that_is_faster_than_a_cpus_measured_peak_raises_it(monkeypatch):
+    monkeypatch.setattr(machine, "peak_flops", lambda device, dtype: (1e9, ""))
+    model = types.SimpleNamespace(estimate_mfu=lambda sequences, seconds: 2e9 / seconds / 312e12)
+    mfu = models.mfu_of(model, 1, torch.device("cpu"), "float32")
+    assert [mfu(4.0), mfu(1.0), mfu(4.0)] == [0.5, 1.0, 0.25]
 
 
 def recomputing(run):

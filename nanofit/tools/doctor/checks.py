@@ -5,12 +5,10 @@ to look at. TROUBLES.md has a row for each.
 """
 
 import contextlib
-import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -26,7 +24,6 @@ PACKAGES = (
     "numpy", "triton", "tiktoken", "datasets", "safetensors", "transformers", "torchao", "wandb", "tensorboard", "bokeh"
 )  # fmt: skip
 TORCHS = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_")  # how torch's variables begin
-SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR",)  # itself, with the user's name
 
 
 @dataclass(frozen=True)
@@ -38,18 +35,18 @@ class Verdict:
     do: str = ""
 
 
-def facts():
+def facts(environment):
     """What there is here, as a dict; bytes, or None where the system doesn't tell.
 
-    Call it before anything else asks torch for GPUs: what torch warns of then, it tells once in a process.
+    environment: variables as the user set them, before a script or torch adds its own. Call it before anything else
+    asks torch for GPUs: what torch warns of then, it tells once in a process.
     """
     known = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "wsl": "microsoft" in platform.release().lower(),
         "packages": {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES},
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(TORCHS) and k not in SET_BY_TORCH},
+        "variables": {name: value for name, value in sorted(environment.items()) if name.startswith(TORCHS)},
         "driver": host.driver_version(),
-        "driver_cuda": _driver_cuda(),
         "memory": host.machine_memory(),
         "free": None,
         "container": host.group_memory()[0],
@@ -68,7 +65,6 @@ def facts():
         **known,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",  # that torch is built for
-        "architectures": tuple(torch.cuda.get_arch_list()),  # that it has kernels for
         "said": " ".join(first_line(warning.message) for warning in caught),
         "gpus": [_facts_of(torch.device("cuda", index)) for index in range(count)],
     }
@@ -92,20 +88,8 @@ def _facts_of(device):
     }
 
 
-def _driver_cuda():
-    """(major, minor) of the newest CUDA that NVIDIA's driver runs, None where there is none."""
-    version = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
-def _dotted(pair):
-    return ".".join(map(str, pair))
+def _capability(gpu):
+    return "compute capability {}.{}".format(*gpu["capability"])
 
 
 def _gpu(facts, config):
@@ -134,31 +118,17 @@ def gpu_seen(facts, config):
     if not facts["torch"]:
         return None
     if facts["gpus"]:
-        told = [
-            f"{gpu['name']} ({gpu['sm_count']} SMs, compute capability {_dotted(gpu['capability'])})"
-            for gpu in facts["gpus"]
-        ]
-        return Verdict(OK, f"torch sees {', '.join(told)}")
-    if facts["driver_cuda"] is None and not facts["driver"]:
+        told = [f"{gpu['name']} ({gpu['sm_count']} SMs, {_capability(gpu)})" for gpu in facts["gpus"]]
+        return Verdict(OK, f"torch sees {', '.join(told)}; driver {facts['driver'] or 'unknown'}")
+    if not facts["driver"]:
         return Verdict(OK, "no NVIDIA driver is found, and torch sees no CUDA GPU")
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return Verdict(WARNING, "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     if not facts["cuda"]:
-        says = f"NVIDIA's driver is here, but torch {facts['torch']} is a build without CUDA"
+        says = f"NVIDIA's driver {facts['driver']} is here, but torch {facts['torch']} is a build without CUDA"
         return Verdict(WARNING, says, "pip uninstall -y torch && pip install torch")
-    why = f" ({facts['said']})" if facts["said"] else ""
-    return Verdict(WARNING, f"torch sees no CUDA GPU, though NVIDIA's driver is here{why}", "nvidia-smi")
-
-
-def driver_new_enough(facts, config):
-    if facts["driver_cuda"] is None or not facts.get("cuda"):
-        return None
-    runs = f"NVIDIA's driver {facts['driver']} runs CUDA up to {_dotted(facts['driver_cuda'])}"
-    # Within a major version, a driver runs what was built for a later minor one.
-    if facts["driver_cuda"][0] < int(facts["cuda"].split(".")[0]):
-        says = f"{runs}, and torch {facts['torch']} is built for CUDA {facts['cuda']}: the driver is too old"
-        return Verdict(WARNING, says, "install a newer NVIDIA driver, or a torch that is built for an older CUDA")
-    return Verdict(OK, runs)
+    says = f"torch, built for CUDA {facts['cuda']}, sees no GPU, though NVIDIA's driver {facts['driver']} is here"
+    return Verdict(WARNING, says + (f" ({facts['said']})" if facts["said"] else ""), "nvidia-smi")
 
 
 def memory_held_by_others(facts, config):
@@ -176,12 +146,9 @@ def memory_held_by_others(facts, config):
 
 def bfloat16_in_hardware(facts, config):
     gpu = _gpu(facts, config)
-    if gpu is None or tuple(gpu["capability"]) >= (8, 0):
+    if gpu is None or config["dtype"] != "bfloat16" or tuple(gpu["capability"]) >= (8, 0):
         return None
-    says = f"compute capability {_dotted(gpu['capability'])} has no bfloat16"
-    if config["dtype"] == "bfloat16":
-        return Verdict(WARNING, f"{says}: it is emulated, and slow", "--dtype=float16")
-    return Verdict(OK, f"{says}: the dtype is {config['dtype']}")
+    return Verdict(WARNING, f"{_capability(gpu)} has no bfloat16: it is emulated, and slow", "--dtype=float16")
 
 
 def allocator_asked(facts, config):
@@ -192,22 +159,16 @@ def allocator_asked(facts, config):
     return Verdict(WARNING, says, "unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF")
 
 
-def triton_there(facts, config):
-    gpu = _gpu(facts, config)
-    if gpu is None or not config["compile"]:
-        return None
-    if tuple(gpu["capability"]) < TRITON_CAPABILITY:
-        says = f"Triton needs compute capability 7.0, this GPU has {_dotted(gpu['capability'])}: nothing is compiled"
-        return Verdict(WARNING, says, "--compile=False")
-    if "triton" not in facts["packages"]:
-        return Verdict(WARNING, "Triton is not installed: torch.compile fails without it", "--compile=False")
-    return Verdict(OK, f"Triton {facts['packages']['triton']}")
-
-
 def compiler_there(facts, config):
     if not config.get("compile"):
         return None
-    kinds = ("cc", "gcc", "clang", "cl") if _gpu(facts, config) else ("c++", "g++", "clang++", "cl")
+    gpu = _gpu(facts, config)
+    if gpu and tuple(gpu["capability"]) < TRITON_CAPABILITY:
+        says = f"Triton needs compute capability 7.0, this GPU has {_capability(gpu)}: nothing is compiled"
+        return Verdict(WARNING, says, "--compile=False")
+    if gpu and "triton" not in facts["packages"]:
+        return Verdict(WARNING, "Triton is not installed: torch.compile fails without it", "--compile=False")
+    kinds = ("cc", "gcc", "clang", "cl") if gpu else ("c++", "g++", "clang++", "cl")
     if found := [name for name in kinds if shutil.which(name)]:
         return Verdict(OK, f"{found[0]} is there for torch.compile")
     says = f"none of the compilers {', '.join(kinds)} is found: torch.compile fails, and training goes on without it"
@@ -225,22 +186,18 @@ def memory_left(facts, config):
 
 
 def wsl_disk(facts, config):
-    if not facts["wsl"]:
-        return None
-    if os.getcwd().startswith("/mnt/"):
+    if facts["wsl"] and os.getcwd().startswith("/mnt/"):
         return Verdict(WARNING, "this folder is on Windows' disk, which WSL2 reads slowly", "cp -r . ~/nanogpt-fit")
-    return Verdict(OK, "WSL2: [wsl2] memory= in .wslconfig gives it more of the machine's memory")
+    return None
 
 
 CHECKS = {  # in the order in which they are told
     "system": system,
     "torch": torch_there,
     "gpu": gpu_seen,
-    "driver": driver_new_enough,
     "gpu memory": memory_held_by_others,
     "bfloat16": bfloat16_in_hardware,
     "allocator": allocator_asked,
-    "triton": triton_there,
     "compiler": compiler_there,
     "memory": memory_left,
     "wsl": wsl_disk,

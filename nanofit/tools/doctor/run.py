@@ -8,7 +8,6 @@ import contextlib
 import io
 import itertools
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +24,6 @@ from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict
 from nanofit.units import GPT2_SIZES, gib
 
 LOOKED_AT = 8  # batches of each split whose tokens are looked at
-CHECKPOINTS_AT_ONCE = 3  # the last, the one before, and the one that is being written
-REACHED_SECONDS = 5
 OF_RANKS = ("--shard", "--gather_once")  # which need torchrun's ranks, and this is one process
 
 
@@ -40,7 +37,8 @@ def look(train, argv):
     except UsageError as e:
         return {}, {"run": Verdict(STOP, str(e))}
     begins = f"goes on at iteration {run.iter_num:,}" if run.saved else "begins anew"
-    found, run.saved = {"run": Verdict(OK, "\n".join([*run.opening, begins]))}, None
+    found = {"run": Verdict(OK, "\n".join([*run.opening, begins]))}
+    run.saved, run.origin = None, bool(run.origin)  # whole models
     for name, step in STEPS.items():
         if name == "fit" and any(verdict.level == STOP for verdict in found.values()):
             break  # it takes longest
@@ -97,26 +95,20 @@ def _data(run):
 
 
 def _weights(run):
-    """Whether the weights that a run starts from, where they aren't a checkpoint's, can be had."""
+    """Whether the weights that a run starts from, where they aren't a checkpoint's, are here."""
     name = run.init_from
-    if name in ("scratch", "resume") or checkpoint.path_of_model(name):
+    if name == "scratch" or run.origin:
         return None
     if name not in GPT2_SIZES:
         there = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
         return None if there else Verdict(STOP, f"{name} holds no weights: neither .safetensors nor .bin")
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        return Verdict(STOP, f"init_from={name!r} fetches weights by huggingface_hub", "pip install transformers")
-    files = ("model.safetensors", "pytorch_model.bin")
-    if any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files):
-        return Verdict(OK, f"the weights of {name} are in the hub's cache")
-    try:
-        hub.model_info(name, timeout=REACHED_SECONDS)
-    except Exception as e:  # of the library that asks, which isn't the same in all versions
-        says = f"the weights of {name} are not in the hub's cache, and the hub can't be reached ({first_line(e)})"
-        return Verdict(WARNING, says, "--init_from=... a folder with a copy of them")
-    return Verdict(OK, f"the weights of {name} are fetched from the hub")
+    with contextlib.suppress(ImportError):
+        from huggingface_hub import try_to_load_from_cache
+
+        if any(isinstance(try_to_load_from_cache(name, f), str) for f in ("model.safetensors", "pytorch_model.bin")):
+            return Verdict(OK, f"the weights of {name} are in the hub's cache")
+    says = f"the weights of {name} are not in the hub's cache: transformers must fetch them"
+    return Verdict(WARNING, says, "--init_from=... a folder with a copy of them")
 
 
 def _readers(run):
@@ -140,26 +132,22 @@ def _folder(run):
                 os.remove(file)
             for place in made:
                 os.rmdir(place)
-    return Verdict(OK, f"{run.out_dir} can be written to")
+    kept = [file for file in path.glob("kept-*/*") if file.is_file()]
+    earlier = f"; kept-*/ of earlier runs take {gib(sum(file.stat().st_size for file in kept))}" if kept else ""
+    return Verdict(OK, f"{run.out_dir} can be written to{earlier}")
 
 
 def _disk(run):
-    """Whether there is room for checkpoints, each with AdamW's two moments."""
-    path = Path(os.path.abspath(run.out_dir))
-    place = next(place for place in (path, *path.parents) if os.path.exists(place))
+    """Whether there is room for checkpoints."""
     try:
         with torch.device("meta"):
             model = run.GPT(models.config_of(run.GPTConfig, run.model_args))
     except Exception as e:  # a model that reads values while it is built
         return Verdict(WARNING, f"what a checkpoint takes isn't known ({first_line(e)})")
-    needed, free = 3 * sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(place).free
-    says = f"{gib(free)} are free where out_dir is, a checkpoint takes about {gib(needed)}"
-    if free < needed:
+    says, has_room_for, wanted = checkpoint.room(run.out_dir, model, run.keep)
+    if has_room_for < 1:
         return Verdict(STOP, f"{says}: none could be written", "--out_dir=... on a larger disk")
-    if free < CHECKPOINTS_AT_ONCE * needed:
-        says += f", and {CHECKPOINTS_AT_ONCE} are there while one is written"
-        return Verdict(WARNING, says, "--out_dir=... on a larger disk")
-    return Verdict(OK, says)
+    return Verdict(WARNING, says, "--out_dir=... on a larger disk") if has_room_for < wanted else Verdict(OK, says)
 
 
 def _fit(run):
