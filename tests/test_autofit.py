@@ -21,10 +21,9 @@ from nanofit.units import GIB, MemoryLevers
 fit_room = sys.modules["nanofit.autofit.fit"]  # the package's own fit is the function
 CPU = torch.device("cpu")
 CONFIG = {  # the keys that auto-fit looks at
-    "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "grad_clip": 1.0, "compile": False,
-    "optimizer": "adamw", "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20,
-    "dry_run": False,
-    "eval_only": False, "init_from": "scratch", "out_dir": "out", "gpu": "", "device": "cuda",
+    "batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "float32", "optimizer": "adamw", "grad_clip": 1.0,
+    "compile": False, "compile_mode": "default", "compile_min_sms": 68, "memory_limit_gb": 0.0, "max_iters": 20,
+    "dry_run": False, "eval_only": False, "init_from": "scratch", "out_dir": "out", "gpu": "", "device": "cuda",
     "ranks": 1, **asdict(MemoryLevers()),
 }  # fmt: skip
 SIZES = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=65, dropout=0.0)

@@ -6,9 +6,9 @@ import pytest
 
 from model import GPT, GPTConfig
 from nanofit import cards, models
+from nanofit.autofit.advice import what_would_fit
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, UNSIMULATED, Facts, Job, Plan, Trial
-from nanofit.autofit.simulate import what_would_fit
 from nanofit.errors import UsageError
 from nanofit.units import GIB, GPT2_SIZES, MemoryLevers
 
@@ -181,10 +181,11 @@ def timed(seconds, **changes):
     return Made(answer, clock=lambda: now[0], **changes)
 
 
-def test_trials_take_a_minute_or_two_percent_of_the_run(capsys):
+def test_trials_take_a_minute_or_two_percent_of_the_run():
     made = timed(31.0)
-    assert made.plan().micro_batch_size == 2
-    assert "trials have taken 1.0 min, and may take 1.0 min (2% of the run, at least a minute)" in said(capsys)[-2]
+    plan = made.plan()
+    assert plan.micro_batch_size == 2
+    assert plan.reasons[0] == "the largest that was tried and fits, as trials take 2% of the run at most, or a minute"
     made = timed(31.0, left=10_000)  # 21 h at the first trial's speed
     assert made.plan().micro_batch_size == 8
 
@@ -382,15 +383,14 @@ SIZES = dict(GPT2_SIZES["gpt2"], block_size=1024, vocab_size=50304, dropout=0.0,
          "max-autotune has no effect there", "1.0 days to 1.4 days, at 50% to 35% of 25.6 TFLOPS (an H200 reached"),
         ("H100", "H100, 132 SMs, 79.60 GiB", "compile on: 132 SMs, compile_min_sms=68", "37.8 min to 53.9 min, at"),
         ("12GB", "a card, 12.00 GiB, 11.50 GiB free", "compile if it pays: how many SMs it has isn't known",
-         "the time isn't known, as nothing is of the speed of a card"),
+         "how long they take isn't known without a card's name"),
     ],
 )  # fmt: skip
 def test_a_plan_by_a_cards_name_tells_memory_compiling_and_time(capsys, gpu, facts, compiles, time):
     card, job = cards.named(gpu), replace(JOB, simulate=True, source=models.source_of(GPT, GPTConfig), model_args=SIZES)
     answer = dict(peak_bytes=GIB, parts={"weights": GIB})
     made = Made(lambda job: answer, Facts.of_card(card), job, compile=True, left=20_001)
-    made.plan()
-    made.fitter.tell_time(card.tflops * 1e12)
+    made.fitter.tell_more(made.plan(), card, None)
     told = said(capsys)
     assert told[0].startswith(facts)
     assert any(line.startswith(compiles) for line in told), told

@@ -20,7 +20,7 @@ FOUND = Plan(
     trials=(Trial(8, LEVERS, compiled=True, peak_bytes=7 * GIB, tokens_per_second=1.0, limit_bytes=10 * GIB),),
 )  # fmt: skip
 VALUES = [
-    LEVERS, Job({"path": ["a", "b"]}, {"n_layer": 1}, "cuda", "bfloat16", 1.0, LEVERS, 2, 3, 4),
+    LEVERS, Job({"path": ["a", "b"]}, {"n_layer": 1}, "cuda", "bfloat16", 1.0, "muon", LEVERS, 2, 3, 4),
     Facts("a\nGPU", "cuda", 28, (8, 6), neighbours=((1, "x", 2),)), FOUND.trials[0], replace(FOUND, trials=()),
 ]  # fmt: skip
 

@@ -8,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanofit.autofit.plan import OUT_OF_MEMORY, Facts, Trial
-from nanofit.autofit.search import (
-    MAX_TRIALS,
-    choose,
-    may_compile,
-    search,
-)
+from nanofit.autofit.search import MAX_TRIALS, choose, may_compile, next_size
 from nanofit.units import GIB, divisors
 
 
@@ -34,7 +29,9 @@ def device(limit, memory, speed=lambda size: float(size) / (size + 4)):
 def check_search(batch_size, limit, memory, speed=lambda size: float(size) / (size + 4)):
     """Search, and check what must hold whatever the memory does."""
     measure, asked = device(limit, memory, speed)
-    trials = search(divisors(batch_size), lambda: limit, measure, batch_size=batch_size)
+    trials = []
+    while len(trials) < MAX_TRIALS and (size := next_size(divisors(batch_size), trials, limit, batch_size)):
+        trials.append(measure(size))
     choice, _ = choose(trials, batch_size)
     assert len(asked) <= MAX_TRIALS
     assert len(set(asked)) == len(asked), "no size is tried twice"

@@ -85,7 +85,7 @@ def children_of(workplace, *jobs, answers=ANSWERS):
     with Trials() as run:
         for job in jobs:
             run(job)
-        process = run._child and run._child._process
+        process = run._process
     assert not process or process.poll() is not None, "none is left"
     pids = (workplace / "asked").read_text().split()
     return [list(dict.fromkeys(pids)).index(pid) for pid in pids]
@@ -120,14 +120,14 @@ def test_facts_are_told_at_once_and_their_limit_is_the_trials(child):
 
 
 def test_a_child_gets_the_job_the_project_and_no_rank(child, workplace, monkeypatch):
-    for name in trials.OF_RANKS:
+    of_ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"}
+    for name in of_ranks:
         monkeypatch.setenv(name, "error.json")
     monkeypatch.setenv("PYTHONPATH", "mine")
     child("import os, json, sys; open('got', 'w').write(json.dumps(dict(os.environ)) + '\\n' + sys.stdin.readline())")
     run_trial(JOB)
     environ, job = (workplace / "got").read_text().splitlines()
-    assert not set(trials.OF_RANKS) & set(json.loads(environ))
-    assert {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"} <= set(trials.OF_RANKS)
+    assert not of_ranks & set(json.loads(environ))
     assert f'"PYTHONPATH": "{ROOT}{os.pathsep}mine"' in environ
     assert job == to_json(JOB)
 
@@ -167,7 +167,7 @@ def test_one_process_tries_several_sizes():
         again = run(shared)
         assert small.fits
         assert large.fits
-        assert run._child._job.micro_batch_size == JOB.micro_batch_size
+        assert run._job.micro_batch_size == JOB.micro_batch_size
     assert large.peak_bytes > small.peak_bytes
     assert again.peak_bytes < (small.peak_bytes + large.peak_bytes) / 2, "what went before doesn't show"
     assert facts[0].name == "CPU of 4 ranks"

@@ -5,7 +5,7 @@ product stays what it was, and so do the batches, the schedule and the model. Si
 end before training starts: a crash, a leak or a failed compilation there costs nothing.
 
 plan.py holds the values that travel, search.py decides from measurements, fit.py lets trials be made and tells of them,
-trials.py and child.py are the two ends of a trial, simulate.py is a trial without a device.
+trials.py and child.py are the two ends of a trial, simulate.py is a trial without a device, advice.py tells more.
 """
 
 import os

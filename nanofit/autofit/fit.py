@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from nanofit import cards
 from nanofit.autofit import search
@@ -11,18 +11,10 @@ from nanofit.autofit.plan import FAILS, UNSIMULATED, Facts, Job, Plan, as_config
 from nanofit.autofit.trials import Trials
 from nanofit.errors import UsageError
 from nanofit.progress import waiting
-from nanofit.units import FITTED, GIB, MemoryLevers, amount, duration, gib, micro_batch_sizes
+from nanofit.units import FITTED, GIB, amount, duration, gib, micro_batch_sizes
 
-SHARES = {  # of the peak of matrix products that a plan counts on, and what was measured
-    "cuda": (0.35, 0.5, "an H200 reached 36% eager and 43 to 48% compiled, others aren't measured"),
-    "cpu": (0.5, 0.9, "GPT-2 124M reached 75 to 87% on two cores"),
-}
 SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
 MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow one runs five, and the forward pass of four more
-KEYS = (  # of the run, that an answer depends on
-    "batch_size", "gradient_accumulation_steps", "dtype", "compile", "compile_mode", "compile_min_sms", "max_iters",
-    "memory_limit_gb", "grad_clip", "optimizer", *(lever.name for lever in fields(MemoryLevers)),
-)  # fmt: skip
 
 
 def fit(world, device, config, given, model_args, classes, iterations_left):
@@ -34,36 +26,25 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
     """
     from nanofit import machine, models  # which import torch: who only reads plans needn't wait for it
 
-    began, dry_run, limit_gb = time.monotonic(), config["dry_run"], config["memory_limit_gb"]
+    began, plans, limit_gb = time.monotonic(), config["dry_run"], config["memory_limit_gb"]
     card = cards.named(config["gpu"]) if config["gpu"] else None
     asked, ranks = as_configured(config), config["ranks"] if card else world.size
-    job = Job(
-        source=models.source_of(*classes),
-        model_args=model_args,
+    of_run = {name: config[name] for name in ("dtype", "grad_clip", "optimizer", "compile_mode", "memory_limit_gb")}
+    where = dict(
         device=config["device"] if card else str(device),
-        dtype=config["dtype"],
-        grad_clip=config["grad_clip"],
-        optimizer=config["optimizer"],
-        levers=asked.levers,
         ranks=ranks,
         sharers=1 if card or device.type != "cpu" else world.local_size,
-        compile_mode=config["compile_mode"],
-        memory_limit_gb=limit_gb,
-        simulate=dry_run,
     )
+    job = Job(models.source_of(*classes), model_args, **where, **of_run, levers=asked.levers, simulate=plans)
     may_shard = ranks > 1 and config["optimizer_state"] == "float32"
-    free = {name for name in FITTED if name not in given and (name != "shard" or may_shard)}
-    key = {
-        **({} if card else machine.device_info(device)),
-        **{name: config[name] for name in KEYS},
-        "model": model_args,
-        "ranks": ranks,
-        "levers set by hand": [name for name in FITTED if name in given],
-    }
+    free = [name for name in FITTED if name not in given and (name != "shard" or may_shard)]
+    of_job = asdict(replace(job, source={}))  # where the model lies doesn't matter
+    key = dict(machine.device_info(device) if not card else {}, job=of_job, asked=asdict(asked), free=free)
+    key |= {name: config[name] for name in ("compile_min_sms", "max_iters")}
     with Trials() as run_trial:
         fitter = Fitter(job, asked, free, config["compile_min_sms"], iterations_left, run_trial)
         kept, why = None, ""
-        if dry_run:
+        if plans:
             fitter.see(Facts.of_card(card, limit_gb) if card else Facts.here(device, limit_gb, job.sharers))
         elif world.is_main:
             kept, why = recall(config["out_dir"], key, asked, free, fitter.sizes)
@@ -71,24 +52,13 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
             print(f"auto-fit: {why}")
         # Rank 0 looks for a kept answer, so that ranks on other machines see the same one.
         plan = _of_all_ranks(world, fitter, world.all_gather(kept)[0], config["init_from"] == "scratch")
-        if dry_run and world.is_main:
-            fitter.tell_where_it_goes(plan)
-            fitter.tell_time(_peak_flops(card, device, config["dtype"]))
-    if world.is_main and not (dry_run or config["eval_only"]) and (why := remember(config["out_dir"], key, plan)):
+        if plans and world.is_main:
+            fitter.tell_more(plan, card, device)
+    if world.is_main and not (plans or config["eval_only"]) and (why := remember(config["out_dir"], key, plan)):
         print(f"auto-fit: {why}")
     why = f": {plan.reasons[0]}" if plan.reasons else ""  # a kept answer may have none
     print(f"auto-fit: {plan}, found in {duration(time.monotonic() - began)}{why}")
     return plan
-
-
-def _peak_flops(card, device, dtype):
-    """Of a Card, or of a torch.device where that is None; 0 where it isn't known."""
-    from nanofit import machine
-
-    if not card and device.type == "cpu":
-        return machine.peak_flops(device, dtype)[0]
-    card = card or cards.of_driver(machine.device_name(device))
-    return card.tflops * 1e12 if card and dtype != "float32" else 0.0
 
 
 def _of_all_ranks(world, fitter, kept, may_shrink):
@@ -113,7 +83,7 @@ def smallest(plans, own):
 
 
 class Budget:
-    """The time that trials may take: a share of the run's, known with the first speed."""
+    """The time that trials may take: a share of the run's, by the speed that the last one has shown."""
 
     def __init__(self, tokens, clock):
         """tokens: that this rank has still to train. clock: gives seconds."""
@@ -121,13 +91,11 @@ class Budget:
         self.start()
 
     def start(self):
-        self._began, self.seconds, self._speed = self._clock(), math.inf, 0.0
+        self._began, self.speed = self._clock(), 0.0
 
-    def note(self, tokens_per_second):
-        """A trial has shown this speed; 0: none."""
-        self._speed = tokens_per_second or self._speed
-        if self._speed and self.seconds == math.inf:
-            self.seconds = max(AT_LEAST_SECONDS, SHARE_OF_RUN * self.tokens / self._speed)
+    @property
+    def seconds(self):
+        return max(AT_LEAST_SECONDS, SHARE_OF_RUN * self.tokens / self.speed) if self.speed else math.inf
 
     @property
     def elapsed(self):
@@ -135,7 +103,7 @@ class Budget:
 
     def allows(self, tokens):
         """Whether there is time for a trial whose micro-step has so many tokens."""
-        return not self._speed or self.elapsed + MICRO_STEPS_OF_A_TRIAL * tokens / self._speed <= self.seconds
+        return not self.speed or self.elapsed + MICRO_STEPS_OF_A_TRIAL * tokens / self.speed <= self.seconds
 
 
 @dataclass
@@ -144,18 +112,18 @@ class Fitter:
 
     job: Job  # of the run as configured
     asked: Plan  # the run as configured
-    free: set  # names of the levers that are ours to choose
+    free: list  # names of the levers that are ours to choose
     compile_min_sms: int
     iterations_left: int
     run_trial: Callable
     clock: Callable = time.monotonic
 
     def __post_init__(self):
-        asked, block_size = self.asked, self.job.model_args["block_size"]
+        asked, self.block_size = self.asked, self.job.model_args["block_size"]
         per_rank = asked.gradient_accumulation_steps // self.job.ranks
         self.facts = None  # of the device, once they are known
-        self.budget = Budget(max(1, self.iterations_left) * asked.batch_size * per_rank * block_size, self.clock)
-        largest = max(asked.batch_size, search.TOKENS // block_size)
+        self.budget = Budget(max(1, self.iterations_left) * asked.batch_size * per_rank * self.block_size, self.clock)
+        largest = max(asked.batch_size, search.TOKENS // self.block_size)
         self.sizes = [size for size in micro_batch_sizes(asked.batch_size, per_rank) if size <= largest]
 
     def see(self, facts):
@@ -165,6 +133,11 @@ class Fitter:
             asked = " (memory_limit_gb)" if facts.limit_bytes == int(self.job.memory_limit_gb * GIB) else ""
             simulated = ", simulated on fake tensors: nothing is measured" if self.job.simulate else ""
             print(f"auto-fit: {facts}{asked}{simulated}")
+
+    @property
+    def limit(self):
+        """Bytes that training may take, to which all trials are held; 0 before the first has found out."""
+        return self.facts.limit_bytes if self.facts else 0
 
     def plan(self, kept=None, advises=False, may_shrink=False):
         """A Plan, from trials or from an earlier one that a single trial confirms.
@@ -185,12 +158,11 @@ class Fitter:
 
     def measure(self, size, levers, compile=False):
         """The Trial of one micro-batch size; says how it went."""
-        limit = self.facts.limit_bytes if self.facts else 0  # all are held to what the first has found
-        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=limit)
+        job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=self.limit)
         what = f"batch_size {size}{levers}{', compiled' if compile else ''}"
         with waiting(f"auto-fit: trying {what}", self.budget.seconds - self.budget.elapsed):
             trial = self.run_trial(job, self.see)
-        self.budget.note(trial.tokens_per_second)
+        self.budget.speed = trial.tokens_per_second or self.budget.speed
         if levers.shard:  # without other ranks' messages that is too fast to be told or compared
             trial = replace(trial, tokens_per_second=0.0)
         if self.job.simulate and trial.peak_bytes:
@@ -207,10 +179,9 @@ class Fitter:
 
     def _confirm(self, kept):
         """A Plan as the kept one, if one trial shows that it still holds; else None, with a sentence."""
-        compile = kept.compile and not kept.levers.shard  # sharded, it wasn't tried either
-        trial = self.measure(kept.micro_batch_size, kept.levers, compile)
-        same_limit = abs(trial.limit_bytes - kept.limit_bytes) <= 0.05 * kept.limit_bytes
-        if trial.fits and same_limit:
+        # Sharded, compiling wasn't tried either.
+        trial = self.measure(kept.micro_batch_size, kept.levers, kept.compile and not kept.levers.shard)
+        if trial.fits and abs(self.limit - kept.limit_bytes) <= 0.05 * kept.limit_bytes:
             was = f" ({kept.tokens_per_second:,.0f} tok/s when it was found)" if kept.tokens_per_second else ""
             print(f"auto-fit: the answer kept beside the run holds{was}")
             return self._plan(trial, kept.compile, kept.reasons, [trial])
@@ -247,28 +218,17 @@ class Fitter:
         trials, batch_size = [], self.asked.batch_size
         # To join batches buys speed: without any figure of it, a whole model's aren't joined.
         sizes = [s for s in self.sizes if s <= batch_size or levers.shard or not self.job.simulate]
-
-        def limit():
-            return self.facts.limit_bytes if self.facts else 0
-
-        def affordable(size):
-            return self.budget.allows(size * self.job.model_args["block_size"])
-
-        def measure(size):
-            trials.append(self.measure(size, levers))
+        while len(trials) < search.MAX_TRIALS:
+            tried = [t.micro_batch_size for t in trials]
+            # Whether anything fits must be known, whatever time it takes.
+            within_time = [s for s in sizes if s in (sizes[0], *tried) or self.budget.allows(s * self.block_size)]
+            size = search.next_size(within_time, trials, self.limit, batch_size)
+            if size is None:
+                break
             if len(trials) == 2 and all(t.peak_bytes for t in trials):
                 a, k = search.line_through(trials)
-                larger = search.next_size(sizes, trials, limit(), batch_size)
-                hope = f": {larger} should fit" if larger and larger > size else ""
-                print(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB{hope}")
-            return trials[-1]
-
-        search.search(sizes, limit, measure, affordable, batch_size)
-        if len(trials) < search.MAX_TRIALS and search.next_size(sizes, trials, limit(), batch_size):
-            print(
-                f"auto-fit: no more sizes are tried: trials have taken {duration(self.budget.elapsed)}, and may take "
-                f"{duration(self.budget.seconds)} (2% of the run, at least a minute)"
-            )
+                print(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB: {size} should fit")
+            trials.append(self.measure(size, levers))
         return trials
 
     def _choose(self, trials):
@@ -283,7 +243,7 @@ class Fitter:
             if search.is_faster(faster, again):
                 return faster, f"{faster.tokens_per_second / again.tokens_per_second - 1:.0%} faster than {size}"
         larger = next((s for s in self.sizes if size < s <= self.asked.batch_size), None)
-        return choice, search.why_no_larger(larger, trials, self.facts.limit_bytes) if larger else "it fits as a whole"
+        return choice, search.why_no_larger(larger, trials, self.limit) if larger else "it fits as a whole"
 
     def _compile(self, choice):
         """(trial, whether to compile, why), at the chosen size or the next smaller one."""
@@ -291,14 +251,14 @@ class Fitter:
             return choice, self.asked.compile, "compile: as configured, the speed of sharded ranks isn't measured"
         verdict, why = search.may_compile(self.asked.compile, self.facts, self.compile_min_sms)
         use = verdict == "yes"
-        seconds_left = self.budget.tokens / choice.tokens_per_second if choice.tokens_per_second else math.inf
-        if self.job.simulate and verdict == "prove":
-            few = 0 < self.facts.sm_count < cards.MAX_AUTOTUNE_SMS
-            more = "; max-autotune has no effect there" if few else ""
-            return choice, False, f"compile if it pays: {why}, so a trial decides when the run starts{more}"
-        if not self.job.simulate and (untried := search.needs_no_trial(verdict, choice, seconds_left)):
+        if self.job.simulate:
+            if verdict == "prove":
+                few = 0 < self.facts.sm_count < cards.MAX_AUTOTUNE_SMS
+                more = "; max-autotune has no effect there" if few else ""
+                return choice, False, f"compile if it pays: {why}, so a trial decides when the run starts{more}"
+        elif untried := search.needs_no_trial(verdict, choice, self._seconds(choice)):
             use, why = untried[0], f"{why}, and {untried[1]}"
-        elif not self.job.simulate and verdict != "no":
+        elif verdict != "no":
             for size in [size for size in self.sizes if size <= choice.micro_batch_size][:-3:-1]:
                 compiled = self.measure(size, choice.levers, compile=True)
                 if compiled.fits or compiled.failure.startswith(FAILS):
@@ -307,14 +267,17 @@ class Fitter:
             choice = compiled if use else choice
         return choice, use, f"compile {'on' if use else 'off'}: {why}"
 
+    def _seconds(self, trial):
+        """What the run takes at the speed of a Trial."""
+        return self.budget.tokens / trial.tokens_per_second if trial.tokens_per_second else math.inf
+
     def _plan(self, trial, use_compile, reasons, trials):
         if trial.tokens_per_second and self.iterations_left > 1:
-            seconds = duration(self.budget.tokens / trial.tokens_per_second)
             less = ", less when compiled" if use_compile and not trial.compiled else ""
-            print(f"auto-fit: {self._work()}, about {seconds}{less}")
+            print(f"auto-fit: {self._work()}, about {duration(self._seconds(trial))}{less}")
         return replace(
             self.asked, micro_batch_size=trial.micro_batch_size, levers=trial.levers, compile=use_compile,
-            limit_bytes=self.facts.limit_bytes, peak_bytes=trial.peak_bytes, tokens_per_second=trial.tokens_per_second,
+            limit_bytes=self.limit, peak_bytes=trial.peak_bytes, tokens_per_second=trial.tokens_per_second,
             reasons=tuple(reasons), trials=tuple(trials),
         )  # fmt: skip
 
@@ -322,43 +285,29 @@ class Fitter:
         """What is left of the run, in words."""
         return f"{self.iterations_left - 1:,} iterations: {amount(self.budget.tokens * self.job.ranks)} tokens"
 
-    def tell_where_it_goes(self, plan):
-        """What the parts of a plan take, simulated; of several ranks, with the model whole and shared out."""
-        from nanofit.autofit.simulate import where_it_goes
+    def tell_more(self, plan, card, device):
+        """What the parts of a plan take, and how long a run takes, on a Card or a torch.device where that is None."""
+        from nanofit.autofit import advice
 
-        ranks, size = self.job.ranks, plan.micro_batch_size
+        ranks, job = self.job.ranks, self.job_of(plan.micro_batch_size)
         ways = {"": plan.levers.shard}
         if ranks > 1:
             ways = {f"each of {ranks} ranks, whole: ": False, f"each of {ranks} ranks, sharded: ": True}
         for who, shard in ways.items():
             levers = replace(plan.levers, shard=shard)
-            known = [t for t in plan.trials if t.parts and (t.micro_batch_size, t.levers) == (size, levers)]
-            trial = known[0] if known else self.run_trial(replace(self.job_of(size), levers=levers))
-            print(f"auto-fit: {who}{where_it_goes(trial.parts) if trial.parts else trial.failure}")
-
-    def tell_time(self, peak_flops):
-        """What a run takes by the shares of the peak that were measured. peak_flops: of the device, 0: unknown."""
-        from nanofit.autofit.simulate import flops_of_a_sequence
-
-        flops = self.budget.tokens / self.job.model_args["block_size"] * flops_of_a_sequence(self.job)
-        if self.iterations_left <= 1 or not flops:
-            return
-        if not peak_flops:
-            print(f"auto-fit: {self._work()}; the time isn't known, as nothing is of the speed of {self.facts.name}")
-            return
-        low, high, measured = SHARES[self.facts.device_type]
-        fast, slow = (duration(flops / peak_flops / share) for share in (high, low))
-        print(
-            f"auto-fit: {self._work()}, {fast} to {slow}, at {high:.0%} to {low:.0%} of {peak_flops / 1e12:.3g} TFLOPS "
-            f"({measured})"
-        )
+            tried = [t for t in plan.trials if (t.micro_batch_size, t.levers) == (job.micro_batch_size, levers)]
+            trial = tried[0] if tried else self.run_trial(replace(job, levers=levers))
+            print(f"auto-fit: {who}{advice.where_it_goes(trial.parts) if trial.parts else trial.failure}")
+        if self.iterations_left > 1:
+            sequences = self.budget.tokens / self.block_size
+            print(f"auto-fit: {self._work()}{advice.time_of(self.job, sequences, card, device)}")
 
     def _nothing_fits(self, trial, advises, may_shrink):
         """Lines about a Trial of the smallest size, and on what would fit."""
         facts = self.facts
         if not facts:
             return [f"auto-fit could not look at the device: {trial.failure}; python doctor.py says more"]
-        limit = f"the limit is {gib(facts.limit_bytes)}"
+        limit = f"the limit is {gib(self.limit)}"
         if not trial.out_of_memory:
             return [
                 f"auto-fit: the trial of batch_size 1 failed: {trial.failure}; if that is for want of memory "
@@ -366,16 +315,16 @@ class Fitter:
             ]
         need = gib(trial.peak_bytes) if trial.peak_bytes else "more than there is"
         how = trial.failure or ("simulated" if trial.parts else "measured")
-        said = [f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {limit} of "
-                f"{gib(facts.free_bytes)} free"]  # fmt: skip
+        free = gib(facts.free_bytes)
+        said = f"auto-fit: nothing fits: batch_size 1{trial.levers} takes {need} ({how}), {limit} of {free} free"
         if facts.process_bytes:
-            said[0] += f"; the process alone, Python and torch, takes {gib(facts.process_bytes)}"
-        if facts.process_bytes >= facts.limit_bytes:
-            return [f"{said[0]}: no setting helps, memory_limit_gb must be more than that"]
+            said += f"; the process alone, Python and torch, takes {gib(facts.process_bytes)}"
+        if facts.process_bytes >= self.limit:
+            return [f"{said}: no setting helps, memory_limit_gb must be more than that"]
         if not advises:
-            return said
-        from nanofit.autofit.simulate import what_would_fit
+            return [said]
+        from nanofit.autofit import advice
 
         print("auto-fit: nothing fits: looking for settings that would, by simulation")
         levers = replace(trial.levers, recompute=trial.levers.recompute or "recompute" in self.free)
-        return said + what_would_fit(replace(self.job_of(1), levers=levers), facts, self.run_trial, may_shrink)
+        return [said, *advice.what_would_fit(replace(self.job_of(1), levers=levers), facts, self.run_trial, may_shrink)]

@@ -69,24 +69,6 @@ def _may_gain(trials, size):
     return promised < 1 / v1 / FASTER
 
 
-def search(sizes, limit_bytes, measure, affordable=lambda size: True, batch_size=math.inf):
-    """At most MAX_TRIALS Trials, as measure(size) gives them.
-
-    sizes: ascending; those beyond batch_size join batches. limit_bytes: a function, as only the first trial finds it
-    out. affordable(size): whether there is time for it.
-    """
-    trials = []
-    while len(trials) < MAX_TRIALS:
-        tried = set(map(size_of, trials))
-        # Whether anything fits must be known, whatever time it takes.
-        within_time = [s for s in sizes if s in tried or s == sizes[0] or affordable(s)]
-        size = next_size(within_time, trials, limit_bytes(), batch_size)
-        if size is None:
-            break
-        trials.append(measure(size))
-    return trials
-
-
 def choose(trials, batch_size):
     """(choice, rival) of the trials: the configured batch_size, or else the largest that fits; and what is faster.
 
@@ -106,7 +88,9 @@ def why_no_larger(larger, trials, limit_bytes):
     would_take = (tried and tried.peak_bytes) or int(a + k * larger)
     if would_take > limit_bytes:
         return f"the largest that fits, as {larger} would take {would_take / GIB:.1f} of {limit_bytes / GIB:.1f} GiB"
-    return f"the largest that was tried and fits{f', {larger} did not run' if tried else ''}"
+    if tried:
+        return f"the largest that fits, as {larger} did not run"
+    return "the largest that was tried and fits, as trials take 2% of the run at most, or a minute"
 
 
 def is_faster(trial, other):

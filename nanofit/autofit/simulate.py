@@ -7,8 +7,6 @@ they would hold: no memory, seconds, and within a few percent of what the device
 import contextlib
 import io
 import warnings
-from dataclasses import replace
-from itertools import islice
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,17 +19,18 @@ from nanofit import machine, models
 from nanofit.autofit.plan import UNSIMULATED, Trial
 from nanofit.batches import RandomBatch
 from nanofit.errors import first_line
-from nanofit.optimizers import OPTIMIZER_STATES, configured
+from nanofit.optimizers import configured
 from nanofit.step import accumulate, clip
-from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
 # What torch gives cuBLAS to work in: once for the thread that runs forward passes and once for that of backward passes.
 CUBLAS_BYTES = 2 * (8 * 2**20 + 2**17)
-SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
 KINDS = ("Parameter", "Gradient", "Optstate")  # of what MemTracker counts
-STATE_SHARES = {"float32": 1.0, "8bit": 65 / 256, "offload": 0.0}  # of AdamW's state in float32, as compact_bytes
-PARTS = ("weights", "gradients", "optimizer state", "activations", "loss and backward")
+# What the device holds of AdamW's state in float32: in 8 bits, a byte an element of each moment, and a scale in float32
+# for each 256 of them.
+STATE_SHARES = {"float32": 1.0, "8bit": 65 / 256, "offload": 0.0}
+STATE = "optimizer state"
+PARTS = ("weights", "gradients", STATE, "activations", "loss and backward")
 
 
 class DropoutAsOnGpus(TorchFunctionMode):
@@ -70,23 +69,12 @@ class Unlisted(dict):
         return ()
 
 
-def _optimizer(kind, model, name):
+def _optimizer(model, name):
     optimizer = configured(model, name, 0.1, 6e-4, (0.9, 0.95), "cpu")
-    if kind != "float32" and name == "adamw":  # the device holds no state, as with plain SGD, or that of compact_bytes
-        optimizer = torch.optim.SGD(optimizer.param_groups, lr=0.1)
     # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
     for group in optimizer.param_groups:
         group["fused"] = True
     return optimizer
-
-
-def compact_bytes(params):
-    """Bytes of an 8-bit AdamW's state: of each moment a byte an element, and a scale in float32 for each 256.
-
-    Tensors of less than 4,096 elements, or of no whole number of blocks, stay in float32.
-    """
-    sizes = [p.numel() for p in params]
-    return sum(2 * (n + 4 * n // 256 if n >= 4096 and n % 256 == 0 else 4 * n) for n in sizes)
 
 
 def _snapshot(tracker, when):
@@ -117,7 +105,7 @@ def step_memory(model_class, config_class, job, levers):
     model = models.build_fake(model_class, config_class, job.model_args, mode)
     with mode:
         models.apply_levers(model, levers)
-        optimizer = _optimizer(levers.optimizer_state, model, job.optimizer)
+        optimizer = _optimizer(model, job.optimizer)
         tracker = MemTracker()
         tracker.memory_tracking = Unlisted()
         parts = getattr(optimizer, "parts", [optimizer])
@@ -144,8 +132,8 @@ def step_memory(model_class, config_class, job, levers):
         peak = _snapshot(tracker, "peak")
     held = [peak[kind] for kind in KINDS]
     rest = peak["Total"] - sum(held) + CUBLAS_BYTES * job.device.startswith("cuda")
-    if levers.optimizer_state == "8bit":
-        held[2] += compact_bytes(model.parameters())
+    if job.optimizer == "adamw":
+        held[2] = int(held[2] * STATE_SHARES[levers.optimizer_state])
     if levers.shard:
         gathered = _gathered(model, 4 if job.dtype == "float32" else 2, levers.gather_once)
         held = [size // job.ranks + more for size, more in zip(held, (*gathered, 0), strict=True)]
@@ -157,7 +145,8 @@ def step_memory(model_class, config_class, job, levers):
 
 
 @contextlib.contextmanager
-def _quietly():
+def quietly():
+    """Without what a model prints while it is made, and what torch warns of."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -167,86 +156,9 @@ def simulate(job):
     """The Trial of a Job for a device of job.limit_bytes, which need not be here."""
     levers = job.levers.within(job.limit_bytes, job.device.partition(":")[0])
     try:
-        with _quietly():
+        with quietly():
             parts = step_memory(*models.from_source(job.source), job, levers)
     except Exception as e:  # anything at all: fake tensors have no values, and a model may look at them
         why = f"{UNSIMULATED} ({type(e).__name__}: {first_line(e)[:100]})"
         return Trial(job.micro_batch_size, levers, failure=why, limit_bytes=job.limit_bytes)
     return Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts, limit_bytes=job.limit_bytes)
-
-
-def flops_of_a_sequence(job):
-    """FLOP of a sequence's forward and backward pass by the model's own estimate_mfu, 0 where it can't tell."""
-    with contextlib.suppress(Exception), _quietly():  # of a model that somebody wrote
-        model = models.build(*models.from_source(job.source), job.model_args, empty=True)
-        return models.share_of_peak(model, sequences=1, seconds=1.0, peak_flops=1.0)
-    return 0.0
-
-
-# ---- advice ------------------------------------------------------------------------------------------------
-
-
-def where_it_goes(parts):
-    """One line: what each part of a simulated peak takes."""
-    total = sum(parts.values())
-    unit, name = (GIB, "GiB") if total > GIB / 10 else (2**20, "MiB")
-    shares = ", ".join(f"{part} {size / unit:.2f}" for part, size in parts.items())
-    return f"of {total / unit:.2f} {name} (simulated): {shares}"
-
-
-def what_would_fit(job, facts, run_trial, may_shrink):
-    """Lines that say where a Job's memory goes and name settings that would fit the device of these Facts.
-
-    may_shrink: whether another size of model may be proposed.
-    """
-    asked, known = job.levers.optimizer_state, {}
-    # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
-    no_help = ("float32", asked, *(["offload"] if facts.device_type == "cpu" else []))
-    others = [] if job.levers.shard else [kind for kind in OPTIMIZER_STATES if kind not in no_help]
-
-    def parts_of(sizes, state):
-        """Of one simulation for all states, which is what takes time."""
-        key = tuple(sizes.items())
-        if key not in known:
-            levers = replace(job.levers, optimizer_state="float32")
-            model_args = {**job.model_args, **sizes}
-            known[key] = run_trial(replace(job, simulate=True, model_args=model_args, levers=levers)).parts
-        parts = known[key]
-        return {**parts, PARTS[2]: int(STATE_SHARES[state] * parts[PARTS[2]])} if parts else {}
-
-    def fits(parts):
-        return bool(parts) and FRAGMENTED * sum(parts.values()) + facts.process_bytes <= facts.limit_bytes
-
-    def first(family, states):
-        """The first sizes, and with them the first state, that fit: [flags], else []."""
-        found = ((sizes, state) for sizes in family for state in states if fits(parts_of(sizes, state)))
-        return [_flags(sizes, state, asked) for sizes, state in islice(found, 1)]
-
-    shorter, block_size = [], job.model_args["block_size"] // 2
-    while block_size >= SMALLEST_BLOCK:
-        shorter.append({"block_size": block_size})
-        block_size //= 2
-    larger_first = reversed(GPT2_SIZES.values()) if may_shrink else ()
-    smaller = [sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]]
-    own = parts_of({}, asked)
-    lines = [where_it_goes(own)] if own else []
-    options = [_flags({}, state, asked) for state in others if fits(parts_of({}, state))]
-    # Where the state alone is no way out, it is one beside a shorter block, unless what no block changes is too much.
-    held = {state: {part: parts_of({}, state).get(part, 0) for part in PARTS[:3]} for state in (asked, *others)}
-    possible = [state for state, parts in held.items() if fits(parts)]
-    options += first(shorter, [state for state in possible if state == asked]) or (
-        [] if options else first(shorter, [state for state in possible if state != asked])
-    )
-    options += first(smaller, [asked, *others])
-    if not options:
-        tried = [_flags({}, state, asked) for state in others]
-        tried += [_flags(sizes, asked, asked) for sizes in (*shorter[-1:], *smaller[-1:])]
-        what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
-        return [*lines, f"{what}: a smaller model, or more memory, is needed"]
-    which = "each of these would fit" if len(options) > 1 else "this would fit"
-    return [*lines, f"{which}, with batch_size 1:", *(f"  {option}" for option in options)]
-
-
-def _flags(sizes, state, asked):
-    changed = {**sizes, **({"optimizer_state": state} if state != asked else {})}
-    return " ".join(f"--{key}={value}" for key, value in changed.items())

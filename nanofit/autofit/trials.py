@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,8 @@ from nanofit.autofit.plan import Facts, Trial, from_json, to_json
 TRIAL_SECONDS = 1800  # a trial that takes longer hangs; on few cores, compiling alone may take many minutes
 FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# With torch's own two, it would look for ranks that it imagines; what it says of its end would be taken for the rank's.
-OF_RANKS = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH_DISTRIBUTED_DEBUG", "TORCH_DIST_INIT_BARRIER",
-    "TORCHELASTIC_ERROR_FILE",
-)  # fmt: skip
+# With these it would look for ranks that it imagines; what it says of its end would be taken for the rank's.
+OF_RANKS = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|TORCH_DIST.*|TORCHELASTIC_.*")
 # -P: no module of the current folder can get in its way
 COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.child"]
 
@@ -31,7 +29,7 @@ class Trials:
     """
 
     def __init__(self):
-        self._child = None
+        self._process = self._job = None  # the child, and what it answered last
 
     def __enter__(self):
         return self
@@ -39,22 +37,18 @@ class Trials:
     def __exit__(self, *_):
         self.close()
 
-    def close(self):
-        if self._child:
-            self._child.end()
-            self._child = None
-
     def __call__(self, job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
-        """The Trial of a Job. on_facts is given the Facts as soon as they are known."""
+        """The Trial of a Job. on_facts is given the Facts of its device as soon as they are known."""
         if job.simulate:
             from nanofit.autofit.simulate import simulate  # which imports torch
 
             return simulate(job)
-        if self._child and not self._child.may_go_on_with(job):
+        if not self._may_go_on_with(job):
             self.close()
-        self._child = self._child or _Child()
+            self._start()
+        self._job = job
         try:
-            trial = self._child.answer(job, on_facts, seconds)
+            trial = self._answer(job, on_facts, seconds)
         except BaseException:
             self.close()
             raise
@@ -62,37 +56,31 @@ class Trials:
             self.close()
         return trial
 
+    def _may_go_on_with(self, job):
+        """Whether this Job differs from the last in size alone, and what that one left changes no figure of it.
 
-class _Child:
-    """A process of child.py."""
+        A CPU's peak is of the process since it began: there, only a larger size shows.
+        """
+        if not self._process or self._process.poll() is not None:
+            return False
+        same = {name: getattr(self._job, name) for name in ("micro_batch_size", "micro_steps", "limit_bytes")}
+        grows = job.micro_batch_size > self._job.micro_batch_size or job.device != "cpu"
+        return grows and replace(job, **same) == self._job
 
-    def __init__(self):
-        # It is no rank of this run's. It imports the project from where this process has it.
-        environment = {k: v for k, v in os.environ.items() if k not in OF_RANKS}
+    def _start(self):
+        environment = {name: value for name, value in os.environ.items() if not OF_RANKS.fullmatch(name)}
+        # It imports the project from where this process has it.
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             errors="replace", env=environment, start_new_session=True,
         )  # fmt: skip
         self._said = collections.deque(maxlen=20)  # the last lines, read as they come, or it would wait for a reader
-        self._listener = threading.Thread(
-            target=lambda: self._said.extend(filter(str.strip, self._process.stderr)), daemon=True
-        )
+        lines = filter(str.strip, self._process.stderr)
+        self._listener = threading.Thread(target=self._said.extend, args=(lines,), daemon=True)
         self._listener.start()
-        self._job = None  # the last that it answered
 
-    def may_go_on_with(self, job):
-        """Whether this Job differs from the last in size alone, and what that one left changes no figure of it.
-
-        A CPU's peak is of the process since it began: there, only a larger size shows.
-        """
-        last = self._job
-        same = {name: getattr(last, name) for name in ("micro_batch_size", "micro_steps", "limit_bytes")}
-        grows = job.micro_batch_size > last.micro_batch_size or job.device != "cpu"
-        return grows and replace(job, **same) == last and self._process.poll() is None
-
-    def answer(self, job, on_facts, seconds):
-        self._job = job
+    def _answer(self, job, on_facts, seconds):
         facts = trial = None
         late = threading.Event()
         watch = threading.Timer(seconds, lambda: (late.set(), self._kill()))
@@ -104,8 +92,8 @@ class _Child:
             for line in self._process.stdout:
                 answer = from_json(line, Facts, Trial) if line.endswith("\n") else None
                 if isinstance(answer, Facts):
-                    on_facts(answer)
                     facts = answer
+                    on_facts(facts)
                 if isinstance(answer, Trial):
                     trial = answer
                     break
@@ -126,13 +114,17 @@ class _Child:
         last = said[-1].strip().removeprefix("error: ") if said else "no message"
         return f"ended with exit code {code} and no answer ({last})" if facts or code else f"gave no answer ({last})"
 
-    def end(self):
+    def close(self):
+        """End the child, if there is one."""
+        if not self._process:
+            return
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # which ends it
         if self._job.compile:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(FAREWELL_SECONDS)
         self._kill()
+        self._process = None
 
     def _kill(self):
         """End the process and what it has started; its watch may do so at the same time."""
