@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
+from operator import index
 from pathlib import Path
 
 from nanofit.errors import UsageError, usage_errors
@@ -46,11 +47,6 @@ class _Unpickler(pickle.Unpickler):
         return _stand_in(module, name)
 
 
-def _type_of(value):
-    kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-
-
 def load_meta(folder):
     """meta.pkl of a data set as a dict whose vocab_size is an int above zero; None where there is none.
 
@@ -59,46 +55,15 @@ def load_meta(folder):
     path = os.path.join(folder, "meta.pkl")
     if not os.path.exists(path):
         return None
-    if not os.path.isfile(path):
-        raise UsageError(f"{path} is not a file: prepare the data again")
     try:
         with open(path, "rb") as f:
             meta = _Unpickler(f).load()
     except Exception as e:  # a damaged pickle can raise almost anything
         raise UsageError(f"{path} can't be read, it is damaged or no pickle ({e}): prepare the data again") from e
-    if not isinstance(meta, dict) or "vocab_size" not in meta:
-        raise UsageError(f"{path} must hold a dict with vocab_size, not a {_type_of(meta)}: prepare the data again")
-    vocab_size = meta["vocab_size"]
-    if not isinstance(vocab_size, Integral) or isinstance(vocab_size, bool):
-        raise UsageError(f"{path}: vocab_size is a {_type_of(vocab_size)}: write int(...)")
-    if vocab_size < 1:
-        raise UsageError(f"{path}: vocab_size must be at least 1, not {vocab_size}: prepare the data again")
-    return {**meta, "vocab_size": int(vocab_size)}
-
-
-def symbols_of(folder):
-    """(stoi, itos) of a data set's meta.pkl: {symbol: id} and {id: symbol}; one is made from the other if need be.
-
-    Raises UsageError for what can't be: training doesn't ask for symbols, so that this comes to light here.
-    """
-    path, meta = os.path.join(folder, "meta.pkl"), load_meta(folder)
-    stoi, itos = meta.get("stoi"), meta.get("itos")
-    for name, value in (("stoi", stoi), ("itos", itos)):
-        kinds = (dict, list, tuple, str) if name == "itos" else dict
-        if value is not None and (not isinstance(value, kinds) or not value):
-            raise UsageError(f"{path}: {name} is a {_type_of(value)}: write a dict that is not empty")
-    if stoi is None and itos is None:
-        raise UsageError(f"{path} has neither stoi nor itos: training needs neither, but text does; add one of them")
-    itos = dict(enumerate(itos)) if isinstance(itos, (list, tuple, str)) else itos
-    itos = itos or {i: symbol for symbol, i in stoi.items()}
-    stoi = stoi or {symbol: i for i, symbol in itos.items()}
-    pairs = [*stoi.items(), *((symbol, i) for i, symbol in itos.items())]
-    if not all(isinstance(s, str) and isinstance(i, Integral) and 0 <= i < meta["vocab_size"] for s, i in pairs):
-        raise UsageError(
-            f"{path}: stoi must give the id of each symbol, a whole number from 0 to vocab_size - 1, and itos the "
-            "symbol of each id, a string: prepare the data again"
-        )
-    return {s: int(i) for s, i in stoi.items() if s}, {int(i): s for i, s in itos.items()}
+    size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if not isinstance(size, Integral) or size < 1:
+        raise UsageError(f"{path} must hold a dict whose vocab_size is an int above 0, not {size!r}: write int(...)")
+    return {**meta, "vocab_size": int(size)}
 
 
 def differs(meta, vocab_size):
@@ -153,7 +118,7 @@ def codec_of(folder, vocab_size=None, most=math.inf):
     elif isinstance(meta.get("tokenizer"), str) and not {"stoi", "itos"} & set(meta):
         codec = _of_tiktoken(meta["tokenizer"])
     else:
-        codec = _of_symbols(folder, meta["vocab_size"])
+        codec = _of_symbols(folder, meta)
     _must_fit(codec.name, codec.symbols, vocab_size, most)
     return codec
 
@@ -268,8 +233,24 @@ def _of_sentencepiece(path):
     return Codec(path, symbols, encode, model.encode, decode, end if end >= 0 else None, model)
 
 
-def _of_symbols(folder, vocab_size):
-    (stoi, itos), name = symbols_of(folder), os.path.join(folder, "meta.pkl")
+def _of_symbols(folder, meta):
+    """The Codec of stoi, {symbol: id}, and itos, {id: symbol} or a list; one is made from the other if need be."""
+    name, vocab_size = os.path.join(folder, "meta.pkl"), meta["vocab_size"]
+    stoi, itos = (meta.get(table) or {} for table in ("stoi", "itos"))
+    if not stoi and not itos:
+        raise UsageError(f"{name} has neither stoi nor itos: training needs neither, but text does; add one of them")
+    try:
+        itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
+        itos = {index(i): symbol for i, symbol in itos.items()} or {index(i): symbol for symbol, i in stoi.items()}
+        stoi = {symbol: index(i) for symbol, i in stoi.items() if symbol} or {s: i for i, s in itos.items() if s}
+        are_symbols = all(isinstance(symbol, str) for symbol in [*stoi, *itos.values()])
+    except (TypeError, AttributeError):
+        are_symbols = False
+    if not are_symbols or not all(0 <= i < vocab_size for i in [*itos, *stoi.values()]):
+        raise UsageError(
+            f"{name}: stoi must give the id of each symbol, a whole number from 0 to vocab_size - 1, and itos the "
+            "symbol of each id, a string: prepare the data again"
+        )
 
     def encode(text):
         return _encode(text, stoi, name)
@@ -293,10 +274,6 @@ def _encode(text, stoi, name):
             ids.append(stoi[symbol])
         place += len(symbol or text[place])
     if unknown:
-        unknown = sorted(unknown)
-        several = f"characters {', '.join(map(repr, unknown[:20]))}, which are" if unknown[1:] else ""
-        raise UsageError(
-            f"the text has the {several or f'character {unknown[0]!r}, which is'} not among the {len(stoi)} "
-            f"symbols of {name}: use only {''.join(stoi)[:300]!r}"
-        )
+        lacks = ", ".join(map(repr, sorted(unknown)[:20]))
+        raise UsageError(f"the {len(stoi)} symbols of {name} lack {lacks}: use only {''.join(stoi)[:300]!r}")
     return ids
