@@ -66,6 +66,11 @@ def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours
         ) from e
 
 
+def size_of(checkpoint):
+    """Bytes of its tensors; a little more where some are tied."""
+    return sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
+
+
 def on_host(checkpoint):
     """A copy of a checkpoint that stays as it is while training moves the weights, or None where there is no room.
 
@@ -79,7 +84,7 @@ def on_host(checkpoint):
             copies[place] = tensor.detach().to("cpu", copy=True)
         return copies[place]
 
-    size = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
+    size = size_of(checkpoint)
     with contextlib.suppress(UsageError):  # a system that doesn't tell what is free
         if 2 * size > host.free_memory():
             return None

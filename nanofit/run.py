@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from dataclasses import asdict
 
 from nanofit import autofit, checkpoint, machine, models, optimizers, sharding
 from nanofit.errors import first_line, usage_errors
+from nanofit.units import gib
 
 
 class Run:
@@ -104,6 +106,10 @@ class Run:
         entries = ("iter_num", "best_val_loss", "config", "model_args")
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))
+        if not self._begun and self.world.is_main and not self.config["eval_only"]:
+            size, free = checkpoint.size_of(parts), shutil.disk_usage(self.folder.out_dir).free
+            if free < (2 + self.config["keep"]) * size:  # ckpt.pt, and the one before
+                print(f"the disk of {self.folder.out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}")
 
     def save(self, name=checkpoint.NAME, goes_on=True):
         """Write a checkpoint: in the background if the run goes on. written() tells how that went."""

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +124,13 @@ def test_patience_ends_a_run_and_resuming_keeps_the_count():
     again = train(**keys, patience=4, init_from="resume")
     assert max(again.iter_loss) == best + 7
     assert min(again.eval_loss) == best + 6
+
+
+def test_a_disk_that_is_nearly_full_is_told_at_the_start(monkeypatch):
+    assert "left, and a checkpoint takes" not in train(**KEYS, max_iters=0).text
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    told = train(**KEYS, max_iters=0).text
+    assert told.count("the disk of out has 0.00 GiB left, and a checkpoint takes ") == 1
 
 
 @pytest.mark.slow
