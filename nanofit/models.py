@@ -60,10 +60,6 @@ def own_fields(config_class, but=()):
         if name in (*SIZES, *but) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = parameter.default
-        if default is parameter.empty:
-            raise UsageError(
-                f"model.py: the field {name} of GPTConfig has no default, which train.py needs: give it one"
-            )
         default = default.item() if type(default).__module__ == "numpy" and hasattr(default, "item") else default
         # `int | None = None` stands for an int that the config works out by itself.
         kinds = [k for k in (*(typing.get_args(hints.get(name)) or [hints.get(name)]), type(default)) if k in KEY_TYPES]
@@ -153,16 +149,13 @@ def pretrained(model_class, name, dropout):
         raise UsageError(f"init_from={name!r}: model.py offers no from_pretrained: start from scratch, or resume")
     try:
         with refusals(f"init_from={name!r}: "):
-            model = model_class.from_pretrained(name, dict(dropout=dropout))
+            return model_class.from_pretrained(name, dict(dropout=dropout))
     except UsageError:
         raise
     except Exception as e:  # transformers and safetensors have their own ways to say that a file is damaged
         if is_out_of_memory(e):
             raise
         raise UsageError(f"init_from={name!r}: {first_line(e)[:300]}") from e
-    if not all(torch.isfinite(weight.sum()) for weight in model.parameters()):
-        raise UsageError(f"init_from={name!r} holds weights that are not finite: take another")
-    return model
 
 
 def load_weights(model, saved, where):
