@@ -66,16 +66,6 @@ def test_the_plan_is_kept_and_a_second_run_confirms_it(trials, capsys):
     assert said[-1] == last
 
 
-def test_a_job_says_all_that_the_run_asked_for(trials):
-    fit(optimizer_state="offload", loss_chunk_mb=3, grad_clip=0.5, compile_mode="reduce-overhead", memory_limit_gb=4.5)
-    for job in trials:
-        assert replace(job.levers, recompute=False) == MemoryLevers(optimizer_state="offload", loss_chunk_mb=3)
-        assert job.source["classes"] == [["model", "GPT"], ["model", "GPTConfig"]]
-        assert job.model_args == SIZES
-        assert (job.device, job.dtype, job.grad_clip, job.simulate) == ("cpu", "float32", 0.5, False)
-        assert (job.compile_mode, job.memory_limit_gb) == ("reduce-overhead", 4.5)
-
-
 @pytest.mark.parametrize("change", [dict(dry_run=True), dict(dry_run=True, gpu="T4"), dict(eval_only=True)])
 def test_what_does_not_train_keeps_no_answer(trials, workplace, change):
     fit(**change)

@@ -88,13 +88,6 @@ def write(folder, train):
         (folder / f"{name}.bin").write_bytes(np.asarray(tokens, "<u2").tobytes())
 
 
-def test_the_shortest_file_that_will_do(tmp_path):
-    write(tmp_path, np.arange(33))
-    x, y = stream(str(tmp_path)).current
-    assert x[0].tolist() == list(range(32))
-    assert y[0].tolist() == list(range(1, 33))
-
-
 def test_missing_data_names_what_to_run_or_what_was_meant(tmp_path):
     (tmp_path / "data" / "mine").mkdir()
     (tmp_path / "data" / "mine" / "prepare.py").touch()
@@ -152,10 +145,6 @@ def test_the_type_that_the_data_set_names_is_believed(tmp_path, named, name):
     assert open_data(folder, 32, 65)["train"].tokens == 4000
 
 
-def test_eight_bytes_an_id_are_known_without_an_id_of_0(tmp_path):
-    assert open_data(write_ids(tmp_path, "<i8", ids_below(65, least=1)), 32, 65)["train"].tokens == 4000
-
-
 @pytest.mark.parametrize(
     ("kind", "ids", "named", "says"),
     [
@@ -198,21 +187,6 @@ def test_training_needs_vocab_size_alone_whatever_else_there_is(tmp_path):
     assert not (tmp_path / "ran").exists(), "nothing in it is run"
 
 
-@pytest.mark.parametrize("content", [b"garbage", pickle.dumps({"stoi": {}})])
-def test_a_meta_file_that_is_none(tmp_path, content):
-    (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(UsageError, match="meta.pkl"):
-        load_meta(str(tmp_path))
-
-
-def test_symbols_there_and_back():
-    codec = codec_of("data/markov")
-    encode, decode = codec.encode, codec.decode
-    assert decode(encode("HELLO!")) == "HELLO!"
-    with pytest.raises(UsageError, match="the 65 symbols of data/markov/meta.pkl lack 'é': use only"):
-        encode("Hé")
-
-
 def test_the_longest_symbol_that_fits_is_taken(tmp_path):
     stoi = OrderedDict({"a": np.int64(0), "ab": 1, "b": 2, "abcd": 3, "<end>": 4, "<": 5, "c": 6})
     codec = codec_of(write_meta(tmp_path, vocab_size=7, stoi=stoi))
@@ -234,13 +208,6 @@ def test_symbols_must_fit_the_model(tmp_path):
         codec_of("data/x", 100_288)  # of another tokenizer, which was left behind
     assert differs(load_meta("data/markov"), 65) == differs(None, 65) == []
     assert "names 65 symbols, and the model has a vocabulary of 50,257" in differs({"vocab_size": 65}, 50257)[0]
-
-
-def test_bpe_there_and_back(bpe):
-    codec = codec_of(None)
-    encode, decode = codec.encode, codec.decode
-    assert encode("Hello<|endoftext|>") == [15496, 50256]
-    assert decode([15496, 50300]) == "Hello", "the padding of the vocabulary stands for nothing"
 
 
 class Noted(TokenFile):

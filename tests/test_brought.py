@@ -40,14 +40,6 @@ def test_eight_iterations_and_four_are_twelve(kind, name):
     assert text.count("-" * 15) == 2
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("kind", brought.KINDS)
-def test_auto_fit_takes_them(kind):
-    run = train(**{**KEYS, "max_iters": 2}, kind=kind, auto_fit=True, memory_limit_gb=2.0)
-    assert "effective batch 8" in run.text
-    assert len(run.iter_loss) == 3
-
-
 class Lookahead:
     """As its users write it: around another optimizer, whose groups it takes again on loading."""
 

@@ -96,16 +96,6 @@ def test_what_cant_be_saved_is_found_out_before_the_first_iteration(monkeypatch,
     assert not steps
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_best_loss_that_is_not_finite_goes_on_and_is_beaten(loss):
-    train(**TINY, max_iters=5)
-    saved = torch.load("out/ckpt.pt", weights_only=True)
-    torch.save({**saved, "best_val_loss": loss}, "out/ckpt.pt")
-    run = train(**TINY, max_iters=10, init_from="resume", always_save_checkpoint=False)
-    assert math.isfinite(run.names["run"].best_val_loss)
-    assert torch.load("out/ckpt.pt", weights_only=True)["iter_num"] == 10
-
-
 def test_prefixes_are_taken_off_in_any_order():
     train(**TINY, max_iters=5)
     saved = torch.load("out/ckpt.pt", weights_only=True)

@@ -32,12 +32,6 @@ def test_the_later_wins_whichever_kind_it_is(tmp_path):
     assert configured("a.py", "--batch_size=1")[0]["batch_size"] == 1
 
 
-def test_a_file_may_run_another(tmp_path):
-    (tmp_path / "base.py").write_text("batch_size = 7\n")
-    (tmp_path / "a.py").write_text("exec(open('base.py').read())\n")
-    assert configured("a.py")[0]["batch_size"] == 7
-
-
 def test_a_key_that_a_file_sets_to_its_default_counts_as_given(tmp_path):
     (tmp_path / "a.py").write_text("batch_size = 12\n")
     assert configured("a.py")[1] == {"batch_size"}
@@ -194,11 +188,6 @@ def test_a_field_without_a_value_stays_without_one(tmp_path):
     (tmp_path / "a.py").write_text("n_kv_head = None\nrotary = True\n")
     names, given = configured("a.py", more=MORE)
     assert (names["n_kv_head"], names["rotary"], given) == (None, True, {"n_kv_head", "rotary"})
-
-
-def test_a_field_that_has_the_name_of_something_else():
-    with pytest.raises(UsageError, match="model.py: the field print of GPTConfig has a name that train.py uses"):
-        configured(more={"print": (int, 0)})
 
 
 def test_limits():

@@ -1,12 +1,7 @@
 """What users read when something goes wrong, and which errors say that memory ran out."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import environment
 
 from nanofit.errors import UsageError, is_lost_rank, is_out_of_memory, lost_sentence, memory_sentence
 
@@ -102,36 +97,3 @@ def test_a_lost_rank_is_told_in_words_that_help(error, words):
     sentence = lost_sentence("0", error)
     assert sentence.startswith("error: rank 0 has lost another, which has ended or can't be reached")
     assert sentence.endswith(f"--init_from=auto, or resume, goes on from the last checkpoint ({words})")
-
-
-PIPES = """
-import nanofit, os, sys
-nanofit.start()
-print("as usual", flush=True)
-{act}
-"""
-
-
-@pytest.mark.parametrize(
-    ("act", "flags", "says_pipe"),
-    [
-        ("os.read(0, 1); print('x' * 9, flush=True)", [], True),
-        ("os.read(0, 1); print('x' * 9, flush=True)", ["-u"], True),
-        ("raise ConnectionResetError(104, 'Connection reset by peer')", [], False),
-    ],
-)
-def test_a_broken_pipe_is_standard_outputs_where_that_has_no_reader(act, flags, says_pipe):
-    Path("ours.py").write_text(PIPES.format(act=act))
-    child = subprocess.Popen(
-        [sys.executable, *flags, "ours.py"], env=environment(), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    child.stdout.readline()
-    if says_pipe:
-        child.stdout.close()
-    child.stdin.write("go")
-    child.stdin.close()
-    said = child.stderr.read()
-    assert child.wait() == 1
-    assert (said == "error: standard output was closed before all of it was written\n") == says_pipe
-    assert ("Traceback" in said) != says_pipe

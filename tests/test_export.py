@@ -152,14 +152,6 @@ def write_meta(symbols):
     Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def test_symbols_of_several_characters_are_taken_before_shorter_ones():
-    pytest.importorskip("tokenizers")
-    write_meta(["a", "ab", "abc", ".", "(", "a.b", "b", "c"])
-    tokenizer = huggingface.tokenizer_of(codec_of("data/markov"))
-    assert tokenizer.encode("abcaba.b(ac.").tokens == ["abc", "ab", "a.b", "(", "a", "c", "."]
-    assert tokenizer.decode(tokenizer.encode("abcaba.b(ac.").ids) == "abcaba.b(ac."
-
-
 # ---- the folder --------------------------------------------------------------------------------------------
 
 
@@ -316,13 +308,6 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(act, keys, sentence):
     with pytest.raises(UsageError, match=sentence):
         export(**keys)
     assert {path: path.stat().st_size for path in Path().rglob("*")} == before
-
-
-def test_gpt2s_symbols_are_not_taken_for_a_model_of_characters(bpe):
-    trained()
-    os.remove("data/markov/meta.pkl")
-    with pytest.raises(UsageError, match="vocabulary of 65, and GPT-2 BPE has 50,257 symbols: data.markov"):
-        export(to="hf")
 
 
 def test_a_run_that_stopped_before_it_had_a_best_is_exported():

@@ -96,14 +96,6 @@ def test_what_differs_from_a_checkpoint_is_told_with_what_becomes_of_it():
     assert "differs" not in short(init_from="resume", n_layer=2, dropout=0.25, batch_size=4, max_iters=6)
 
 
-def test_on_a_cpu_mfu_is_of_that_cpu():
-    text = short()
-    assert re.search(r"^mfu: a share of the [\d,]+ GFLOP/s that a matrix product reaches on this CPU$", text, re.M)
-    shares = [float(share) for share in re.findall(r"mfu (\S+)%", text)]
-    assert len(shares) == 5
-    assert all(0 < share <= 110 for share in shares)  # of a product's speed, which is measured with some noise
-
-
 FAILS = """
 import os, time
 import nanofit

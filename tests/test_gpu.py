@@ -185,16 +185,6 @@ def test_a_bad_gradient_is_left_out_without_waiting():
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == bad
 
 
-@numbers
-@pytest.mark.parametrize("kind", ["offload", "8bit"])
-def test_the_optimizers_state_elsewhere(kind):
-    if kind == "8bit":
-        pytest.importorskip("torchao")
-    plain = train(device="cuda", dtype="float32", max_iters=12)
-    run = train(device="cuda", dtype="float32", max_iters=12, optimizer_state=kind)
-    assert run.iter_loss == pytest.approx(plain.iter_loss, abs=0.02)
-
-
 WIDE = dict(device="cuda", n_layer=6, n_embd=256, n_head=4, block_size=256, batch_size=32, max_iters=3, dropout=0.1)
 
 

@@ -1,15 +1,10 @@
 """Gradients of several ranks: how they travel, and what a rank that fails leaves the others."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import RANK, torchrun
 
 from model import GPT, GPTConfig
 from nanofit import gradients
-from nanofit.errors import UsageError
 from nanofit.ranks import World
 
 
@@ -114,46 +109,3 @@ def test_gradients_that_cuda_graphs_begin_as_zeros_are_none_where_no_pass_used_t
         backward(model, seed)
     own.end()
     assert [name for name, p in model.named_parameters() if p.grad is None] == ["more"]
-
-
-def test_a_gradient_that_comes_after_it_was_sent_is_told(monkeypatch, two_ranks):
-    """Reentrant checkpoints run passes of their own, in each of which a weight that they share gets a gradient."""
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
-    layer = torch.nn.Linear(4, 4)
-    averaged = gradients.AveragedGradients(layer, World(size=2))
-    averaged.begin(1)
-    averaged.last()
-    x = torch.ones(4, requires_grad=True)
-    for _ in range(2):
-        x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
-    with pytest.raises(UsageError, match="use_reentrant=False"):
-        x.sum().backward()
-    averaged.end()
-
-
-def uneven(ranks, kinds, batches, iterations):
-    """What tests/uneven_ranks.py found: {case: differences}, of all of them."""
-    arguments = [",".join(kinds), ",".join(map(str, batches)), str(iterations)]
-    script = str(RANK.with_name("uneven_ranks.py"))
-    told = torchrun("--standalone", f"--nproc_per_node={ranks}", script, *arguments)[0].text
-    found = json.loads(Path("uneven.json").read_text())
-    unsharded = len({"experts", "layer_drop", "rare"} & set(kinds))
-    assert len(found) == (2 * len(kinds) - unsharded) * len(batches)
-    assert ("training changes buffers: " in told) == ("running" in kinds)
-    return found
-
-
-@pytest.mark.slow
-def test_ranks_of_which_not_every_one_uses_every_weight_learn_like_one_process():
-    for case, differences in uneven(2, ("experts", "layer_drop", "running"), (4,), 3).items():
-        assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(
-    "kinds", [("experts", "layer_drop", "dropout", "random_buffers"), ("running", "unused", "frozen", "rare")]
-)
-def test_ranks_learn_like_one_process_whatever_a_model_leaves_out_draws_or_changes(kinds, ranks):
-    for case, differences in uneven(ranks, kinds, (ranks, 6), 30).items():
-        assert differences == pytest.approx(dict.fromkeys(differences, 0), abs=1e-9), case

@@ -29,14 +29,6 @@ def test_bfloat16_only_where_the_hardware_has_it(fake_gpu, capability, dtype):
     assert machine.best_dtype("cpu") == "float32"
 
 
-def test_mps_comes_before_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for there, device in ((True, "mps"), (False, "cpu")):
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
-        assert machine.best_device() == device
-        assert machine.best_dtype(device) == "float32"
-
-
 def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
     fake_gpu((8, 0))
     with pytest.raises(UsageError, match="device='cuda:2', but there are 2 GPUs, numbered from 0"):
@@ -80,12 +72,6 @@ def test_nvidia_smi_may_answer_anything(monkeypatch):
     lines = ["GPU-12-34, 77, python, train.py, 4300", "GPU-99, 78, python, 1", "GPU-12-34, 79, x, [N/A]", "?"]
     monkeypatch.setattr(host, "nvidia_smi", lambda query: lines)
     assert machine.gpu_processes(torch.device("cuda", 0)) == [(77, "python, train.py", 4300)]
-
-
-@pytest.mark.parametrize(("name", "here"), [("cpu", True), ("cuda:1", True), ("cuda:2", False), ("gpu", False)])
-def test_whether_a_device_is_here(fake_gpu, name, here):
-    fake_gpu((8, 0))
-    assert machine.is_here(name) == here
 
 
 def test_a_cpus_peak_is_measured_and_told():

@@ -82,20 +82,6 @@ def test_an_iterations_figures(monkeypatch):
     assert last["seconds_left"] == pytest.approx((100 - 8) * 0.5)
 
 
-def test_a_pause_is_no_iterations_time_but_counts_for_what_is_left(monkeypatch):
-    clock, seen = Clock(monkeypatch), []
-    metrics = Metrics(CPU, 0, 40, 10, 64, lambda seconds: 0.01 / seconds)
-    metrics.readers = [seen.append]
-    for it in range(8):
-        if it == 0:
-            with metrics.paused():
-                clock.now += 7.0
-        clock.now += 0.5
-        iterate(metrics, [it])
-    assert all(f["seconds"] == pytest.approx(0.5) for f in seen)
-    assert seen[-1]["seconds_left"] == pytest.approx(33 * 0.5 + 4 * 7.0)  # evaluations at 10, 20, 30 and 40
-
-
 def test_an_evaluations_figures_know_the_best():
     seen = []
     metrics = Metrics(CPU, 0, 40, 10, 64, lambda seconds: 0.0)

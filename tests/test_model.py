@@ -174,22 +174,6 @@ def test_a_sequence_longer_than_the_block():
         toy()(torch.zeros((1, 17), dtype=torch.long))
 
 
-def test_nanogpts_scripts_calls_are_served():
-    """Each as nanoGPT's own train.py, sample.py and bench.py make it."""
-    args = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=32, dropout=0.0)
-    model = GPT(GPTConfig(**args))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    x = torch.randint(32, (2, 8))
-    logits, loss = model(x, x)
-    loss.backward()
-    optimizer.step()
-    model.crop_block_size(4)
-    assert logits.shape == (2, 8, 32)
-    assert model.estimate_mfu(2 * 1, 0.1) > 0
-    assert model.generate(x[:, :2], 3, temperature=0.8, top_k=5).shape == (2, 5)
-    assert all(hasattr(model_module, name) for name in ("LayerNorm", "CausalSelfAttention", "MLP", "Block"))
-
-
 def loss_without_chunks(h, weight, targets):
     return F.cross_entropy(h @ weight.t(), targets, ignore_index=-1)
 

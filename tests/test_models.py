@@ -21,8 +21,6 @@ from test_interface import listed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanofit import models
-from nanofit.autofit.plan import Job
-from nanofit.autofit.simulate import step_memory
 from nanofit.errors import UsageError
 from nanofit.units import MemoryLevers
 
@@ -225,20 +223,3 @@ def test_a_model_without_transformer_h_is_told_when_recompute_is_asked_for(capsy
     assert capsys.readouterr().out == ""
     models.apply_levers(model, MemoryLevers(recompute=True))
     assert capsys.readouterr().out == "model.py has no transformer.h: recompute does nothing\n"
-
-
-def simulated(model, dtype, **sizes):
-    """Bytes by part of a step of this module's GPT, on fake tensors."""
-    sizes = dict(n_layer=2, n_head=4, n_embd=64, block_size=1024, vocab_size=65, bias=False, dropout=0.0) | sizes
-    job = Job(source={}, model_args=sizes, device="cuda", dtype=dtype, grad_clip=1.0, micro_batch_size=2, micro_steps=1)
-    return step_memory(model.GPT, model.GPTConfig, job, MemoryLevers())
-
-
-def test_dropout_costs_a_plan_no_attention_matrices_in_any_model():
-    plain, dropped = (sum(simulated(modern, "bfloat16", dropout=dropout).values()) for dropout in (0.0, 0.2))
-    assert plain < dropped < 1.3 * plain, "masks are a byte for each value that they drop"
-
-
-def test_an_optimizer_that_is_not_fused_is_simulated():
-    parts = simulated(nanogpt_like, "float32", n_embd=128, block_size=16)
-    assert parts["optimizer state"] == pytest.approx(2 * parts["weights"], rel=0.01)

@@ -40,18 +40,6 @@ def test_a_value_comes_back_from_its_line_and_what_is_no_number_is_none(value):
 # ---- what they say -----------------------------------------------------------------------------------------
 
 
-def test_a_trial_fits_only_within_its_limit_whole_and_without_distress():
-    fits = dict(micro_batch_size=1, peak_bytes=10, limit_bytes=10)
-    assert Trial(**fits).fits
-    assert not Trial(**fits).out_of_memory
-    for change in (dict(peak_bytes=11), dict(retries=1), dict(failure="out of memory"), dict(peak_bytes=0)):
-        assert not Trial(**{**fits, **change}).fits
-        assert Trial(**{**fits, **change}).out_of_memory
-    crashed = Trial(**{**fits, "failure": "was killed"})
-    assert not crashed.fits
-    assert not crashed.out_of_memory
-
-
 def test_levers_name_what_was_moved_and_the_losss_chunk_follows_the_memory_unless_it_is_given():
     assert str(MemoryLevers(loss_chunk_mb=128)) == "", "it is settled for every run"
     moved = MemoryLevers(recompute=True, optimizer_state="8bit")

@@ -37,22 +37,6 @@ def test_waiting_counts_seconds_and_leaves_nothing(monkeypatch):
     assert "\n" not in text
 
 
-def test_of_a_machines_ranks_one_speaks(monkeypatch):
-    shown = on_a_terminal(monkeypatch)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with progress.waiting("compiling"):
-        time.sleep(1.1)
-    items = [1, 2]
-    assert list(progress.bar(items, "train loss", 2)) == items
-    assert shown == []
-
-
-def test_a_bar_gives_every_item(monkeypatch):
-    shown = on_a_terminal(monkeypatch)
-    assert list(progress.bar(iter("abc"), "train loss", 3)) == ["a", "b", "c"]
-    assert "train loss: 0 of 3" in "".join(shown)
-
-
 def test_a_terminal_that_is_closed_ends_nothing(monkeypatch):
     on_a_terminal(monkeypatch)
 

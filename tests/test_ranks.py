@@ -4,19 +4,15 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RANK, TOY, environment, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
-from nanofit.autofit import as_saved
-from nanofit.autofit.plan import Plan
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.ranks import World
-from nanofit.units import MemoryLevers
 
 KILLED_ONCE = """
 import os, runpy, signal, sys
@@ -122,20 +118,3 @@ def test_ranks_learn_what_one_process_learns(whole, ranks, levers):
     assert len(ours) == 2 * 31 + 2 * 4, "one rank writes"
     assert ours == pytest.approx(alone, abs=1e-5)
     assert_same_weights("out", whole)
-
-
-CONFIG = {"out_dir": "out", "auto_fit": False}
-
-
-def test_batches_that_another_number_of_ranks_joined_are_joined_as_far_as_these_ranks_can():
-    saved = {"split": {"of": [8, 12], "into": [32, 3]}}  # three ranks had four batches each
-    plan = Plan(batch_size=8, gradient_accumulation_steps=12, micro_batch_size=8)
-    sizes = [as_saved(saved, plan, CONFIG, (), ranks).micro_batch_size for ranks in (1, 2, 3, 4, 12)]
-    assert sizes == [32, 24, 32, 24, 8]
-
-
-@pytest.mark.parametrize(("state", "shard"), [("float32", True), ("offload", False), ("8bit", False)])
-def test_a_sharded_run_goes_on_whole_where_the_optimizer_state_asked_for_needs_that(state, shard):
-    saved = {"split": {"of": [8, 2], "into": [8, 2], "levers": asdict(MemoryLevers(shard=True))}}
-    plan = Plan(8, 2, micro_batch_size=8, levers=MemoryLevers(optimizer_state=state))
-    assert as_saved(saved, plan, CONFIG, ("optimizer_state",), 2).levers == MemoryLevers(False, state, 0, shard)

@@ -16,7 +16,7 @@ from conftest import ROOT, run_script, train
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import Plan, Trial
 from nanofit.errors import UsageError
-from nanofit.tools.report.run import Run, smoothed, thinned
+from nanofit.tools.report.run import Run, thinned
 from nanofit.units import GIB
 
 pytestmark = pytest.mark.xdist_group("report")  # one process makes the run that they look at
@@ -108,12 +108,6 @@ def test_a_damaged_line_costs_no_other(damage):
     assert Run("out", "out").iterations["iter"].tolist() == list(range(6))
 
 
-def test_smoothing_leaves_out_what_is_not_known():
-    values = np.array([1.0, 3.0, np.nan, 5.0])
-    assert smoothed(values, share=0.5) == pytest.approx([2.0, 2.0, 4.0, 5.0])
-    assert smoothed(np.full(100, 2.5)) == pytest.approx(np.full(100, 2.5))
-
-
 def test_thinning_keeps_every_extreme():
     n = 100_000
     noise = np.random.default_rng(0).normal(size=(3, n))
@@ -150,15 +144,6 @@ def test_the_page_tells_what_was_decided_and_lets_nothing_run():
     assert "<script>alert" not in page
     markup = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.DOTALL)
     assert re.findall(r'(?:src|href)="([^"]*)"', markup) == ["data:,"]
-
-
-def test_a_sample_of_another_run_is_not_shown():
-    run = a_run()
-    for told in ("run bbbbbbbb, iteration 12\nTo be", "To be\nor not", ""):
-        Path("out/sample.txt").write_text(told)
-        assert run.sample is None
-    Path("out/sample.txt").write_text("run aaaaaaaa, iteration 12\nTo be\nor not")
-    assert run.sample == (12, "To be\nor not")
 
 
 @pytest.mark.parametrize(

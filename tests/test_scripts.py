@@ -5,7 +5,6 @@ import pickle
 import re
 
 import pytest
-import tiktoken
 import torch
 from conftest import flags, run_script, train
 
@@ -79,29 +78,6 @@ def test_a_checkpoint_that_was_stripped_for_sharing_samples(nothing):
     assert len(before[0]) == 31
 
 
-def test_a_prompt_from_a_file(workplace):
-    train(max_iters=10)
-    (workplace / "prompt.txt").write_text("ABCD")
-    assert "\nABCD" in sample(start="FILE:prompt.txt", num_samples=1, max_new_tokens=3)
-
-
-def test_pretrained_weights_and_bpe(bpe):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
-    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
-    text = sample(init_from="hf", start="Hello world", num_samples=1, max_new_tokens=5)
-    assert "\nHello world" in text
-
-
-def test_no_bpe_without_a_network(monkeypatch):
-    def unreachable(name):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(UsageError, match="GPT-2's BPE can't be fetched .ConnectionError.*TIKTOKEN_CACHE_DIR"):
-        codec_of(None)
-
-
 def test_from_another_folder_no_other_alphabet_is_printed(workplace, monkeypatch):
     train(max_iters=1)
     (workplace / "elsewhere").mkdir()
@@ -142,12 +118,6 @@ def test_bench_ends_with_nanogpts_line():
     assert re.fullmatch(r"time per iteration: \d+\.\d{4}ms, MFU: \d+\.\d\d%", text.splitlines()[-1])
     assert len(re.findall(r"^\d+/20 loss: \d+\.\d{4}$", text, re.M)) == 20
     assert re.search(r"^[\d,]+ tokens per second$", text, re.M)
-
-
-def test_bench_on_real_data(workplace):
-    (workplace / "data" / "markov").rename(workplace / "data" / "openwebtext")
-    losses = [float(v) for v in re.findall(r"/20 loss: (\S+)", run_script("bench.py", *flags(**BENCH)).text)]
-    assert losses[-1] < losses[0]
 
 
 def test_bench_writes_a_profile(workplace):

@@ -68,29 +68,6 @@ def test_parts_are_what_their_names_say():
     assert compact == pytest.approx(parts["optimizer state"] / 4, rel=0.05)
 
 
-class Bare(torch.nn.Module):
-    """A model of somebody else's, which has nothing but what training asks of every model."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.inner = config, GPT(config)
-
-    def forward(self, idx, targets=None):
-        return self.inner(idx, targets)
-
-    def configure_optimizers(self, *arguments):
-        return self.inner.configure_optimizers(*arguments)
-
-
-def test_a_model_that_is_built_otherwise_is_simulated_with_its_activations_and_loss_in_one():
-    ours, theirs = take(n_layer=2), take(n_layer=2, model=Bare, levers=RECOMPUTE)
-    for part in ("weights", "gradients", "optimizer state"):
-        assert theirs[part] == pytest.approx(ours[part], rel=0.01)
-    assert theirs["loss and backward"] == 0
-    whole_logits = 1024 * 50304 * 4 / GIB
-    assert theirs["activations"] > ours["activations"] + whole_logits
-
-
 def test_the_state_in_8_bits_is_the_size_of_the_real_one():
     pytest.importorskip("torchao")
     from torchao.optim import AdamW8bit

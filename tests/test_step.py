@@ -59,13 +59,6 @@ def test_micro_steps_are_one_step_over_the_whole_batch(grad_clip):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_the_loss_is_the_mean_of_the_micro_steps():
-    a, b = batch(2, seed=1), batch(2, seed=2)
-    model = toy()
-    expected = (model(*a)[1].item() + model(*b)[1].item()) / 2
-    assert one_step(model, Listed(a, b, micro_steps=2)).item() == pytest.approx(expected, abs=1e-6)
-
-
 def test_clipping_bounds_the_step():
     before, model = toy(), toy()
     one_step(model, Listed(batch(4)), grad_clip=0.01)

@@ -15,7 +15,6 @@ from nanofit import models
 from nanofit.autofit import trials
 from nanofit.autofit.plan import OUT_OF_MEMORY, Facts, Job, Trial, to_json
 from nanofit.autofit.trials import Trials
-from nanofit.errors import UsageError
 from nanofit.units import GIB, MemoryLevers
 
 GOOD = to_json(Trial(1, peak_bytes=5, tokens_per_second=1.0))
@@ -204,12 +203,6 @@ def test_the_probe_imports_the_model_as_the_run_did(workplace, monkeypatch):
     assert tried.fits
     for name in [name for name in sys.modules if name.partition(".")[0] == "parts"]:
         del sys.modules[name]
-
-
-def test_a_model_that_only_the_script_itself_has_cannot_be_tried(monkeypatch):
-    monkeypatch.setattr(GPT, "__module__", "__main__")
-    with pytest.raises(UsageError, match="GPT and GPTConfig must be classes in a module"):
-        models.source_of(GPT, GPTConfig)
 
 
 def test_a_size_far_beyond_the_limit_ends_in_the_probe_alone():

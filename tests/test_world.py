@@ -12,15 +12,7 @@ import torch
 from conftest import RANK, ROOT, torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.errors import UsageError
-from nanofit.ranks import ALONE, World
-
-
-def test_alone_a_mistake_is_told_without_a_rank():
-    def fail():
-        raise UsageError("no")
-
-    with pytest.raises(UsageError, match="^no$"):
-        ALONE.agree(fail)
+from nanofit.ranks import World
 
 
 def pretend(monkeypatch, **variables):
@@ -36,11 +28,6 @@ def test_torchruns_variables_tell_which_rank_this_is(monkeypatch):
     world = World.of_torchrun()
     assert world.local_size == 4
     assert (world.rank, world.local_rank, world.size, world.is_main) == (5, 1, 8, False)
-
-
-def test_without_a_rank_a_process_is_alone_whatever_else_is_set(monkeypatch):
-    pretend(monkeypatch, WORLD_SIZE=4, LOCAL_RANK=2)
-    assert World.of_torchrun() == ALONE
 
 
 def test_accumulation_that_the_ranks_cannot_share(monkeypatch):
