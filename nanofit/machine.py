@@ -5,7 +5,6 @@ torch releases live here too, one place each.
 """
 
 import contextlib
-import importlib.util
 import os
 import random
 import re
@@ -40,11 +39,9 @@ def best_dtype(device):
 
 def is_here(name):
     """Whether this machine has the device of this name."""
-    try:
-        find_device(name)
-    except UsageError:
-        return False
-    return True
+    with contextlib.suppress(UsageError):
+        return bool(find_device(name))
+    return False
 
 
 def find_device(name):
@@ -98,8 +95,7 @@ def require_kernels(device):
 def set_device(device, limit_bytes=None):
     """Make device the current one, and let the process keep its memory. On CUDA this takes some, for its context.
 
-    limit_bytes: what tensors may take of a GPU; more raises torch.OutOfMemoryError, where otherwise some drivers
-    would go on slowly in the host's memory.
+    limit_bytes: what tensors may take of a GPU; more raises torch.OutOfMemoryError, where some drivers would crawl on.
     """
     if device.type == "cuda":
         require_kernels(device)
@@ -116,8 +112,7 @@ def set_device(device, limit_bytes=None):
 def autocast(device, dtype, keep_weights=False):
     """A reusable context in which products run in dtype ('float32', 'bfloat16' or 'float16').
 
-    keep_weights: convert each weight once and keep the copies until the context ends, for many passes in one
-    context. Training uses a weight once in a pass, so that keeping would only take memory.
+    keep_weights: keep the converted weights until the context ends, for many passes in one; training has one.
     """
     if dtype == "float32":
         return contextlib.nullcontext()
@@ -142,11 +137,6 @@ def sm_count(device):
 def capability(device):
     """CUDA compute capability (major, minor); (0, 0) for anything else."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def has_triton():
-    """Whether Triton, which torch.compile needs on CUDA, is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def device_info(device):
@@ -175,20 +165,16 @@ def gpu_processes(device):
 def peak_flops(device, dtype):
     """(FLOP/s, note) that a device can do in dtype; note says where that isn't from a table.
 
-    A GPU's are those of dense 16-bit products; a CPU's are measured, as what a large matrix product reaches.
+    A GPU's are those of dense 16-bit products, an A100's where it isn't known; a CPU's those of a large product here.
     """
-    if device.type != "cpu":
-        return gpu_peak_flops(device_name(device))
-    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    flops = 2 * 1024**3 / min(seconds_of(lambda: a @ a, device)[0] for _ in range(10))
-    return flops, f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
-
-
-def gpu_peak_flops(name):
-    """(FLOP/s, note) of the GPU of this name, from the table of cards; an unknown one counts as an A100."""
-    card = cards.of_driver(name)
-    note = f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's {cards.A100.tflops} TFLOPS"
-    return (card or cards.A100).tflops * 1e12, "" if card else note
+    if device.type == "cpu":
+        a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+        flops = 2 * 1024**3 / min(seconds_of(lambda: a @ a, device)[0] for _ in range(10))
+        return flops, f"mfu: a share of the {flops / 1e9:,.0f} GFLOP/s that a matrix product reaches on this CPU"
+    name, a100 = device_name(device), cards.A100.tflops
+    if card := cards.of_driver(name):
+        return card.tflops * 1e12, ""
+    return a100 * 1e12, f"mfu: no peak FLOP/s is known for {name}, so it is a share of an A100's {a100} TFLOPS"
 
 
 # ---- time, memory, random numbers -------------------------------------------------------------------
@@ -216,11 +202,6 @@ def total_memory_bytes(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return min(host.machine_memory(), host.group_memory()[0] or sys.maxsize)
-
-
-def process_bytes(device):
-    """What this process alone takes of what a limit counts: on a CPU Python, torch and libraries; nothing of a GPU."""
-    return host.proc("self/status", "VmHWM") if device.type == "cpu" else 0
 
 
 def free_memory_bytes(device):

@@ -57,13 +57,17 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
         ("NVIDIA RTX A4000", 76.7),
     ],
 )
-def test_peak_flops_by_name(name, tflops):
-    assert machine.gpu_peak_flops(name) == (tflops * 1e12, "")
+def test_peak_flops_by_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
+    assert machine.peak_flops(torch.device("cuda"), "float16") == (tflops * 1e12, "")
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA RTX A2000", "NVIDIA T400 4GB", "Voodoo 2"])
-def test_part_of_a_name_is_not_the_name(name):
-    assert f"no peak FLOP/s is known for {name}" in machine.gpu_peak_flops(name)[1]
+def test_part_of_a_name_is_not_the_name_and_an_unknown_one_counts_as_an_a100(monkeypatch, name):
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
+    flops, note = machine.peak_flops(torch.device("cuda"), "float16")
+    assert flops == 312e12, "an A100's"
+    assert f"no peak FLOP/s is known for {name}" in note
 
 
 def test_nvidia_smi_may_answer_anything(monkeypatch):

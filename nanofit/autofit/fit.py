@@ -14,6 +14,10 @@ from nanofit.progress import waiting
 from nanofit.units import FITTED, GIB, amount, duration, gib, micro_batch_sizes
 
 SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
+WHY = {  # a lever is moved
+    "recompute": "recompute on: not even batch_size 1 fits without it",
+    "shard": "shard on: whole, not even batch_size 1 fits a rank",
+}
 MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow one runs five, and the forward pass of four more
 
 
@@ -193,22 +197,19 @@ class Fitter:
 
     def _search_levers(self):
         """(choice, reasons, trials): those levers are moved first that cost the least speed. choice: None if none."""
-        ways = [(self.job.levers, ())]
-        for lever, why in (
-            ("recompute", "recompute on: not even batch_size 1 fits without it"),
-            ("shard", "shard on: whole, not even batch_size 1 fits a rank"),
-        ):
+        ways, trials = [self.job.levers], []
+        for lever in WHY:
             if lever in self.free and not getattr(self.job.levers, lever):
-                ways += [(replace(levers, **{lever: True}), (*reasons, why)) for levers, reasons in ways]
-        trials = []
-        for levers, reasons in ways:
+                ways += [replace(levers, **{lever: True}) for levers in ways]
+        for levers in ways:
             found = self._search_sizes(levers)
             trials += found
             choice, why = self._choose(found)
             if choice:
-                for reason in reasons:
+                moved = [why for name, why in WHY.items() if getattr(levers, name) != getattr(self.job.levers, name)]
+                for reason in moved:
                     print(f"auto-fit: {reason}")
-                return choice, (why, *reasons), trials
+                return choice, (why, *moved), trials
             if not self.facts:  # there was no device to look at
                 break
         return None, (), trials

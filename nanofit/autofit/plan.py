@@ -4,6 +4,7 @@ No torch is imported here.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import typing
@@ -66,11 +67,11 @@ class Facts:
             device_type=device.type,
             sm_count=machine.sm_count(device),
             capability=machine.capability(device),
-            has_triton=machine.has_triton(),
+            has_triton=importlib.util.find_spec("triton") is not None,
             total_bytes=machine.total_memory_bytes(device),
             free_bytes=free,
             limit_bytes=memory_limit(free, memory_limit_gb),
-            process_bytes=machine.process_bytes(device),
+            process_bytes=machine.peak_reserved_bytes(device) if device.type == "cpu" else 0,
             neighbours=tuple(machine.gpu_processes(device)),
         )
 

@@ -139,6 +139,8 @@ def _folder(run):
 
 def _disk(run):
     """Whether there is room for checkpoints."""
+    if run.eval_only or run.dry_run:
+        return None
     try:
         with torch.device("meta"):
             model = run.GPT(models.config_of(run.GPTConfig, run.model_args))
@@ -162,8 +164,7 @@ def _fit(run):
         return Verdict(STOP, str(e)) if nothing_fits else Verdict(WARNING, f"whether it fits can't be simulated: {e}")
     size, limit = run.batch_size, f"{gib(plan.limit_bytes)} may be taken, simulated"
     if plan.micro_batch_size >= size and plan.levers.recompute == run.recompute:
-        what = "it" if plan.micro_batch_size == size else f"even {plan.micro_batch_size}"
-        return Verdict(OK, f"batch_size {size} fits: {what} takes {gib(plan.peak_bytes)}, {limit}")
+        return Verdict(OK, f"batch_size {size} fits: it takes {gib(plan.peak_bytes)}, {limit}")
     if run.auto_fit:
         return Verdict(OK, f"auto_fit makes it fit: {plan}; {limit}")
     says = f"batch_size {size} would not fit, {plan.micro_batch_size} would with {gib(plan.peak_bytes)}; {limit}"
