@@ -163,6 +163,8 @@ def check_numbers(prompt):
 def draw(text):
     """Print num_samples texts that go on from this one."""
     tokens = encode(text)
+    if not tokens:  # a tokenizer may drop white space
+        raise UsageError(f"{codec.name} makes no tokens of the prompt {text!r}: give another, such as --start=The")
     if (largest := max(tokens)) >= vocab_size:
         raise UsageError(
             f"the prompt has the token {largest} of {codec.name}, and the model has a vocabulary of {vocab_size:,}: "
@@ -207,7 +209,7 @@ with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
     for line in lines_of_standard_input() if start == "-" else [start]:
         if line:
             draw(line)
-if left_out := sum(count for i, count in drawn_ids.items() if not decode([i])):
+if left_out := sum(count for i, count in drawn_ids.items() if not decode([i, i])):  # of one, a space is lost
     print(f"warning: {left_out:,} of {drawn_ids.total():,} tokens stand for nothing in {codec.name}, and are left out")
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")

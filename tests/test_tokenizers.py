@@ -88,6 +88,8 @@ def test_any_text_comes_back(make, bpe):
     assert codec.end not in codec.encode_ordinary(f"a{special}")
     padding = [codec.symbols, codec.symbols + 50]
     assert codec.decode([*codec.encode("Hello"), *padding]) == "Hello"
+    nothing = {i for i in range(codec.symbols + 50) if not codec.decode([i, i])} - {1}  # SentencePiece's <s>
+    assert nothing == set(range(codec.symbols, codec.symbols + 50))
 
 
 def test_any_text_comes_back_by_100_277_symbols_and_as_a_tokenizer_json(cl100k):
@@ -134,6 +136,7 @@ DRAW = dict(device="cpu", num_samples=1, max_new_tokens=5, start="Once")
 @pytest.mark.parametrize("make", [byte_level, sentencepiece], ids=lambda make: make.__name__)
 def test_the_tokenizer_is_kept_beside_the_data_and_in_an_exported_folder(make):
     pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
     found, record = prepared(make(), texts=STORIES * 3)
     codec = codec_of("data/mine")
     assert found == sorted(STORIES * 3)
@@ -153,6 +156,13 @@ def test_the_tokenizer_is_kept_beside_the_data_and_in_an_exported_folder(make):
     text = run_script("sample.py", *flags(**DRAW, init_from="hf", stop="")).text
     assert f"symbols: hf/{name}\n" in text
     assert "\nOnce" in text
+
+    if name == "tokenizer.json":
+        stripping = tokenizers.Tokenizer.from_file("hf/tokenizer.json")
+        stripping.normalizer = tokenizers.normalizers.Strip()
+        stripping.save("hf/tokenizer.json")
+        with pytest.raises(UsageError, match=r"hf/tokenizer.json makes no tokens of the prompt '\\n': give another"):
+            run_script("sample.py", *flags(device="cpu", init_from="hf"))
 
     prepare("from_text", "texts", "--characters", "--out", "mine", "--force")
     assert not Path("data/mine", name).exists(), "another tokenizer takes its place"
