@@ -30,14 +30,13 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C)) for _ in range(4))
         self.running = nn.BatchNorm1d(C, affine=False) if config.kind == "running" else None
-        self.drop = nn.Dropout(0.5 if config.kind == "dropout" else 0.0)
 
     def forward(self, x, route):
         """x: (B, T, C); route: an expert of each sequence, int64 (B,)."""
         if self.running is not None:
             x = self.running(x.transpose(1, 2)).transpose(1, 2)
         if self.kind != "experts":
-            return x + self.drop(sum(expert(self.norm(x)) for expert in self.mlp))
+            return x + sum(expert(self.norm(x)) for expert in self.mlp)
         parts = [x]
         for number, expert in enumerate(self.mlp):
             mine = route == number
