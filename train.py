@@ -42,11 +42,11 @@ eval_interval = 2000  # iterations between evaluations; a checkpoint is written 
 log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
-hellaswag = ""  # path of hellaswag_val.jsonl: its accuracy with each evaluation; four sequences a line of the file
+hellaswag = ""  # a hellaswag_val.jsonl: the accuracy on it with each evaluation; a pass of four sequences a line
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
-save_minutes = 0.0  # between checkpoints that don't wait for an evaluation, 0 for none
-keep = 0  # checkpoints of the last so many iterations that were saved stay, as ckpt-ITERATION.pt
-patience = 0  # evaluations in a row without a better validation loss, after which the run ends; 0 for any
+save_minutes = 0.0  # after which a checkpoint is written between evaluations, 0 for never
+keep = 0  # so many of the last checkpoints stay, as ckpt-ITERATION.pt, beside ckpt.pt
+patience = 0  # so many evaluations in a row without a better validation loss end the run, 0 for never
 init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a .pt; a folder
 # who gets the figures beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
@@ -66,7 +66,7 @@ n_embd = 768
 dropout = 0.0  # 0 for pretraining; finetuning may want 0.1 or more
 bias = False  # in LayerNorm and Linear
 # optimizer
-optimizer = "adamw"  # that of model.py; or 'muon' for the matrices of the blocks, and AdamW for the rest
+optimizer = "adamw"  # as model.py configures it; or 'muon' for the matrices of the blocks and AdamW for the rest
 learning_rate = 6e-4  # the highest
 max_iters = 600000
 weight_decay = 1e-1
