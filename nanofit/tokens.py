@@ -40,14 +40,8 @@ def _missing(folder):
 
 def _stat(path):
     """os.stat of a .bin file; a UsageError where there is none."""
-    if not os.path.isfile(path):
-        is_there = os.path.exists(path)
-        what = (
-            "is not a file: prepare the data again"
-            if is_there
-            else f"does not exist: {_missing(os.path.dirname(path))}"
-        )
-        raise UsageError(f"{path} {what}")
+    if not os.path.exists(path):
+        raise UsageError(f"{path} does not exist: {_missing(os.path.dirname(path))}")
     return os.stat(path)
 
 
