@@ -96,16 +96,12 @@ def on_host(checkpoint):
         return None
 
 
-def room(out_dir, model, keep=0):
-    """(sentence, checkpoints that the disk has still room for, those that must be there at a time, in all or in part).
-
-    One takes about its model's weights and AdamW's two moments.
-    """
+def room(out_dir, size, keep=0):
+    """(sentence, checkpoints of this size that the disk has room for, those that must be there, in all or in part)."""
     path = os.path.abspath(out_dir)
     free = shutil.disk_usage(next(place for place in (path, *Path(path).parents) if os.path.exists(place))).free
-    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     most = 3 + keep  # the last, the one before, and the one that is being written
-    says = f"{gib(free)} are free where out_dir is; a checkpoint takes about {gib(size)}, and up to {most} are there"
+    says = f"the disk of {out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}; up to {most} are there"
     return says, free / max(1, size), most - len(glob.glob(os.path.join(glob.escape(path), "ckpt*.pt")))
 
 

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -10,7 +9,6 @@ from dataclasses import asdict
 
 from nanofit import autofit, checkpoint, machine, models, optimizers, sharding
 from nanofit.errors import first_line, usage_errors
-from nanofit.units import gib
 
 
 class Run:
@@ -95,21 +93,15 @@ class Run:
                 self.batches.load_state_dict(place, drawn=saved["config"].get("batch_size"))
 
     def rehearse(self):
-        """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again.
-
-        A disk that is nearly full is told before the first iteration.
-        """
-        if self.world.is_main and not self._begun and not self.config["eval_only"]:
-            says, has_room_for, wanted = checkpoint.room(self.folder.out_dir, self.model, self.config["keep"])
-            if has_room_for < max(1, wanted):
-                print(f"warning: {says}")
+        """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again."""
         entries = ("iter_num", "best_val_loss", "config", "model_args")
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))
         if not self._begun and self.world.is_main and not self.config["eval_only"]:
-            size, free = checkpoint.size_of(parts), shutil.disk_usage(self.folder.out_dir).free
-            if free < (2 + self.config["keep"]) * size:  # ckpt.pt, and the one before
-                print(f"the disk of {self.folder.out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}")
+            size, keep = checkpoint.size_of(parts), self.config["keep"]
+            says, has_room_for, wanted = checkpoint.room(self.folder.out_dir, size, keep)
+            if has_room_for < max(1, wanted):
+                print(f"warning: {says}")
 
     def save(self, name=checkpoint.NAME, goes_on=True):
         """Write a checkpoint: in the background if the run goes on. written() tells how that went."""

@@ -27,7 +27,8 @@ def where_it_goes(parts):
 def time_of(job, sequences, card, device):
     """How long a Job's device takes for so many sequences, in words: by the shares of its peak that were measured.
 
-    card: a Card, or None for a torch.device that is here.
+    card: a Card, or None for a torch.device that is here. What recompute computes twice is a third more, which no MFU
+    counts.
     """
     flops = 0.0
     with contextlib.suppress(Exception), quietly():  # of a model that somebody wrote
@@ -42,8 +43,10 @@ def time_of(job, sequences, card, device):
     if not (flops and peak):
         return "; how long they take isn't known without a card's name, in float32, or without the model's estimate_mfu"
     low, high, measured = SHARES[kind]
+    flops *= 4 / 3 if job.levers.recompute else 1
     fast, slow = (duration(flops / peak / share) for share in (high, low))
-    return f", {fast} to {slow}, at {high:.0%} to {low:.0%} of {peak / 1e12:.3g} TFLOPS ({measured})"
+    alone = ", without the time of their messages" if job.ranks > 1 else ""
+    return f", {fast} to {slow}, at {high:.0%} to {low:.0%} of {peak / 1e12:.3g} TFLOPS ({measured}){alone}"
 
 
 def what_would_fit(job, facts, run_trial, may_shrink):

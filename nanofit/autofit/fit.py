@@ -300,8 +300,8 @@ class Fitter:
             trial = tried[0] if tried else self.run_trial(replace(job, levers=levers))
             print(f"auto-fit: {who}{advice.where_it_goes(trial.parts) if trial.parts else trial.failure}")
         if self.iterations_left > 1:
-            sequences = self.budget.tokens / self.block_size
-            print(f"auto-fit: {self._work()}{advice.time_of(self.job, sequences, card, device)}")
+            time = advice.time_of(replace(job, levers=plan.levers), self.budget.tokens / self.block_size, card, device)
+            print(f"auto-fit: {self._work()}{time}")
 
     def _nothing_fits(self, trial, advises, may_shrink):
         """Lines about a Trial of the smallest size, and on what would fit."""

@@ -146,7 +146,8 @@ def _disk(run):
             model = run.GPT(models.config_of(run.GPTConfig, run.model_args))
     except Exception as e:  # a model that reads values while it is built
         return Verdict(WARNING, f"what a checkpoint takes isn't known ({first_line(e)})")
-    says, has_room_for, wanted = checkpoint.room(run.out_dir, model, run.keep)
+    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # with AdamW's two moments
+    says, has_room_for, wanted = checkpoint.room(run.out_dir, size, run.keep)
     if has_room_for < 1:
         return Verdict(STOP, f"{says}: none could be written", "--out_dir=... on a larger disk")
     return Verdict(WARNING, says, "--out_dir=... on a larger disk") if has_room_for < wanted else Verdict(OK, says)
