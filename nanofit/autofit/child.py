@@ -90,13 +90,12 @@ def run(job, model, optimizer, own_gradients, device):
             return {"failure": f"{FAILS} ({failure})"}
         compile_seconds = time.perf_counter() - start
 
+    def step():
+        train_step(model, optimizer, scaler, batches, autocast, job.grad_clip, own_gradients)
+
     def seconds(micro_steps):
         batches.micro_steps = micro_steps
-        machine.synchronize(device)
-        start = time.perf_counter()
-        train_step(model, optimizer, scaler, batches, autocast, job.grad_clip, own_gradients)
-        machine.synchronize(device)
-        return time.perf_counter() - start
+        return machine.seconds_of(step, device)[0]
 
     def best(micro_steps):
         times = [seconds(micro_steps)]
