@@ -70,12 +70,6 @@ class Extra(torch.nn.Module):
         self.state = state
 
 
-def test_extra_state_travels(monkeypatch):
-    changed_model(monkeypatch, lambda model: model.add_module("extra", Extra({"seen": 3})))
-    train(**TINY, max_iters=5)
-    assert train(**TINY, max_iters=6, init_from="resume").names["raw_model"].extra.state == {"seen": 3}
-
-
 @pytest.mark.parametrize(
     ("state", "sentence"),
     [

@@ -137,16 +137,6 @@ def test_transformers_alone_reads_what_was_exported(bpe, shared):
         assert back == bpe.decode(ids) == text
 
 
-def test_the_tokenizer_is_gpt2s_own(bpe, shared):
-    """The merges that are worked out of tiktoken's ranks are those that OpenAI released."""
-    pytest.importorskip("tokenizers")
-    merges = json.loads(huggingface.tokenizer_of(codec_of(None)).to_str())["model"]["merges"]
-    released = [path.read_text(encoding="utf-8") for path in (shared / "tiktoken_cache").iterdir()]
-    [released] = [text.splitlines()[1:] for text in released if text.startswith("#version")]
-    assert len(released) == 50000
-    assert [" ".join(merge) for merge in merges] == released
-
-
 def write_meta(symbols):
     meta = {"vocab_size": len(symbols), "stoi": {s: i for i, s in enumerate(symbols)}, "itos": dict(enumerate(symbols))}
     Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
@@ -208,21 +198,6 @@ def test_the_activation_survives_training_and_resuming():
     assert models.activation_of(resumed.names["raw_model"]) == "gelu_new"
     export(to="again")
     assert difference(GPT.from_pretrained("again").eval(), ours()) < 1e-4
-
-
-def test_the_symbols_of_an_exported_folder():
-    trained()
-    export(to="hf")
-    codec, theirs = codec_of("hf"), codec_of("data/markov")
-    text = theirs.decode(list(range(65)))
-    assert codec.encode(text) == theirs.encode(text)
-    assert codec.decode(codec.encode(text)) == text
-    assert codec.name == os.path.join("hf", "tokenizer.json")
-    with pytest.raises(UsageError, match="the text has what hf/tokenizer.json has no symbol for"):
-        codec.encode("\u4e00")
-    Path("hf/tokenizer.json").write_text("{")
-    with pytest.raises(UsageError, match="hf/tokenizer.json can't be read"):
-        codec_of("hf")
 
 
 # ---- models that transformers' GPT-2 is not ----------------------------------------------------------------

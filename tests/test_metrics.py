@@ -157,19 +157,6 @@ def test_what_is_not_finite_is_null():
     assert (iteration["loss"], iteration["grad_norm"], iteration["lr"]) == (None, None, 1e-3)
 
 
-def test_a_run_from_scratch_keeps_the_file_of_the_one_before_and_that_one_can_go_on():
-    first = metrics_of(run_id="aaaaaaaa")
-    iterate(first, range(6))
-    iterate(metrics_of(run_id="bbbbbbbb"), range(2), loss=7.0)
-    assert iterations("out/kept-of-run-aaaaaaaa/metrics.jsonl") == list(range(6))
-    assert [r["loss"] for r in records() if "loss" in r] == [7.0, 8.0]
-
-    iterate(metrics_of(4, first.state(4), run_id="aaaaaaaa"), range(4, 8))  # the checkpoint is still the first one's
-    assert iterations() == list(range(8))
-    assert iterations("out/kept-of-run-bbbbbbbb/metrics.jsonl") == [0, 1]
-    assert not os.listdir("out/kept-of-run-aaaaaaaa")
-
-
 @contextlib.contextmanager
 def files_of_at_most(size):
     """Writes beyond size bytes of a file fail, the one that crosses the limit after its first part."""

@@ -78,7 +78,7 @@ def test_a_torch_without_muon_is_a_sentence(monkeypatch):
         train(**TINY)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @needs_muon
 @pytest.mark.parametrize("shard", [False, True])
 def test_ranks_learn_what_one_process_learns(shard):

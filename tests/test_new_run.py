@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import flags, run_script, train
 
-from model import GPT
 from nanofit import checkpoint, models
 from nanofit.errors import UsageError
 from nanofit.folder import run_id_of
@@ -55,16 +54,6 @@ def test_it_has_the_weights_and_nothing_else_of_the_other(init_from, monkeypatch
     assert list(train(init_from="resume", out_dir="b", max_iters=7).iter_loss) == [6, 7], "as any other run"
 
 
-def test_before_the_first_iteration_the_weights_are_equal():
-    source = a_run()
-    begun = train(init_from="a", out_dir="b", eval_only=True, **SMALL)
-    weights = begun.names["raw_model"].state_dict()
-    assert all(torch.equal(weights[name], source["model"][name]) for name in source["model"])
-    assert begun.names["run"].iter_num == 0
-    assert begun.names["run"].best_val_loss == 1e9
-    assert not any(state["step"] for state in begun.names["optimizer"].state.values())
-
-
 def test_a_shorter_block_size_crops_and_is_told_and_a_longer_one_is_refused():
     source = a_run()
     begun = train(init_from="a", out_dir="b", max_iters=3, block_size=16, **SMALL)
@@ -92,22 +81,6 @@ def test_a_file_of_weights_alone_and_its_size_that_is_named_to_no_effect():
     assert "n_layer, " in begun.text
     assert "no effect, the model of init_from='w.pt' has its own" in begun.text
     assert list(begun.iter_loss) == [0, 1]
-
-
-def test_frozen_weights_stay_as_the_model_has_them(monkeypatch):
-    source = a_run()
-    init = GPT.__init__
-
-    def frozen(self, config):
-        init(self, config)
-        self.transformer.wte.weight.requires_grad_(False)
-
-    monkeypatch.setattr(GPT, "__init__", frozen)
-    train(init_from="a", out_dir="b", max_iters=4, **SMALL)
-    weights = checkpoint.load("b")["model"]
-    moved = {name for name in weights if not torch.equal(weights[name], source["model"][name])}
-    assert "transformer.wte.weight" not in moved
-    assert "transformer.wpe.weight" in moved
 
 
 def test_what_there_is_not():

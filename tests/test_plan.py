@@ -105,22 +105,6 @@ def test_an_answer_for_another_run_is_not_taken(workplace, change):
     assert recalled({**KEY, **change}) == (None, "out/auto_fit.json is no answer for this run: looking again")
 
 
-def rewritten(workplace, **changes):
-    """What is recalled of a kept answer whose plan was edited."""
-    remember("out", KEY, FOUND)
-    path = workplace / "out" / "auto_fit.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, "plan": {**told["plan"], **changes}}))
-    return recalled()
-
-
-def test_of_an_edited_answer_nothing_is_taken_that_this_run_could_not_have_got(workplace):
-    for size in (5, 32, 256, None):  # 5 doesn't divide, for the others there are too many batches or sizes
-        assert rewritten(workplace, micro_batch_size=size)[0] is None
-    for changes in (dict(batch_size=32), dict(levers={**asdict(LEVERS), "shard": True, "optimizer_state": "8bit"})):
-        assert rewritten(workplace, **changes) == (FOUND, ""), "what isn't ours to choose stays as it was asked for"
-
-
 @pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 9999, '{"plan": {}}', '{"key": 3, "plan": 3}'], ids=range(6))
 def test_what_is_no_answer_is_ignored(workplace, text):
     (workplace / "out").mkdir()

@@ -96,12 +96,6 @@ def test_another_text_or_block_size_begins_the_next_epoch(change):
     assert len(set(starts)) == len(starts)
 
 
-def test_a_text_of_one_block_is_an_epoch():
-    [part] = stream(tokens=BLOCK + 1)
-    assert iteration([part]) == [0] * PER_ITER
-    assert part.figures == {"epoch": PER_ITER}
-
-
 def test_a_run_by_epochs_tells_them_and_resumes_as_it_was():
     keys = dict(sampling="epoch", n_layer=1, n_embd=16, eval_interval=100)
     whole = train(max_iters=6, out_dir="whole", **keys)

@@ -59,24 +59,6 @@ def test_the_last_few_are_kept_by_their_iterations_and_anothers_are_moved_aside(
     assert alike(held(f"{aside}/ckpt-12.pt"), before)
 
 
-def test_an_evaluation_that_is_not_the_best_is_kept_beside_it():
-    run = train(**KEYS, max_iters=8, keep=3, always_save_checkpoint=False, learning_rate=0.0, min_lr=0.0)
-    last = 8 if run.eval_loss[8][1] >= run.eval_loss[4][1] else None
-    assert {held(f"ckpt-{i}.pt")["iter_num"] for i in (4, 8)} == {4, 8}
-    assert last is None or held("ckpt.last.pt")["iter_num"] == 8
-
-
-def test_where_there_are_no_second_names_a_copy_is_kept(monkeypatch):
-    def refuse(*_):
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    train(**KEYS, max_iters=8, keep=1)
-    assert alike(held("ckpt-8.pt"), held())
-    assert not os.path.exists("out/ckpt-4.pt")
-    assert not [name for name in os.listdir("out") if ".part" in name]
-
-
 @pytest.mark.parametrize("room", [True, False])
 def test_what_is_written_late_is_the_run_as_it_was(monkeypatch, room):
     """The thread waits until three more iterations are done; without room for a copy, the run waits for it."""
@@ -133,7 +115,7 @@ def test_a_disk_that_is_nearly_full_is_told_at_the_start(monkeypatch):
     assert told.count("the disk of out has 0.00 GiB left, and a checkpoint takes ") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_clock_of_one_rank_decides_for_all():
     keys = dict(KEYS, gradient_accumulation_steps=2, save_minutes=EACH_ITERATION, keep=1, eval_interval=100)
     run, *_ = train_on_ranks(2, **keys, max_iters=3)

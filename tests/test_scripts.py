@@ -78,15 +78,6 @@ def test_a_checkpoint_that_was_stripped_for_sharing_samples(nothing):
     assert len(before[0]) == 31
 
 
-def test_from_another_folder_no_other_alphabet_is_printed(workplace, monkeypatch):
-    train(max_iters=1)
-    (workplace / "elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    sentence = "vocabulary of 65, and GPT-2 BPE has 50,257 symbols: data/markov/meta.pkl is not in this folder"
-    with pytest.raises(UsageError, match=sentence):
-        sample(out_dir="../out", start="A")
-
-
 def test_a_brought_generate_gets_one_sequence_at_a_time(monkeypatch):
     train(max_iters=1)
     seen, ours = [], GPT.generate

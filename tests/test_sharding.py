@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import RANK, environment, train, train_on_ranks
 
 from nanofit.errors import UsageError
@@ -124,23 +123,6 @@ def test_memory_that_runs_out_ends_the_attempt_and_the_next_takes_less():
     assert "batch_size 8 -> 4: memory ran out before" in run.text
     alone = train(gradient_accumulation_steps=2, eval_interval=4, max_iters=16, out_dir="alone")
     assert run.iter_loss == pytest.approx({i: loss for i, loss in alone.iter_loss.items() if i >= 4}, abs=2e-4)
-
-
-@pytest.mark.proof
-def test_float16_is_scaled_over_shares():
-    """The scaler, which is CUDA's alone in training, on a CPU, where its scale overflows again and again."""
-    patch = (
-        "from nanofit import machine\n"
-        "machine.grad_scaler = lambda *_: torch.amp.GradScaler('cpu', init_scale=2.0**126, growth_interval=3)\n"
-    )
-    keys = dict(max_iters=20, eval_interval=20)
-    runs = {shard: sharded(patch, **keys, shard=shard, out_dir=f"{shard}")[0] for shard in (True, False)}
-    saved = {shard: torch.load(f"{shard}/ckpt.pt", weights_only=True) for shard in runs}
-    assert runs[True].iter_loss == pytest.approx(runs[False].iter_loss, abs=1e-3)
-    assert saved[True]["scaler"] == saved[False]["scaler"]
-    steps = {shard: {float(state["step"]) for state in saved[shard]["optimizer"]["state"].values()} for shard in saved}
-    assert steps[True] == steps[False], "all ranks leave the same iterations out"
-    assert 0 < steps[True].pop() < 20
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ from conftest import REFERENCE, as_a_process, flags, run_script
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from nanofit import machine
 from nanofit.codec import codec_of
-from nanofit.errors import UsageError
 
 TOKENS = 40
 KEYS = dict(init_from="ckpt.pt", device="cpu", max_new_tokens=TOKENS, temperature=1.2, top_k=0, seed=7)
@@ -72,28 +70,6 @@ def test_each_of_a_batch_ends_before_its_stop_as_in_a_plain_loop(model, monkeypa
     assert sample(start="-", num_samples=3, stop=stop) == expected
 
 
-def test_nothing_is_computed_behind_the_last_stop_and_later_batches_stay_as_they_were(model, monkeypatch):
-    whole = plain_loop(model, ["A", "A"], 1)
-    stop = whole[0][5]
-    forward, passes = GPT.forward, []
-    monkeypatch.setattr(GPT, "forward", lambda *args, **keys: passes.append(1) or forward(*args, **keys))
-    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 0)  # a batch for each
-    texts = sample(start="A", num_samples=2, stop=stop)
-    assert texts == [text[0] + text[1:].split(stop)[0] for text in whole]
-    assert len(passes) == 1 + sum(min(len(text), TOKENS) for text in texts), "the first looks at the prompt"
-
-
-def test_a_brought_generate_is_cut_as_well(model, monkeypatch):
-    [whole] = plain_loop(model, ["A"], 1)
-    ours = GPT.generate
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        return ours(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
-
-    monkeypatch.setattr(GPT, "generate", generate)
-    assert sample(start="A", num_samples=1, stop=whole[6:8]) == [whole[:6]]
-
-
 def test_a_text_that_is_shown_while_it_is_drawn_holds_no_part_of_the_stop(model):
     [whole] = plain_loop(model, ["A"], 1)
     shown = []
@@ -113,11 +89,6 @@ def test_a_text_that_is_shown_while_it_is_drawn_holds_no_part_of_the_stop(model)
             runpy.run_path(path, run_name="__main__")
         assert texts_of(out.getvalue()) == [whole.split(stop)[0]]
     assert len(shown) > TOKENS
-
-
-def test_a_stop_that_the_symbols_can_not_spell():
-    with pytest.raises(UsageError, match="the 65 symbols of .* lack 'é'"):
-        sample(start="A", stop="Aé")
 
 
 def test_a_hugging_face_folder_says_where_its_texts_end(bpe):

@@ -105,14 +105,6 @@ def test_any_text_comes_back_by_100_277_symbols_and_as_a_tokenizer_json(cl100k):
         assert theirs.decode(codec.encode(text), skip_special_tokens=False) == text
 
 
-def test_a_pattern_that_is_expressed_wrongly_is_refused(cl100k, monkeypatch):
-    pytest.importorskip("tokenizers")
-    codec = codec_named(cl100k)
-    monkeypatch.setattr(codec.by, "_pat_str", r"\S+|\s+")
-    with pytest.raises(UsageError, match="can't express cl100k_base: it cuts words otherwise"):
-        huggingface.tokenizer_of(codec)
-
-
 def prepared(tokenizer, texts=STORIES):
     """Make data/mine of a folder of these texts; the documents that it then holds, sorted, and prepared.json."""
     os.makedirs("texts", exist_ok=True)
@@ -186,12 +178,6 @@ def test_a_model_of_100_277_symbols_trains_samples_exports_and_comes_back(cl100k
     back = run_script("sample.py", *flags(**DRAW, init_from="hf")).text
     assert "symbols: hf/tokenizer.json\na sample ends before <|endoftext|>" in back
     assert train(dataset="mine", init_from="hf", out_dir="again", **{**SMALL, "block_size": 2}).iter_loss
-
-
-def test_openwebtext_takes_a_tokenizer():
-    Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))
-    prepare("openwebtext", "--source=corpus.jsonl", "--out=web", "--tokenizer", byte_level())
-    assert documents("web") == sorted(STORIES)
 
 
 def test_documents_follow_each_other_where_a_tokenizer_names_no_end(capsys):

@@ -38,12 +38,6 @@ def test_accumulation_that_the_ranks_cannot_share(monkeypatch):
         train(gradient_accumulation_steps=40)
 
 
-def test_a_plan_for_a_card_that_is_not_here_is_made_by_one_process(monkeypatch):
-    pretend(monkeypatch, RANK=0, LOCAL_RANK=0, WORLD_SIZE=2)
-    with pytest.raises(UsageError, match="simulated in one process: start without torchrun"):
-        train(gpu="T4", gradient_accumulation_steps=2)
-
-
 def test_ranks_meet_in_a_store_that_an_earlier_attempt_has_left():
     store, before = torch.distributed.HashStore(), []
     for _ in range(2):  # attempts: torchrun may keep its store

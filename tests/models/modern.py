@@ -1,4 +1,4 @@
-"""A stand-in for a fork of nanoGPT's model.py: RMSNorm, rotary positions, SwiGLU, grouped heads, nothing pretrained.
+"""A stand-in for a fork of nanoGPT's model.py: RMSNorm, rotary positions, grouped heads, nothing pretrained.
 
 tests/test_models.py puts it in the place of model.py, with nanogpt_like.py beside it, of which it takes what its author
 left as it was. Of nanoGPT's names for modules it keeps transformer.h, where the blocks are; its GPTConfig has two
@@ -19,17 +19,6 @@ from torch.nn import functional as F
 class GPTConfig(nanogpt_like.GPTConfig):
     n_kv_head: int = None  # heads of keys and values, each shared by as many heads of queries; None: n_head
     rope_base: float = 10000.0  # the longest wavelength of positions, over 2 pi
-
-
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019, arXiv:1910.07467."""
-
-    def __init__(self, ndim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
 
 
 def rotate(x, cos, sin):
@@ -62,24 +51,11 @@ class Attention(nn.Module):
         return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)))
 
 
-class SwiGLU(nn.Module):
-    """Shazeer 2020, arXiv:2002.05202."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_and_up = nn.Linear(config.n_embd, 6 * config.n_embd, bias=False)
-        self.down = nn.Linear(3 * config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x):
-        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm_1, self.norm_2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
-        self.attention, self.feed_forward = Attention(config), SwiGLU(config)
+        self.norm_1, self.norm_2 = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+        self.attention, self.feed_forward = Attention(config), nanogpt_like.MLP(config)
 
     def forward(self, x, cos, sin):
         x = x + self.attention(self.norm_1(x), cos, sin)
@@ -93,7 +69,7 @@ class GPT(nn.Module):
         modules = dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            norm=RMSNorm(config.n_embd),
+            norm=nn.RMSNorm(config.n_embd),
         )
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied
