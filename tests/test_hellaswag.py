@@ -96,7 +96,7 @@ def test_a_run_prints_and_keeps_it():
     [
         ("", "hellaswag='items.jsonl' holds no items"),
         ('{"ctx": "A"}\n', "can't be read .KeyError: 'endings'.: it must hold lines of JSON"),
-        ('{"ctx": "A", "endings": ["\u2603"], "label": 0}\n', "hellaswag='items.jsonl': .*character"),
+        ('{"ctx": "A", "endings": ["\u2603"], "label": 0}\n', "hellaswag='items.jsonl': .*lack"),
     ],
 )
 def test_another_file_is_a_sentence(content, sentence):
