@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these tensors are so small that threads would only be in the way
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a network, nor waits until there is none
+if narrow := os.environ.get("ATEN_CPU_CAPABILITY"):  # what Inductor keeps of other instructions doesn't compile with it
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"inductor-{narrow}"))
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
