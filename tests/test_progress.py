@@ -1,6 +1,7 @@
 """Long work shows that it goes on: on a terminal, and not in a file."""
 
 import io
+import re
 import sys
 import time
 
@@ -32,7 +33,7 @@ def test_waiting_counts_seconds_and_leaves_nothing(monkeypatch):
     with progress.waiting("compiling"):
         time.sleep(1.2)
     text = "".join(shown)
-    assert "compiling: 1 s" in text
+    assert re.search(r"compiling: \d s", text)
     assert text.endswith("\033[K"), "the line is wiped"
     assert "\n" not in text
 
