@@ -122,7 +122,7 @@ PLAIN = MemoryLevers().within(0, "cpu")  # as a trial and a run settle them
 
 LEVERS = [field.name for field in fields(MemoryLevers)]
 lever = pytest.mark.parametrize("name", LEVERS)
-# What several ranks share out is shown on several: tests/test_sharding.py, test_ranks.py.
+# What several ranks share out is shown on several: tests/test_sharding.py, test_ways.py.
 lever_of_one = pytest.mark.parametrize("name", [name for name in LEVERS if name not in ("shard", "gather_once")])
 
 

@@ -1,7 +1,10 @@
-"""Ranks: one alone, and several that agree, hold the same weights and learn like one."""
+"""Ranks: how they meet and agree, and go on when memory runs out on one or one is killed."""
 
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -9,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, ROOT, torchrun, train, train_on_ranks, weights_of_ranks
+from conftest import RANK, ROOT, TOY, environment, flags, torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.errors import UsageError
+from nanofit.folder import RunFolder
 from nanofit.ranks import World
 
 
@@ -57,6 +61,9 @@ def test_ranks_meet_in_a_store_that_an_earlier_attempt_has_left():
 AGREE = """
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -150,3 +157,56 @@ def test_two_ranks_resume_and_go_back_exactly_where_memory_runs_out_on_one(workp
         assert len(rest.iter_loss) == 5
     else:
         assert "batch_size 8 -> 4" in rest.text
+
+
+KILLED_ONCE = """
+import os, runpy, signal, sys
+from nanofit.recovery import Recovery
+
+moves, rank, attempt = Recovery.moves, os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+updates = 0
+def and_dies(self, *arguments):
+    global updates
+    updates += 1
+    if (attempt, rank, updates) in ({kills}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return moves(self, *arguments)
+Recovery.moves = and_dies
+sys.argv[0] = {rank!r}
+runpy.run_path({rank!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.proof
+def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
+    keys = dict(gradient_accumulation_steps=2, dropout=0.1, max_iters=16, eval_interval=4)
+    whole, _, _ = train_on_ranks(2, **keys, out_dir="whole")
+    expected = weights_of_ranks()
+    kills = '(0, "1", 3), (1, "1", 7), (2, "0", 6)'  # before there is a checkpoint, and later
+    (workplace / "killed.py").write_text(KILLED_ONCE.format(kills=kills, rank=str(RANK)))
+    keys = flags(**{**TOY, **keys, "backend": "gloo", "init_from": "auto"})
+    run, said, _ = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "killed.py", *keys)
+    assert "Traceback" not in said
+    assert re.findall("^attempt .*", run.text, re.MULTILINE) == [f"attempt {i} of 4" for i in (2, 3, 4)]
+    assert re.findall(r"^resuming from out at iteration (\d+)$", run.text, re.MULTILINE) == ["4", "8"]
+    assert run.iter_loss == whole.iter_loss
+    assert weights_of_ranks() == expected
+
+
+@pytest.mark.parametrize(("rank", "restarts", "said"), [(0, 1, "attempt 2 of 4\n"), (1, 1, "")])
+def test_an_attempt_after_the_first_says_so_before_anything_else(rank, restarts, said):
+    told = dict(RANK=f"{rank}", TORCHELASTIC_RESTART_COUNT=f"{restarts}", TORCHELASTIC_MAX_RESTARTS="3")
+    command = [sys.executable, "-c", "import nanofit; nanofit.start(); print('the rest')"]
+    assert (
+        subprocess.run(command, env=environment(**told), capture_output=True, text=True).stdout == f"{said}the rest\n"
+    )
+
+
+def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
+    folder = RunFolder("out", World(rank=0, size=2))
+    monkeypatch.setattr(World, "all_gather", lambda world, value: [value, 40])
+    with pytest.raises(
+        UsageError, match=r"\(rank 0 none, rank 1 iteration 40\): it must be a folder that all machines"
+    ):
+        folder.take()
+    assert not Path("out").exists()
