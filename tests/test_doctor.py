@@ -40,31 +40,23 @@ TABLE = [  # (check, facts that differ, keys that differ, level or None where it
     ("torch", {}, {}, OK, "torch 2.9.1+cu128, built for CUDA 12.8", ""),
     ("torch", dict(torch=None, torch_failure="ImportError: x"), {}, STOP, "torch can't be imported: I", "pip install"),
     ("gpu", {}, {}, OK, "RTX 3060 (28 SMs, compute capability 8.6)", ""),
-    ("gpu", dict(torch=None), {}, None, "", ""),
     ("gpu", NO_GPU, {}, OK, "no NVIDIA driver", ""),
     ("gpu", {**DRIVER_ALONE, "cuda": ""}, {}, WARNING, "a build without CUDA", "pip install torch"),
     ("gpu", {**DRIVER_ALONE, "said": "CUDA unknown error"}, {}, WARNING, "CUDA unknown error", "nvidia-smi"),
     ("gpu memory", {}, {}, OK, "11.50 GiB of 12.00 GiB are free", ""),
-    ("gpu memory", {}, dict(device="cpu"), None, "", ""),
     ("gpu memory", gpu(holders=((77, "python", 4300),)), {}, WARNING, "python (pid 77) 4,300 MiB", "kill 77"),
     ("gpu memory", gpu(free_bytes=4 * GIB), {}, WARNING, "4.00 GiB of 12.00 GiB are free", "nvidia-smi"),
-    ("gpu memory", gpu(free_bytes=None), {}, None, "", ""),
-    ("bfloat16", {}, {}, None, "", ""),
     ("bfloat16", gpu(capability=(7, 5)), {}, WARNING, "emulated", "--dtype=float16"),
     ("bfloat16", gpu(capability=(7, 5)), dict(dtype="float16"), None, "", ""),
-    ("allocator", {}, {}, None, "", ""),
     ("allocator", dict(variables={"PYTORCH_ALLOC_CONF": "expandable_segments:True"}), {}, None, "", ""),
     ("allocator", dict(variables={"PYTORCH_CUDA_ALLOC_CONF": "x:64"}), {}, WARNING, "fragmentation", "unset PYTORCH"),
     ("compiler", dict(packages={}), {}, WARNING, "Triton is not installed", "--compile=False"),
     ("compiler", gpu(capability=(6, 1)), {}, WARNING, "Triton needs compute capability 7.0", "--compile=False"),
     ("compiler", {}, {}, OK, "cc is there", ""),
     ("compiler", {}, dict(device="cpu"), WARNING, "none of the compilers c++", "apt install g++"),
-    ("compiler", {}, dict(compile=False), None, "", ""),
     ("memory", {}, {}, OK, "30.00 GiB of 32.00 GiB are free", ""),
     ("memory", dict(container=4 * GIB, free=GIB), {}, WARNING, "the container's limit is 4.00 GiB", "free -h"),
-    ("memory", dict(free=None), {}, None, "", ""),
     ("wsl", {}, {}, None, "", ""),
-    ("wsl", dict(wsl=True), {}, None, "", ""),
 ]  # fmt: skip
 
 
@@ -135,22 +127,16 @@ def test_a_sound_run_is_told_so_and_nothing_is_changed():
         (["--dataset=nowhere"], "data", "data/nowhere/train.bin does not exist"),
         (["--block_size=100000"], "data", "too few for block_size=100000"),
         (["--batchsize=1"], "run", "did you mean 'batch_size'?"),
-        (["--beta1=1.5"], "run", "beta1 must be below 1"),
         (["--n_head=3"], "run", "is not divisible by n_head=3"),
         (["--init_from=resume"], "run", "there is no checkpoint out/ckpt.pt"),
         (["--init_from=data"], "run", "expects a folder that holds a ckpt.pt, or a Hugging Face GPT-2"),
         (["--device=cuda:99"], "run", "device='cuda:99', but"),
         (["--out_dir=a-file"], "folder", "out_dir='a-file' can't be made"),
-        (["--out_dir=a-file/out"], "folder", "out_dir='a-file/out' can't be made"),
-        (["--out_dir=a-link"], "folder", "out_dir='a-link' can't be made"),
-        (["--out_dir="], "folder", "out_dir='' can't be made"),
-        ([f"--out_dir={'x' * 300}"], "folder", "can't be made"),
         (["--out_dir=locked"], "folder", "out_dir='locked'"),
     ],
 )
 def test_what_would_stop_a_run_in_train_pys_own_words(no_plan, argv, stopped_by, says):
     Path("a-file").touch()
-    Path("a-link").symlink_to("nowhere")
     Path("locked/run.lock").mkdir(parents=True)  # where train.py would write its name
     told = doctor(*SMALL, *argv, code=1)
     assert told["stopped_by"] == [stopped_by]

@@ -43,18 +43,12 @@ def test_a_gpu_that_is_not_there(fake_gpu, monkeypatch):
         ("NVIDIA A100-SXM4-40GB", 312),
         ("NVIDIA H200", 989),
         ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 80GB HBM3", 989),
         ("Tesla T4", 65),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("NVIDIA GeForce RTX 3060", 25.6),
         ("NVIDIA GeForce RTX 3060 Ti", 32.4),
         ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
-        ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA A10G", 70),
         ("NVIDIA A10", 125),
         ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA RTX A4000", 76.7),
     ],
 )
 def test_peak_flops_by_name(monkeypatch, name, tflops):

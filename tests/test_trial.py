@@ -47,15 +47,11 @@ def child(workplace, monkeypatch):
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
          "was killed by signal 9, as the system does when memory runs out"),
         ("import time; time.sleep(60)", "took longer than 1 s"),
-        ("import subprocess; subprocess.run(['sleep', '60'])", "took longer than 1 s"),
         ("print('garbage'); print('{'); print('[1]'); print('3')", "gave no answer (no message)"),
-        ("import sys; sys.stdout.buffer.write(bytes(range(256)) + b'\\n')", "gave no answer (no message)"),
         ("print('{\"kind\": \"Trial\", \"peak_bytes\": 1}')", "gave no answer (no message)"),
         (f"import sys; sys.stdout.write('''{GOOD}''')", "gave no answer (no message)"),  # no line end: it may be cut
         ("import sys; print('error: no such GPU\\nW: a warning', file=sys.stderr); sys.exit(1)",
          "ended with exit code 1 and no answer (no such GPU)"),
-        ("raise SystemExit('error: no such GPU')", "ended with exit code 1 and no answer (no such GPU)"),
-        ("import os; os.close(0); raise SystemExit(3)", "ended with exit code 3 and no answer (no message)"),
     ],
 )  # fmt: skip
 def test_a_child_that_ends_badly_is_a_sentence(child, script, sentence):
