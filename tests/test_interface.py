@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REFERENCE, ROOT, environment, flags, run_script, torchrun
 
 from nanofit import machine
@@ -159,6 +160,8 @@ COMMANDS = {
     "python data/openwebtext/prepare.py --source=HuggingFaceFW/fineweb-edu --name=sample-10BT "
     "--max_tokens=100_000_000 --out=edu": How((*DOCUMENTS.flags, "--name="), DOCUMENTS.shows, needs=DOCUMENTS.needs),
     "python data/from_text/prepare.py FOLDER": How(shows="^train has 66 tokens", needs=("bpe",)),
+    "python train.py config/train_openwebtext.py --optimizer=muon": How(SHORT, TRAINED, needs=("muon",)),
+    "python benchmarks/muon.py": Cannot("it takes minutes: its runs are the row's above"),
     "python benchmarks/memory.py": How((*flags(block_size=8, batch_sizes="1"),), "^{.*}$", proof=True),
 }
 
@@ -227,6 +230,12 @@ def checkout(workplace, monkeypatch):
     Path("prompt.txt").write_text("The prompt")
     monkeypatch.setenv("HF_HOME", str(workplace / "hf-home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def muon():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9")
 
 
 @pytest.fixture
