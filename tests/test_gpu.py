@@ -43,19 +43,6 @@ def gpu_only_while_it_lasts(monkeypatch):
     torch.cuda.empty_cache()
 
 
-def test_facts_about_the_gpu():
-    assert machine.best_device() == "cuda"
-    assert machine.find_device("cuda") == GPU
-    machine.set_device(GPU)
-    assert torch.cuda.current_device() == 0
-    assert machine.device_name(GPU) == torch.cuda.get_device_name()
-    assert machine.best_dtype("cuda") in ("bfloat16", "float16")
-    assert machine.sm_count(GPU) > 0
-    assert machine.capability(GPU) >= (5, 0)
-    assert 0 < machine.free_memory_bytes(GPU) <= machine.total_memory_bytes(GPU)
-    assert all(pid > 0 and mib >= 0 for pid, _, mib in machine.gpu_processes(GPU))
-
-
 def run_trial(job):
     with Trials() as run:
         return run(job)
