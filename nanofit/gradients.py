@@ -9,8 +9,10 @@ step.accumulate says when an iteration begins, when its last backward pass does,
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from nanofit.errors import UsageError
+from nanofit.models import blocks_of
 
 BUCKET_BYTES = 25 * 2**20  # that travel together, at least: small messages cost more time than bytes
 
@@ -45,8 +47,8 @@ class Gradients:
     def last(self):
         """The last backward pass comes next."""
 
-    def end(self, whole=True):
-        """The iteration is over; where it isn't whole, its gradients will be dropped."""
+    def end(self):
+        """The iteration is over, and if it isn't complete, its gradients will be dropped."""
         for p, zeros, version in self._zeros:
             if p.grad is zeros and zeros._version == version:
                 p.grad = None
@@ -124,7 +126,7 @@ class AveragedGradients(Gradients):
         how = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
         self._pending.append(dist.all_reduce(self._buckets[len(self._pending)].flat, how, async_op=True))
 
-    def end(self, whole=True):
+    def end(self):
         self._leave = False
         for bucket in self._buckets:
             for p in list(bucket.missing):
@@ -193,20 +195,82 @@ class _Bucket:
 class ShardedGradients(Gradients):
     """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares.
 
-    It expects all ranks to use the same weights in a pass. gather_once: the weights that the first pass has gathered
-    stay until the last.
+    FSDP2 sends the gradients that a block has after its backward pass, and expects all ranks to send as many. So what a
+    pass didn't use is filled with zeros just before. gather_once: the weights that the first pass has gathered stay
+    until the last.
     """
 
     def __init__(self, model, world, gather_once):
         super().__init__(model)
-        self.gather_once, self._buffers = gather_once, Buffers(model, world)
+        self.world, self.gather_once = world, gather_once
+        self._buffers = Buffers(model, world)
+        numbers = {}  # of shares: a module has them as its parameters only while they aren't gathered
+        self._parts = {part: [] for part in (*blocks_of(model), model)}  # what is gathered at a time
+        for part, members in self._parts.items():
+            for module in part.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    if p.requires_grad and p not in numbers:
+                        members.append((numbers.setdefault(p, len(numbers)), module, name))
+        self._shares = list(numbers)
+        self._filled = set()
+        self.begin(0)
+        # FSDP2's own hooks are there already: what enters a block leaves its hook before it enters this one.
+        for block in blocks_of(model):
+            block.register_forward_pre_hook(self._entered, with_kwargs=True)
+        model.register_forward_hook(self._computed, prepend=True)
 
     def begin(self, micro_steps):  # no whole gradients: they would take the memory that sharding saves
+        self._missing_passes, self._in_backward = micro_steps, False
+        self._used = [False] * len(self._shares)
         self.model.set_reshard_after_backward(not self.gather_once)
 
     def last(self):
         self.model.set_reshard_after_backward(True)
 
-    def end(self, whole):
-        if whole:  # else this rank ends, and the others are waiting for its shares
-            self._buffers.share()
+    @torch.compiler.disable
+    def _entered(self, block, args, kwargs):
+        """Fill a block's gradients once that of what entered it is known, which is when FSDP2 sends them."""
+        if torch.is_grad_enabled() and not self._in_backward:  # where a checkpoint computes the block again
+            self._at_gradients_of((args, kwargs), lambda _: self._fill(block))
+
+    @torch.compiler.disable
+    def _computed(self, model, args, outputs):
+        """Fill what is left at the end of the backward pass that begins at these outputs."""
+        self._at_gradients_of(outputs, self._begin_pass)
+
+    @staticmethod
+    def _at_gradients_of(tensors, hook):
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(hook)
+
+    def _begin_pass(self, _):
+        if not self._in_backward:
+            self._in_backward, self._filled = True, set()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # before FSDP2's own
+
+    def _end_pass(self):
+        for part in self._parts:
+            if part not in self._filled:  # what is outside of the blocks, and blocks of which no gradient is asked
+                self._fill(part)
+        self._in_backward = False
+        self._missing_passes -= 1
+
+    def _fill(self, part):
+        self._filled.add(part)
+        for number, module, name in self._parts[part]:
+            p = module._parameters[name]
+            if hasattr(p, "device_mesh"):
+                continue  # a share: in this pass, no rank has gathered it
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                self._used[number] = True
+
+    def end(self):
+        if self._missing_passes > 0:
+            return  # this rank failed, and ends: the others are waiting for its shares, and not for what follows
+        for p, used in zip(self._shares, self.world.any_of(self._used), strict=True):
+            if not used:
+                p.grad = None
+        self._buffers.share()

@@ -23,7 +23,7 @@ def accumulate(model, scaler, batches, autocast, gradients=None):
     micro_steps = batches.micro_steps
     gradients = gradients or Gradients(model)
     gradients.begin(micro_steps)
-    total, done = None, 0
+    total = None
     try:
         for step in range(micro_steps):
             x, y = batches.current
@@ -34,11 +34,10 @@ def accumulate(model, scaler, batches, autocast, gradients=None):
             if step == micro_steps - 1:
                 gradients.last()
             scaler.scale(share).backward()
-            done += 1
             figure = _figure(loss) / micro_steps
             total = figure if total is None else total + figure
     finally:
-        gradients.end(whole=done == micro_steps)
+        gradients.end()
     return total
 
 
