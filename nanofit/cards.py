@@ -1,4 +1,4 @@
-"""GPUs by their names: what a plan must know of one that isn't here, and the peak that MFU is a share of."""
+"""GPUs by name: what a plan needs to know about a card that isn't here, and the peak for MFU."""
 
 import difflib
 import re
@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from nanofit.errors import UsageError
 from nanofit.units import CONTEXT_BYTES, GIB, gib
 
-MAX_AUTOTUNE_SMS = 68  # a GPU needs so many, or Inductor doesn't tune matrix products
 # Name, GiB as nvidia-smi lists them, SMs, compute capability, TFLOP/s: dense bfloat16/float16 matrix products with
 # float32 accumulation, from NVIDIA's data sheets and architecture white papers (the larger figures quoted there are for
-# sparse matrices, or for float16 accumulation on GeForce cards). A longer name precedes one that it contains.
+# sparse matrices, or for float16 accumulation on GeForce cards). A name comes before any shorter one that it contains.
 TABLE = (
     ("GB200", 185, 148, 10.0, 2500), ("B200", 179, 148, 10.0, 2250), ("GH200", 95.6, 132, 9.0, 989),
     ("H200", 140.4, 132, 9.0, 989), ("H100 PCIe", 79.6, 114, 9.0, 756), ("H100 NVL", 93.6, 132, 9.0, 835),
@@ -34,7 +33,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. Of one that is known by its memory alone, the rest is 0, and its capability that of common cards."""
+    """A GPU. If only its memory is known, the rest is 0, and the capability is that of common cards."""
 
     name: str
     memory_gb: float  # GiB
@@ -43,10 +42,10 @@ class Card:
     tflops: float = 0.0
 
     def __str__(self):
-        sms = (
-            f", {self.sm_count} SMs, compute capability {self.capability[0]}.{self.capability[1]}" if self.name else ""
-        )
-        return f"{self.name or 'a card'} ({self.memory_gb:g} GiB{sms})"
+        if not self.name:
+            return f"a card ({self.memory_gb:g} GiB)"
+        capability = "{}.{}".format(*self.capability)
+        return f"{self.name} ({self.memory_gb:g} GiB, {self.sm_count} SMs, compute capability {capability})"
 
 
 CARDS = tuple(
@@ -59,19 +58,19 @@ VENDORS_WORDS = re.compile(r"nvidia|geforce|tesla|quadro|rtx|generation|gpu|sxm\
 
 
 def best_dtype(capability):
-    """bfloat16 where the hardware computes in it; older GPUs emulate it slowly."""
+    """'bfloat16' if the hardware computes in it, else 'float16': older GPUs emulate bfloat16, slowly."""
     return "bfloat16" if capability >= (8, 0) else "float16"
 
 
 def of_driver(name):
-    """The Card whose name the name that a driver gives contains, or None."""
+    """The Card for the name that a driver gives, or None."""
     return next((card for card in CARDS if re.search(rf"\b{re.escape(card.name)}\b", name, re.IGNORECASE)), None)
 
 
 def named(gpu):
     """The Card that the key gpu names: 'RTX 3060', 'nvidia a100-sxm4-80gb', or by its memory alone '12GB'.
 
-    A memory that is given stands. UsageError where there is no such card, with the names that are near.
+    A memory in the name replaces the table's. UsageError for an unknown card, with similar names.
     """
     memory, word = MEMORY.search(gpu.lower()), _word(gpu)
     known = {_word(card.name): card for card in CARDS}
@@ -87,5 +86,5 @@ def named(gpu):
 
 
 def _word(name):
-    """A card's name without what doesn't tell it from others."""
+    """A card's name without words that many cards share, such as NVIDIA and RTX."""
     return re.sub(r"[^a-z0-9]", "", VENDORS_WORDS.sub("", MEMORY.sub("", name.lower())))

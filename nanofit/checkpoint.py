@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nanofit import host
-from nanofit.errors import UsageError, first_line, is_out_of_memory, shown, system_error
+from nanofit.errors import UsageError, first_line, is_out_of_memory, reason, shown, system_error
 from nanofit.files import replacing
 from nanofit.units import gib
 
@@ -62,7 +62,7 @@ def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours
                 os.remove(one)
     except _FAILURES as e:
         raise SaveError(
-            f"not saved: {path} can't be written ({_reason(e)}); a checkpoint that is there stays as it is"
+            f"not saved: {path} can't be written ({reason(e)}); a checkpoint that is there stays as it is"
         ) from e
 
 
@@ -108,12 +108,6 @@ def room(out_dir, size, keep=0):
 def _is_full(error):
     inner = system_error(error)
     return inner is not None and inner.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _reason(error):
-    """What the system said, or else the error itself."""
-    inner = system_error(error)
-    return (inner.strerror if inner is not None else None) or first_line(error)
 
 
 def _write(checkpoint, path, make_way):

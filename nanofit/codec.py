@@ -13,25 +13,25 @@ from nanofit.errors import UsageError, usage_errors
 
 GPT2 = "GPT-2 BPE"
 GPT2_SYMBOLS = 50257
-MOST_PADDING = 1024  # a vocabulary that is larger by so many symbols is not padded, it is another one
+MOST_PADDING = 1024  # a vocabulary that is larger by more symbols than this is not padded, but another one
 END_OF_TEXT = "<|endoftext|>"
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # how tokenizer.json files call it
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # its names in tokenizer.json files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 # ---- meta.pkl ----------------------------------------------------------------------------------------------
 
 
 def _stand_in(module, name):
-    """An empty class in the place of one that a pickle names: nothing is imported, and what it held is dropped.
+    """An empty class in place of one that a pickle names. Nothing is imported, and what the object held is dropped.
 
-    It is a dict, so that an OrderedDict, a Counter or a defaultdict keeps what is in it.
+    It is a dict, so that an OrderedDict, a Counter or a defaultdict keeps its items.
     """
     nothing = {method: lambda self, *args, **keys: None for method in ("__init__", "__setstate__", "append", "extend")}
     return type(name, (dict,), {"__module__": module, "__hash__": object.__hash__, **nothing})
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads plain values and numpy's numbers. Of all else it makes stand-ins, so that a pickle can't run anything."""
+    """Reads plain values and numpy's numbers, and makes stand-ins of all else, so that a pickle can't run code."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
@@ -42,15 +42,15 @@ class _Unpickler(pickle.Unpickler):
             import numpy as np
 
             if name == "scalar":
-                return np.int64(0).__reduce__()[0]  # the same function, wherever this numpy has it
+                return np.int64(0).__reduce__()[0]  # the same function, under the name that this numpy has for it
             return _stand_in("numpy", "ndarray")
         return _stand_in(module, name)
 
 
 def load_meta(folder):
-    """meta.pkl of a data set as a dict whose vocab_size is an int above zero; None where there is none.
+    """meta.pkl of a data set as a dict whose vocab_size is an int above zero; None if there is none.
 
-    Training needs no more of it. Raises UsageError.
+    Training needs nothing else in it. Raises UsageError.
     """
     path = os.path.join(folder, "meta.pkl")
     if not os.path.exists(path):
@@ -67,10 +67,7 @@ def load_meta(folder):
 
 
 def differs(meta, vocab_size):
-    """Lines, one or none, for data whose symbols can't be the model's.
-
-    meta: the data set's, or None. vocab_size: the model's.
-    """
+    """A warning (a list of one line) if a data set's meta.pkl has another vocabulary than the model; else []."""
     if meta is None or vocab_size in (meta["vocab_size"], meta.get("symbols")):  # with padding, and without
         return []
     return [
@@ -84,12 +81,12 @@ def differs(meta, vocab_size):
 
 @dataclass(frozen=True)
 class Codec:
-    """One tokenizer, whichever library's.
+    """One tokenizer of any library.
 
-    name: for messages; of a tokenizer in a file, its path. symbols: its ids are below this. encode: str to list of int,
-    in which special tokens are known by their text; a UsageError for what it lacks. encode_ordinary: the same for data,
-    in which no text is special. decode: list of int to str; an id that stands for nothing, as those of a padded
-    vocabulary, gives nothing. end: the id of the end of a text, or None. by: the library's object, or (stoi, itos).
+    name: for messages; the path of a tokenizer that is a file. symbols: ids are below this number. encode: str to list
+    of int, special tokens included; a UsageError for a symbol that it lacks. encode_ordinary: the same for data, in
+    which no text is a special token. decode: list of int to str; ids without a symbol, as in a padded vocabulary, are
+    left out. end: the id of the end of a text, or None. by: the library's object, or (stoi, itos).
     """
 
     name: str
@@ -102,10 +99,10 @@ class Codec:
 
 
 def codec_of(folder, vocab_size=None, most=math.inf):
-    """The Codec of a data set's or of a model's folder; None stands for no folder: GPT-2's BPE.
+    """The Codec of a data set's or of a model's folder; for None, GPT-2's BPE.
 
-    It is that of a tokenizer.json or a tokenizer.model there, or what meta.pkl says: its symbols, or the name of an
-    encoding. vocab_size: of a model, which has the symbols and at most so many others; else a UsageError.
+    It is read from a tokenizer.json or tokenizer.model, or from meta.pkl, which holds symbols or names an encoding.
+    vocab_size: the model's, which must be that of the Codec or larger, by less than `most`; else a UsageError.
     """
     path = _file_in(folder) if folder else None
     meta = load_meta(folder) if folder and not path else None
@@ -113,7 +110,7 @@ def codec_of(folder, vocab_size=None, most=math.inf):
         codec = codec_named(path)
     elif meta is None:
         lacking = f": {os.path.join(folder, 'meta.pkl')} is not in this folder" if folder else ""
-        _must_fit(GPT2, GPT2_SYMBOLS, vocab_size, MOST_PADDING, lacking)  # before its tables are fetched
+        _must_fit(GPT2, GPT2_SYMBOLS, vocab_size, MOST_PADDING, lacking)  # before tiktoken downloads its tables
         codec = codec_named("gpt2")
     elif isinstance(meta.get("tokenizer"), str) and not {"stoi", "itos"} & set(meta):
         codec = _of_tiktoken(meta["tokenizer"])
@@ -143,7 +140,7 @@ def codec_named(name):
 
 
 def _file_in(folder):
-    """The tokenizer that lies in a folder as a file, or None."""
+    """The path of a tokenizer's file in a folder, or None."""
     paths = (os.path.join(folder, name) for name in TOKENIZER_FILES)
     return next(filter(os.path.isfile, paths), None)
 
@@ -157,7 +154,7 @@ def _of_tiktoken(name):
             f"{', '.join(tiktoken.list_encoding_names())}"
         )
     try:
-        bpe = tiktoken.get_encoding(name)  # which fetches its tables once and keeps them
+        bpe = tiktoken.get_encoding(name)  # downloads its tables once
     except Exception as e:  # requests' errors, which tiktoken passes on
         why = type(e).__name__
         what = f"GPT-2's BPE can't be fetched ({why})" if name == "gpt2" else f"{name} can't be fetched ({why})"
@@ -196,7 +193,7 @@ def _of_tokenizers(path):
     for one in (tokenizer, ordinary):
         one.no_truncation()
         one.no_padding()
-    ordinary.encode_special_tokens = True  # as the text that they are
+    ordinary.encode_special_tokens = True  # as ordinary text
     vocabulary = tokenizer.get_vocab()
     return Codec(
         name=path,
@@ -215,7 +212,7 @@ def _of_sentencepiece(path):
     with usage_errors(Exception, prefix=f"{path} can't be read, it is damaged or no SentencePiece model: "):
         model = SentencePieceProcessor(model_file=path)
     end, symbols = model.eos_id(), model.get_piece_size()
-    end_text = model.id_to_piece(end) if end >= 0 else None  # which SentencePiece neither reads nor writes
+    end_text = model.id_to_piece(end) if end >= 0 else None  # SentencePiece neither encodes nor decodes it
 
     def encode(text):
         first, *others = map(model.encode, text.split(end_text) if end_text else [text])
@@ -234,7 +231,7 @@ def _of_sentencepiece(path):
 
 
 def _of_symbols(folder, meta):
-    """The Codec of stoi, {symbol: id}, and itos, {id: symbol} or a list; one is made from the other if need be."""
+    """The Codec of stoi, {symbol: id}, and itos, {id: symbol} or a list. Either is made from the other."""
     name, vocab_size = os.path.join(folder, "meta.pkl"), meta["vocab_size"]
     stoi, itos = (meta.get(table) or {} for table in ("stoi", "itos"))
     if not stoi and not itos:
@@ -262,7 +259,7 @@ def _of_symbols(folder, meta):
 
 
 def _encode(text, stoi, name):
-    """The ids of a text, of which each time the longest symbol is taken that fits."""
+    """The ids of a text: at each place the longest symbol that fits."""
     longest = max(map(len, stoi))
     ids, unknown, place = [], set(), 0
     while place < len(text):

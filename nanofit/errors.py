@@ -29,7 +29,7 @@ _LOST_RANK = re.compile("gloo/transport|Gloo connectFullMesh|Connection (closed|
 class UsageError(ValueError):
     """A mistake in what the user gave. Its message is a sentence, shown without a traceback.
 
-    of_rank: it is this rank's alone, and told at once. All others happen on every rank, as a rule: one tells.
+    of_rank: it happens on this rank alone, which tells it at once. Other mistakes happen on every rank: one tells.
     """
 
     def __init__(self, sentence, of_rank=False):
@@ -54,10 +54,16 @@ def first_line(error):
 
 
 def system_error(error):
-    """The first error in a chain of them that comes from the system, or None: torch.save hides it behind another."""
+    """The OSError behind an error, or None: torch.save hides it behind another error."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def reason(error):
+    """What the system said, where it is the cause of an error, else the error's type and first line."""
+    inner = system_error(error)
+    return (inner is not None and inner.strerror) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def shown(value, form=repr):
@@ -86,37 +92,36 @@ def is_lost_rank(error):
 
 
 def memory_sentence(error):
-    """What an out-of-memory error tells, in a few words: torch's own message goes on with advice that is in force."""
+    """An out-of-memory error in a few words. torch's own message gives advice that this project follows already."""
     asked = re.search(r"ried to allocate ([\d.]+ [KMGT]?i?B|(\d+) bytes)", str(error))
     size = asked and (gib(int(asked[2])) if asked[2] else asked[1])
     return f"memory ran out on asking for {size}" if size else "memory ran out"
 
 
 def lost_sentence(rank, error):
-    """What a rank tells that has lost another; torch's own words come last, without the places in its source."""
-    words = re.sub(r"\[?[\w./-]*/[\w.-]+\.(cc|cpp|h):\d+\]?[,:]?\s*", "", first_line(error))
-    words = textwrap.shorten(re.split(r"\.\s", words)[0].rstrip("."), 200, placeholder="...")
+    """What this rank tells when it has lost another one. torch's own words come last."""
+    words = textwrap.shorten(first_line(error), 200, placeholder="...")
     return (
         f"error: rank {rank} has lost another, which has ended or can't be reached: look at what that one printed. The "
         f"next start with --init_from=auto, or resume, goes on from the last checkpoint ({words})"
     )
 
 
-ONE_VOICE_SECONDS = 3  # in which torchrun ends a rank if another has failed as well: then that one has told already
-LONGEST = 1000  # characters of a sentence; a name in it may be longer
+ONE_VOICE_SECONDS = 3  # torchrun ends a rank within this time if another has failed as well, and has told it
+LONGEST = 1000  # characters of a sentence; a path in it may be longer
 
 
 # ---- the top frame -----------------------------------------------------------------------------------------
 
 
 def show_errors_as_sentences():
-    """From here on, what a user's input, files, disk, terminal or memory can cause ends the program with a sentence.
+    """From here on, an error that input, files, disk, terminal or memory cause ends the program with a sentence.
 
-    The exit code is 1, or 130 after Ctrl-C. An error of any other kind keeps its traceback.
+    The exit code is 1, or 130 after Ctrl-C. Any other error keeps its traceback.
     """
 
     def show(kind, error, trace):
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's ranks, one
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each machine
         if issubclass(kind, KeyboardInterrupt):
             if speaks:
                 _tell("interrupted")
@@ -132,14 +137,14 @@ def show_errors_as_sentences():
         else:
             sys.__excepthook__(kind, error, trace)
         if is_lost_rank(error):
-            time.sleep(ONE_VOICE_SECONDS)  # torchrun names the first that tells it: that should be the one that is lost
+            time.sleep(ONE_VOICE_SECONDS)  # torchrun names the rank that fails first: the one that is lost
         _tell_torchrun(sentence or f"{kind.__name__}: {first_line(error)}")
 
     sys.excepthook = show
 
 
 def _sentence_on(error):
-    """What to tell of an error, '' where its traceback tells more."""
+    """The sentence for an error, '' if its traceback tells more."""
     if isinstance(error, UsageError):
         return f"error: {error}"
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy"):
@@ -149,7 +154,7 @@ def _sentence_on(error):
     if is_lost_rank(error):
         return lost_sentence(os.environ.get("RANK", "?"), error)
     if isinstance(error, BrokenPipeError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that Python doesn't tell it again at its end
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # else Python reports it again when it ends
         return "error: standard output was closed before all of it was written"
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         return f"error: {os.strerror(error.errno)}{f' ({error.filename})' if error.filename else ''}"
@@ -157,7 +162,7 @@ def _sentence_on(error):
 
 
 def _when_memory_ends(keys):
-    """What the user of a script with these keys may do then."""
+    """What to do when memory has run out in a script with these keys."""
     if keys.get("auto_fit"):
         return "less was free than auto_fit found: --init_from=auto goes on from a checkpoint, and looks again"
     if "auto_fit" in keys:
@@ -166,15 +171,15 @@ def _when_memory_ends(keys):
 
 
 def mend_standard_streams():
-    """Open those that were closed: the next file would get their number, and what libraries print with it.
+    """Open standard streams that are closed, and print characters that the locale lacks as escapes.
 
-    Characters that the locale lacks are printed as escapes.
+    Otherwise the next file that is opened would get a stream's number, and with it what libraries print.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the process ends
@@ -185,16 +190,13 @@ def mend_standard_streams():
 
 def _tell(sentence):
     sentence = sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]}..."
-    # Standard error may be gone as well, or be interrupted while it is written: the exit code still tells.
+    # Standard error may be gone as well, or a signal may interrupt it: the exit code still tells.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         print(sentence.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _tell_torchrun(sentence):
-    """Leave a sentence where torchrun, if it started this process, looks for what to say of its end.
-
-    In the form of torch.distributed.elastic's ErrorHandler: of any other, torchrun says that it is new.
-    """
+    """If torchrun started this process, leave it a sentence about its end, in the form of torch's ErrorHandler."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):  # what is printed still tells
@@ -204,7 +206,7 @@ def _tell_torchrun(sentence):
 
 
 class PatientOutput:
-    """A standard output that gives up, and doesn't raise, where it can't be written: a full disk, a closed terminal."""
+    """A standard output that gives up instead of raising when it can't be written: a full disk, a closed terminal."""
 
     def __init__(self, stream):
         self._stream, self._failure = stream, ""
@@ -212,7 +214,7 @@ class PatientOutput:
     @property
     def failure(self):
         """Why it gave up, or ''."""
-        self.flush()  # what waits to be written may fail as well
+        self.flush()  # buffered text may fail as well
         return self._failure
 
     def write(self, text):
@@ -231,7 +233,7 @@ class PatientOutput:
             self._failure = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
             if isinstance(e, OSError) and e.errno == errno.EPIPE:
                 self._failure = "its reader has gone"
-            with contextlib.suppress(OSError):  # what is buffered would be tried again when Python ends
+            with contextlib.suppress(OSError):  # else Python tries again to write the buffer when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name):

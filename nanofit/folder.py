@@ -1,8 +1,11 @@
 """A run's folder: held by one run at a time, and never written over by another.
 
-ckpt.pt is the run's checkpoint, the best where only that is kept; ckpt.prev.pt the one before; ckpt.last.pt, where a
-run stands whose ckpt.pt is the best and must stay; ckpt-ITERATION.pt the last few, with --keep. All are of one run,
-told by the id that they carry. Those of another run are moved aside, whole, before this one writes its first.
+    ckpt.pt            the checkpoint; with always_save_checkpoint=False, the best one
+    ckpt.prev.pt       the checkpoint before it
+    ckpt.last.pt       where the run stopped, if ckpt.pt is the best and must stay
+    ckpt-ITERATION.pt  the last few, with --keep
+
+Each carries the id of its run. Checkpoints of another run are moved aside before this run writes its first.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what the system says of a lock that 
 
 
 def run_id_of(saved):
-    """The id of the run that a checkpoint belongs to. nanoGPT's have none: theirs is made of what they hold."""
+    """The id of the run that a checkpoint belongs to. nanoGPT's have none: theirs is computed from their entries."""
     own = saved.get("run_id")
     if isinstance(own, str) and re.fullmatch("[0-9a-f]{8}", own):  # it becomes part of a file's name
         return own
@@ -35,30 +38,30 @@ def run_id_of(saved):
 
 
 class RunFolder:
-    """out_dir as one run sees it. run_id: of the run that goes on, or a new one."""
+    """out_dir as one run sees it. run_id: the id of the run that goes on, or a new one."""
 
     def __init__(self, out_dir, world=ALONE):
         self.out_dir, self.world = out_dir, world
         self.begin_anew()
-        self._loaded = None  # the iteration of the checkpoint that the run goes on from
-        self._alone = False  # what lies in the folder is of this run
+        self._loaded = None  # the iteration of the checkpoint to resume from
+        self._alone = False  # no checkpoint here belongs to another run
         self._lock = None  # the open file, while this run holds the folder
 
     def path(self, name=NAME):
         return os.path.join(self.out_dir, name)
 
     def kept_in(self, run_id):
-        """The folder for what another run left here; run_id: None where it can't be told whose it is."""
+        """The folder for the files of another run; run_id: None if the run is unknown."""
         return self.path(f"kept-of-run-{run_id}" if run_id else "kept-unreadable")
 
     def settle(self, init_from):
-        """init_from, 'auto' made 'resume' where this folder holds a checkpoint, else 'scratch'."""
+        """init_from; 'auto' becomes 'resume' if this folder holds a checkpoint, else 'scratch'."""
         if init_from != "auto":
             return init_from
         return "resume" if any(os.path.lexists(self.path(name)) for name in (NAME, LAST, PREVIOUS)) else "scratch"
 
     def load(self):
-        """The checkpoint to go on from: where the run stopped last. Raises UsageError as checkpoint.load."""
+        """The checkpoint to resume from: where the run stopped last. Raises UsageError as checkpoint.load."""
         name = NAME
         if os.path.isfile(self.path(LAST)):
             last, best = (checkpoint.peek(self.path(n), whole=True) for n in (LAST, NAME))
@@ -77,19 +80,17 @@ class RunFolder:
         return saved
 
     def begin_anew(self):
-        """What is saved from here on is another run's than what was loaded, which will be kept beside it."""
+        """Save from here on as a new run: the checkpoints that are here will be moved aside."""
         self.run_id = uuid.uuid4().hex[:8]
 
     def take(self):
-        """Make the folder and hold it until this process ends. All ranks must call it; rank 0 holds.
+        """Make the folder, and let rank 0 hold it until its process ends. All ranks must call it.
 
-        UsageError where it can't be written to, or is another run's; and where the ranks don't all go on from the same
-        checkpoint: each machine may have a folder of its own.
+        UsageError if it can't be written to, if another run holds it, or if the ranks loaded different checkpoints:
+        then each machine has a folder of its own.
         """
         found = self.world.all_gather(self._loaded)
         if len(set(found)) > 1:
-            if holder := self.world.all_gather(self.holder() if self.world.is_main else "")[0]:
-                raise self._in_use(holder)  # by a run that saved while the ranks were loading
             told = ", ".join(f"rank {rank} {'none' if i is None else f'iteration {i}'}" for rank, i in enumerate(found))
             raise UsageError(
                 f"out_dir={self.out_dir!r} does not hold the same checkpoint for all ranks ({told}): it must be a "
@@ -97,71 +98,42 @@ class RunFolder:
             )
         self.world.agree(self._take if self.world.is_main else lambda: None)
 
-    def try_out(self):
-        """Make the folder and write a file there, which is gone at once; UsageError where that can't be done."""
+    def _take(self):
         with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be made: "):
             os.makedirs(self.out_dir, exist_ok=True)
-        with (
-            usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "),
-            tempfile.TemporaryFile(dir=self.out_dir),
-        ):
-            pass
-
-    def _take(self):
-        self.try_out()
+        with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
+            with tempfile.TemporaryFile(dir=self.out_dir):
+                pass
+            lock = open(self.path(LOCK), "a+", errors="replace")  # noqa: SIM115  # held as long as it is open
         try:
             import fcntl
+
+            # Held by the process: in a notebook, a run that has failed doesn't block the next one.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
-            return  # Windows has other locks; there, two runs in one folder are the user's to avoid
-        with usage_errors(OSError, prefix=f"out_dir={self.out_dir!r} can't be written to: "):
-            self._lock = open(self.path(LOCK), "a+", errors="replace")  # noqa: SIM115  # held as long as it is open
-        try:
-            # A lock of the process, so that a run in a notebook that has failed doesn't stand in the next one's way.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return  # Windows: nothing keeps two runs out of one folder
         except OSError as e:
             if e.errno in HELD:
-                holder = self._named()
-                self._lock.close()
-                self._lock = None  # release() would take its holder's name off it
-                raise self._in_use(holder) from e
+                lock.seek(0)
+                holder = lock.read(200).strip() or "another process"
+                raise UsageError(
+                    f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir"
+                ) from e
             print(f"{self.out_dir} can't be locked ({e.strerror}): make sure that no other run writes there")
             return
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the words
-            self._lock.truncate(0)
-            self._lock.write(
-                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-            )
-            self._lock.flush()
+        self._lock = lock
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the words
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            lock.flush()
         for name in ("ckpt*.pt", "auto_fit.json", "sample.txt", "report.html"):
-            # Of a run that was killed while it wrote.
+            # A run that is killed while it writes leaves a part.
             for part in glob.glob(os.path.join(glob.escape(self.out_dir), f"{name}.*.part")):
                 with contextlib.suppress(OSError):
                     os.remove(part)
 
-    def _named(self):
-        """Whom the lock file names as its holder."""
-        self._lock.seek(0)
-        return self._lock.read(200).strip() or "another process"
-
-    def holder(self):
-        """Who else holds the folder, in words; '' where nobody does or that can't be known. Nothing is written.
-
-        Not for a run that holds the folder itself: to look would give it up.
-        """
-        with contextlib.suppress(ImportError, OSError), open(self.path(LOCK), errors="replace") as lock:
-            import fcntl
-
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as e:
-                return (lock.read(200).strip() or "another process") if e.errno in HELD else ""
-        return ""
-
-    def _in_use(self, holder):
-        return UsageError(f"out_dir={self.out_dir!r} is in use by {holder}: let it end, or give another --out_dir")
-
     def release(self):
-        """Let another run have the folder; when a process ends, that happens by itself."""
+        """Let another run have the folder. When a process ends, that happens by itself."""
         if self._lock:
             with contextlib.suppress(OSError):
                 self._lock.truncate(0)
@@ -169,7 +141,7 @@ class RunFolder:
             self._lock = None
 
     def place_to_stop(self, always_save):
-        """Where a run is saved as it stands: in ckpt.pt, but beside it where that is this run's best and must stay."""
+        """The file to save in when the run stops: LAST if ckpt.pt is this run's best and must stay, else ckpt.pt."""
         has_best = not always_save and os.path.isfile(self.path()) and NAME not in self._others()
         return LAST if has_best else NAME
 
@@ -179,7 +151,7 @@ class RunFolder:
         checkpoint.save(whole, self.out_dir, name, self._move_others_aside, not self._others(), keep)
 
     def _others(self):
-        """{name: what is in it, None for what can't be read} of another run's checkpoints that lie here."""
+        """{name: content, None if it can't be read} of the checkpoints here that belong to another run."""
         if self._alone:
             return {}
         names = [LAST, PREVIOUS, NAME, *map(os.path.basename, checkpoint.numbered(self.out_dir).values())]
@@ -187,17 +159,21 @@ class RunFolder:
         return {name: saved for name, saved in held.items() if saved is None or run_id_of(saved) != self.run_id}
 
     def _move_others_aside(self):
-        """Give another run's checkpoints a folder of their own."""
         for name, saved in self._others().items():
-            # By id, so that a move that was interrupted goes on in the same folder.
-            target = os.path.join(self.kept_in(saved and run_id_of(saved)), name)
             try:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                while os.path.lexists(target):
-                    target += "~"
-                os.rename(self.path(name), target)
+                target = self.move_aside(name, saved and run_id_of(saved))
             except OSError as e:
                 raise SaveError(f"not saved: {self.path(name)}, of another run, can't be moved ({e.strerror})") from e
             iteration = f", of iteration {saved['iter_num']}," if saved else ""
             print(f"{self.path(name)}{iteration} is another run's: kept as {target}")
         self._alone = True
+
+    def move_aside(self, name, run_id):
+        """Move a file into the folder of the run it belongs to, and return its new path. Nothing there is replaced."""
+        # The folder is named by the run's id, so that an interrupted move goes on in the same folder.
+        target = os.path.join(self.kept_in(run_id), name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        while os.path.lexists(target):
+            target += "~"
+        os.rename(self.path(name), target)
+        return target

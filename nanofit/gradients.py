@@ -1,10 +1,9 @@
-"""How gradients add up over an iteration, and become one on several ranks.
+"""How gradients add up over an iteration, and are averaged over ranks.
 
-A weight that no pass of an iteration uses on any rank has no gradient at its end, so that an optimizer leaves it alone.
-Where one rank alone uses a weight, the others' gradients are zeros in the mean, which all ranks get: as under torch's
-DistributedDataParallel with find_unused_parameters.
+A weight that no rank uses in an iteration has no gradient, so that the optimizer leaves it alone. If only some ranks
+use a weight, the others count as zeros in the mean: as torch's DistributedDataParallel with find_unused_parameters.
 
-step.accumulate says when an iteration begins, when its last backward pass does, and when it has ended.
+step.accumulate calls begin() before the first backward pass, last() before the last one, and end() after it.
 """
 
 import torch
@@ -14,28 +13,28 @@ from torch.utils._pytree import tree_leaves
 from nanofit.errors import UsageError
 from nanofit.models import blocks_of
 
-BUCKET_BYTES = 25 * 2**20  # that travel together, at least: small messages cost more time than bytes
+BUCKET_BYTES = 25 * 2**20  # gradients that are sent together, at least: many small messages are slow
 
 
 def of(model, world, levers):
-    """What a model's gradients need on this rank. All ranks must call it, once sharding.place has placed the model."""
+    """The Gradients of a model on this rank. All ranks must call it, after sharding.place."""
     if world.sharded:
         return ShardedGradients(model, world, levers.gather_once)
     return Gradients(model) if world.size == 1 else AveragedGradients(model, world)
 
 
 class Gradients:
-    """Those of one process."""
+    """The gradients of one process."""
 
     def __init__(self, model):
         self.model = model
-        self._zeros = []  # (parameter, its gradient before the first pass, how often that has been written to)
+        self._zeros = []  # (parameter, its gradient before the first pass, that tensor's version)
 
     def begin(self, micro_steps):
-        """An iteration of so many backward passes begins.
+        """An iteration of micro_steps backward passes begins.
 
-        Gradients that the first pass leaves are added to as they are, but for those of torch.compile's CUDA graphs,
-        where it uses them: the second pass would overwrite them, so these get memory of their own.
+        In torch.compile's CUDA graphs the second pass would overwrite the gradients of the first. There, they get
+        memory of their own before the first pass.
         """
         self._zeros = []
         if micro_steps > 1 and getattr(self.model, "runs_in_cuda_graphs", False):
@@ -48,7 +47,7 @@ class Gradients:
         """The last backward pass comes next."""
 
     def end(self):
-        """The iteration is over, and if it isn't complete, its gradients will be dropped."""
+        """The iteration is over. If a pass failed, its gradients will be dropped."""
         for p, zeros, version in self._zeros:
             if p.grad is zeros and zeros._version == version:
                 p.grad = None
@@ -56,10 +55,10 @@ class Gradients:
 
 
 class Buffers:
-    """Buffers that training changes, such as running means: rank 0's become everyone's after each iteration.
+    """Buffers that training changes, such as running means: all ranks take rank 0's after each iteration.
 
-    A change is seen by torch's count of writes. Some kernels don't count theirs, batch norm's for one, which counts its
-    batches in another buffer: so all are shared where one has changed.
+    A change is seen by torch's version counter. Some kernels don't increase it for all of their buffers, for example
+    batch norm's. So if one buffer has changed, all are shared.
     """
 
     def __init__(self, model, world):
@@ -81,17 +80,17 @@ class Buffers:
 
 
 class AveragedGradients(Gradients):
-    """Those of a rank that holds the whole model: means over all ranks, once an iteration.
+    """The gradients of a rank that holds the whole model: averaged over all ranks, once an iteration.
 
-    They lie in flat buckets, which leave one after the other while the last backward pass goes on. end() sends whatever
-    hasn't left, so that a rank that ran out of memory holds up nobody, and takes no memory for that. All ranks then
-    agree to drop the iteration (recovery.Recovery).
+    They lie in flat buckets. During the last backward pass each bucket is sent as soon as it is complete. end() sends
+    the rest, without new memory: so a rank that ran out of memory doesn't block the others. All ranks then agree to
+    drop the iteration (recovery.Recovery).
     """
 
     def __init__(self, model, world):
         super().__init__(model)
         self.ranks = world.size
-        self._averages = dist.get_backend() == "nccl"  # gloo adds
+        self._averages = dist.get_backend() == "nccl"  # gloo can only add
         self._buckets = [_Bucket(params) for params in _grouped(model)]
         self._buffers = Buffers(model, world)
         self._pending, self._leave = [], False
@@ -142,8 +141,8 @@ class AveragedGradients(Gradients):
 
 
 def _grouped(model):
-    """The parameters in the order in which a backward pass reaches them, in lists of BUCKET_BYTES or a little more."""
-    groups = {}  # of one dtype and device each
+    """The parameters in the order of a backward pass, in lists of BUCKET_BYTES or a little more."""
+    groups = {}  # by dtype and device
     for p in reversed(list(model.parameters())):
         if p.requires_grad:
             lists = groups.setdefault((p.dtype, p.device), [[]])
@@ -154,7 +153,7 @@ def _grouped(model):
 
 
 class _Bucket:
-    """Gradients that travel together, and behind them a flag each: not 0 where the rank uses the parameter."""
+    """Gradients that are sent together, followed by a flag for each: 0 if this rank didn't use the parameter."""
 
     def __init__(self, params):
         sizes = [p.numel() for p in params]
@@ -163,7 +162,7 @@ class _Bucket:
         self.views = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
         self.numbers = {p: number for number, p in enumerate(params)}
         self.missing = set()  # parameters whose gradients are not in flat yet
-        self.used = set()  # those that a pass of this iteration gave a gradient on this rank
+        self.used = set()  # parameters that got a gradient in this iteration on this rank
 
     def begin(self, own):
         """own: gradients add up in flat itself."""
@@ -176,7 +175,7 @@ class _Bucket:
 
     def take(self, p):
         view = self.views[p]
-        if p not in self.used:  # or not before its rank failed
+        if p not in self.used:  # or this rank failed before
             view.zero_()
             self.flags[self.numbers[p]] = 0
         elif p.grad is not view:
@@ -185,19 +184,19 @@ class _Bucket:
         self.missing.discard(p)
 
     def leave_unused(self):
-        """Give what this rank alone didn't use the others' mean, and what no rank used no gradient."""
+        """Give a parameter that some rank used the mean, and one that no rank used no gradient."""
         if len(self.used) == len(self.views):
-            return  # and the flags, for which it would have to wait, needn't be read
+            return  # reading the flags would wait for the GPU
         for (p, view), used in zip(self.views.items(), self.flags.tolist(), strict=True):
             p.grad = view if used else None
 
 
 class ShardedGradients(Gradients):
-    """Those of a rank that holds a share of the model: FSDP2 averages each micro-step's, and adds up the shares.
+    """The gradients of a rank that holds a share of the model. FSDP2 averages and adds up those of each micro-step.
 
-    FSDP2 sends the gradients that a block has after its backward pass, and expects all ranks to send as many. So what a
-    pass didn't use is filled with zeros just before. gather_once: the weights that the first pass has gathered stay
-    until the last.
+    After a block's backward pass FSDP2 sends the gradients that the block has, and all ranks must send as many. So
+    weights that a pass didn't use get zeros just before. gather_once: weights stay gathered from the first pass to the
+    last.
     """
 
     def __init__(self, model, world, gather_once):

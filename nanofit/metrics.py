@@ -1,19 +1,19 @@
-"""A run's figures: each made once, as a dict, and handed to the readers: functions that show or keep it.
+"""A run's figures. Each is computed once, put into a dict, and handed to the readers: functions that show or keep it.
 
-The readers are the printed lines, out_dir/metrics.jsonl, Weights & Biases and TensorBoard; rank 0 alone has some.
-One that raises is given up with a line: the run goes on without it.
+The readers are the printed lines, out_dir/metrics.jsonl, Weights & Biases and TensorBoard. Rank 0 alone has readers.
+If a reader raises, a line says so, and the run goes on without it.
 
-metrics.jsonl has a line of JSON for each dict, in the order of iterations, each of them once:
+metrics.jsonl has a line of JSON for each dict, in the order of iterations, and none twice:
 
-    {"iter": 0, "time": ..., "run": {"id": ..., ...}}     first, and where the run goes on: see run_facts
+    {"iter": 0, "time": ..., "run": {"id": ..., ...}}     at the start, and at each resume: see run_facts
     {"iter": 0, "time": ..., "tokens": 0, "lr": ..., "train_loss": ..., "val_loss": ..., "best_val_loss": ...}
     {"iter": 0, "time": ..., "tokens": 491520, "lr": ..., "loss": ..., "grad_norm": ..., "seconds": ...,
      "tokens_per_second": ..., "mfu": ..., "peak_bytes": ..., "memory_bytes": ..., "seconds_left": ...}
 
-An evaluation stands before its iteration, and its tokens are those trained before. Losses are nats a token. The norm
-is the gradient's before clipping. "time" is seconds since 1970; "seconds" are an iteration's, without evaluations. mfu
-is a fraction of 1, or -1 where the model can't tell. Bytes are as machine.memory_in_use says. Figures of one's own
-stand under their own names. What isn't known, and what isn't finite, is null.
+An evaluation comes before the iteration of the same number, and its tokens are those trained before. Losses are nats
+per token. grad_norm is the gradient's norm before clipping. "time" is seconds since 1970, "seconds" is the time of an
+iteration without evaluations. mfu is a fraction of 1, or -1 if the model can't tell. Bytes: see machine.memory_in_use.
+Your own figures have their own names. A figure that is unknown or not finite is null.
 """
 
 import contextlib
@@ -29,14 +29,13 @@ from dataclasses import asdict
 import torch
 
 from nanofit import machine
-from nanofit.errors import UsageError, first_line, usage_errors
+from nanofit.errors import UsageError, reason, usage_errors
 from nanofit.units import duration
 
 FILE = "metrics.jsonl"
-WARM_UP = 5  # iterations after which speed is worth telling
-APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-INERTIA = 0.9  # of the means that follow speed
-OURS = {  # every other name is a figure of one's own
+WARM_UP = 5  # iterations before speed is averaged
+INERTIA = 0.9  # weight of the past in the running means of speed
+OURS = {  # every other name is a user's own figure
     "iter", "time", "run", "tokens", "lr", "loss", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes",
     "memory_bytes", "seconds_left", "train_loss", "val_loss", "best_val_loss",
 }  # fmt: skip
@@ -45,8 +44,8 @@ OURS = {  # every other name is a figure of one's own
 class Metrics:
     """The clock of a run, and its figures.
 
-    mfu_of: seconds of an iteration -> model FLOP/s utilisation, a fraction of 1. saved: the checkpoint that the run
-    goes on from, or None; its "metrics" is what state() gave, and nanoGPT's lacks it.
+    mfu_of: seconds of an iteration -> model FLOP/s utilisation, a fraction of 1. saved: the checkpoint to resume from,
+    or None. Its "metrics" came from state(); a checkpoint of nanoGPT has none.
     """
 
     def __init__(self, device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved=None):
@@ -59,22 +58,22 @@ class Metrics:
         self.start()
 
     def start(self, readers=(), facts=None):
-        """The first iteration begins now, and figures go to these readers. facts: as run_facts gives them."""
-        self.readers, self._facts = readers, facts  # which readers are told before the first figures
+        """The first iteration begins now. readers get all figures, and before them the facts (see run_facts)."""
+        self.readers, self._facts = readers, facts
         self._last, self._clock = self._start - 1, time.perf_counter()
 
     def state(self, iter_num):
-        """What a checkpoint for the beginning of iteration iter_num keeps of these figures."""
+        """What a checkpoint at the beginning of iteration iter_num keeps of these figures."""
         best = {"best_val_loss": self.best_val_loss, "best_iter": self._best_iter}
         return {"tokens": self._tokens_before(iter_num), **best}
 
     def evaluations_since_best(self, iter_num):
-        """How many evaluations up to that of iteration iter_num have not been better than the best."""
+        """How many evaluations have passed since the best one, at iteration iter_num."""
         return (iter_num - self._best_iter) // self.eval_interval
 
     @contextlib.contextmanager
     def paused(self):
-        """Time that isn't an iteration's: an evaluation, and what is saved after it."""
+        """Leave out of the iteration's time what happens here: an evaluation, and saving after it."""
         machine.synchronize(self.device)
         since = time.perf_counter()
         try:
@@ -84,11 +83,11 @@ class Metrics:
             self._clock += self._pause
 
     def evaluated(self, iter_num, lr, losses, **more):
-        """Tell the readers of an evaluation before iteration iter_num. losses: {'train': nats, 'val': nats}.
+        """Hand an evaluation before iteration iter_num to the readers. losses: {'train': nats, 'val': nats}.
 
-        more: figures of one's own, numbers or scalar tensors.
+        more: your own figures, numbers or scalar tensors.
         """
-        if losses["val"] <= self.best_val_loss:  # equal where resuming does the best evaluation again
+        if losses["val"] <= self.best_val_loss:  # equal when resuming repeats the best evaluation
             self.best_val_loss, self._best_iter = losses["val"], iter_num
         self._tell(dict(
             iter=iter_num, tokens=self._tokens_before(iter_num), lr=lr, train_loss=losses["train"],
@@ -96,8 +95,8 @@ class Metrics:
         ))  # fmt: skip
 
     def iterated(self, iter_num, lr, loss, norm, **more):
-        """Tell the readers of iteration iter_num. loss, norm: scalar tensors on the device; more: as in evaluated."""
-        loss, norm = torch.stack((loss, norm)).tolist()  # waits for the GPU, so that the clock tells the truth
+        """Hand iteration iter_num to the readers. loss, norm: scalar tensors on the device; more: as in evaluated."""
+        loss, norm = torch.stack((loss, norm)).tolist()  # waits for the GPU, so that the time is right
         now = time.perf_counter()
         seconds = (now - self._clock) / (iter_num - self._last)  # of an iteration, since the last line
         self._clock, self._last = now, iter_num
@@ -112,9 +111,9 @@ class Metrics:
     def _mfu_now(self, seconds):
         try:
             return self.mfu_of(seconds)
-        except Exception as e:  # of a model that somebody wrote
-            print(f"mfu is not known: the model's estimate_mfu can't tell ({_why(e)})")
-            self.mfu_of = lambda seconds: -1.0  # nanoGPT's word for unknown
+        except Exception as e:  # a model.py of the user's may raise anything
+            print(f"mfu is not known: the model's estimate_mfu can't tell ({reason(e)})")
+            self.mfu_of = lambda seconds: -1.0  # nanoGPT prints this while it is unknown
         return -1.0
 
     @property
@@ -128,7 +127,7 @@ class Metrics:
         return self._tokens + (iter_num - self._start) * self.tokens_per_iter
 
     def _seconds_left(self, iter_num):
-        """Until the end of the run, evaluations included; None before speed is known."""
+        """Seconds until the end of the run, evaluations included; None before speed is known."""
         if self._warms_up:
             return None
         evaluations = self.max_iters // self.eval_interval - iter_num // self.eval_interval
@@ -143,7 +142,7 @@ class Metrics:
 
 
 def _numbers(more):
-    """Figures of one's own as floats, None for what is no number."""
+    """A user's own figures as floats, None for what is no number."""
     if taken := OURS & set(more):
         raise UsageError(f"{min(taken)!r} is a figure of every run: call your own something else")
     for name, value in more.items():
@@ -155,7 +154,7 @@ def _numbers(more):
 
 
 def run_facts(device, world, config, defaults, model_args, plan, levers):
-    """What metrics.jsonl tells of a run. plan: autofit's Plan; levers: with nothing left open."""
+    """The facts about a run for metrics.jsonl. plan: autofit's Plan; levers: as they are applied."""
     changed = sorted(key for key in config if config[key] != defaults.get(key))
     return dict(
         machine.device_info(device), python=platform.python_version(), ranks=world.size, config=config, changed=changed,
@@ -167,19 +166,19 @@ def run_facts(device, world, config, defaults, model_args, plan, levers):
 
 
 def require_readers(config, world):
-    """Import what wandb_log and tensorboard_log ask for on rank 0; UsageError where it can't be imported."""
+    """Import what wandb_log and tensorboard_log need, on rank 0; UsageError if that fails."""
     for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
         if world.is_main and config[key]:
             with usage_errors(Exception, prefix=f"{key}=True: pip install {package}, or --{key}=False. "):
                 module = importlib.import_module(package)
-            if key == "wandb_log" and not hasattr(module, "init"):  # a folder wandb/ that earlier runs have left here
+            if key == "wandb_log" and not hasattr(module, "init"):  # the folder wandb/ of earlier runs was imported
                 raise UsageError("wandb_log=True: pip install wandb, or --wandb_log=False")
 
 
 def open_readers(config, folder, iter_num):
-    """The readers that a run's keys ask for. Called before what takes long: what can't be opened is told here.
+    """The readers that a run's keys ask for; a line for each that can't be opened.
 
-    folder: its RunFolder. iter_num: the iteration that it begins with.
+    folder: the RunFolder. iter_num: the first iteration.
     """
     readers = [_guarded("the printed line", lambda: print_line)]
     if not config["eval_only"]:  # which changes no file
@@ -194,7 +193,7 @@ def open_readers(config, folder, iter_num):
 
 
 def _guarded(name, make, way_out=""):
-    """The reader that make() gives, until it raises anything, which a line tells; where make() does, with way_out."""
+    """The reader that make() returns, given up with a line when it raises. If make() raises, the line adds way_out."""
 
     def attempt(act, *given, also=""):
         nonlocal reader
@@ -202,22 +201,18 @@ def _guarded(name, make, way_out=""):
             return act(*given)
         except KeyboardInterrupt:
             raise
-        except BaseException as e:  # a full disk, a lost connection, whatever others' software raises
+        except BaseException as e:  # a full disk, a lost connection, anything that W&B raises
             reader = None
-            with contextlib.suppress(Exception):  # what failed may be the screen
-                print(f"{name} failed ({_why(e)}): the run goes on without it{also}")
+            with contextlib.suppress(Exception):  # the screen may be what failed
+                print(f"{name} failed ({reason(e)}): the run goes on without it{also}")
 
     reader = None
     reader = attempt(make, also=way_out)
     return lambda figures: reader and attempt(reader, figures)
 
 
-def _why(error):
-    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {first_line(error)}"
-
-
 def print_line(figures):
-    """Print nanoGPT's line, which goes on with what it doesn't tell."""
+    """Print nanoGPT's line, and after it what nanoGPT doesn't tell."""
     if "run" in figures:
         return
     if "val_loss" in figures:
@@ -242,7 +237,7 @@ def _own(figures):
 def _wandb(config, run_id):
     import wandb
 
-    same_run = {} if config["eval_only"] else {"id": run_id, "resume": "allow"}  # an evaluation is none of its points
+    same_run = {} if config["eval_only"] else {"id": run_id, "resume": "allow"}  # an evaluation is a new one
     wandb.init(project=config["wandb_project"], name=config["wandb_run_name"], config=dict(config), **same_run)
     mfu = -100.0  # percent, of the last iteration
 
@@ -263,14 +258,14 @@ def _wandb(config, run_id):
 def _tensorboard(folder, iter_num):
     from torch.utils.tensorboard import SummaryWriter
 
-    # What an earlier part of the run, or another run, wrote from this iteration on is hidden.
+    # Hide what was written before for this iteration and later ones.
     writer = SummaryWriter(folder.path("tensorboard"), purge_step=iter_num)
 
     def log(figures):
         for name, value in figures.items():
             if name not in ("iter", "time", "run", "seconds_left") and value is not None:
                 writer.add_scalar(name, value, figures["iter"], figures["time"])
-        writer.flush()  # which tells what went wrong in its thread
+        writer.flush()  # raises what went wrong in its thread
 
     return log
 
@@ -279,10 +274,10 @@ def _tensorboard(folder, iter_num):
 
 
 def _file(folder, iter_num):
-    """The reader that keeps figures in metrics.jsonl, which it opens with the first of them.
+    """The reader that writes figures to metrics.jsonl. It opens the file when the first figure comes.
 
-    What the file tells of iteration iter_num and of later ones is cut off. Another run's file is kept in that run's
-    folder, and comes back when that run goes on.
+    Lines of iteration iter_num and later ones are cut off. Another run's file is moved to that run's folder, and comes
+    back when that run goes on.
     """
     file = None
 
@@ -296,20 +291,16 @@ def _file(folder, iter_num):
         if os.write(file, line) < len(line):
             raise OSError("there is no room for a whole line")
         if "val_loss" in figures:
-            os.fsync(file)  # before a checkpoint is, which then never knows more than the file
+            os.fsync(file)  # before the checkpoint, so that the file never lacks what the checkpoint knows
 
     def opened():
         path, own = folder.path(FILE), os.path.join(folder.kept_in(folder.run_id), FILE)
         os.makedirs(folder.out_dir, exist_ok=True)
         if os.path.lexists(path) and (other := run_of(path)) != folder.run_id:
-            target = os.path.join(folder.kept_in(other), FILE)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            while os.path.lexists(target):
-                target += "~"
-            os.rename(path, target)
+            folder.move_aside(FILE, other)
         if not os.path.exists(path) and run_of(own) == folder.run_id:
             os.rename(own, path)
-        file, end = os.open(path, APPEND, 0o666), 0  # as long as the process
+        file, end = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 0  # open until the process ends
         with open(path, "rb") as written:
             for line in written:
                 if record_of(line).get("iter", iter_num) >= iter_num:
@@ -322,7 +313,7 @@ def _file(folder, iter_num):
 
 
 def record_of(line):
-    """A line of the file, bytes, as a dict; an empty one where it isn't a whole and well-formed record."""
+    """A line of the file (bytes) as a dict, which is empty if the line isn't a whole record."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else {}
     except (ValueError, RecursionError):
@@ -331,7 +322,7 @@ def record_of(line):
 
 
 def run_of(path):
-    """The id of the run whose file this is, None where it doesn't say, or is a link, a pipe, a folder, a device."""
+    """The id of the run whose file this is, None if that can't be told."""
     if os.path.islink(path) or not os.path.isfile(path):
         return None
     with open(path, "rb") as file:

@@ -1,6 +1,6 @@
-"""What training asks of a model, whoever wrote it.
+"""What training needs from a model, whoever wrote it.
 
-A model.py that has nanoGPT's GPTConfig and GPT trains here. What ours offers beyond them is used where it is there.
+Any model.py with nanoGPT's GPTConfig and GPT trains here. What this project's model.py has beyond them is optional.
 """
 
 import contextlib
@@ -21,17 +21,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.overrides import TorchFunctionMode
 
-from nanofit import machine
+from nanofit import cards, machine
 from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
 from nanofit.recompute import recomputed
 from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # the fields of nanoGPT's config
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")  # nanoGPT's GPTConfig
 INIT = torch.nn.init
 DRAWING = (torch.Tensor.normal_, torch.Tensor.uniform_, INIT.normal_, INIT.uniform_, INIT.kaiming_uniform_)
-GELUS = {"gelu": "none", "gelu_new": "tanh"}  # an activation by its name in transformers: nn.GELU's argument
-KEY_TYPES = (bool, int, float, str)  # of what --key=value can set
-NANOGPT_PEAK_FLOPS = 312e12  # an A100's, of which nanoGPT's estimate_mfu gives a share
+GELUS = {"gelu": "none", "gelu_new": "tanh"}  # transformers' name of an activation: nn.GELU's argument
+KEY_TYPES = (bool, int, float, str)  # what --key=value can set
 
 
 # ---- the config, and a model of it -------------------------------------------------------------------------
@@ -45,14 +44,12 @@ def fields(config_class):
 def own_fields(config_class, but=()):
     """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run.
 
-    but: names of keys that mean something else, such as batch_size: such a field keeps model.py's default.
-
-    A field's annotation is its type, or its default where that says more. A field that no --key=value can set, a tuple
-    for one, stays as it is in model.py.
+    but: names that are keys already, such as batch_size: a field of that name keeps model.py's default, and so does a
+    field of another type, such as a tuple.
     """
     try:
         hints = typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # a name that is imported for type checkers alone; a function that makes configs
+    except (NameError, TypeError):  # a name imported under TYPE_CHECKING; config_class is a function
         plain = {kind.__name__: kind for kind in KEY_TYPES}
         hints = {name: plain.get(hint, hint) for name, hint in getattr(config_class, "__annotations__", {}).items()}
     own = {}
@@ -60,8 +57,7 @@ def own_fields(config_class, but=()):
         if name in (*SIZES, *but) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = parameter.default
-        default = default.item() if type(default).__module__ == "numpy" and hasattr(default, "item") else default
-        # `int | None = None` stands for an int that the config works out by itself.
+        # `int | None = None` stands for an int that the config computes by itself.
         kinds = [k for k in (*(typing.get_args(hints.get(name)) or [hints.get(name)]), type(default)) if k in KEY_TYPES]
         if kinds and (default is None or type(default) in KEY_TYPES):
             own[name] = float if {int, float} <= set(kinds) else kinds[0], default
@@ -70,7 +66,7 @@ def own_fields(config_class, but=()):
 
 @contextlib.contextmanager
 def refusals(prefix=""):
-    """Turn what a model.py refuses, by a ValueError or an assert, into a UsageError."""
+    """Turn a model.py's ValueError or failed assert into a UsageError."""
     try:
         yield
     except UsageError:
@@ -78,31 +74,31 @@ def refusals(prefix=""):
     except (ValueError, AssertionError) as error:
         if str(error):
             raise UsageError(f"{prefix}{error}") from error
-        at = traceback.extract_tb(error.__traceback__)[-1]  # of an assert without words
+        at = traceback.extract_tb(error.__traceback__)[-1]  # an assert without a message
         file = os.path.basename(at.filename)
         raise UsageError(f"{prefix.removeprefix(f'{file}: ')}{file}, line {at.lineno}, refuses: {at.line}") from error
 
 
 def takes(config_class, name):
-    """Whether a GPTConfig can be given a size of this name."""
+    """Whether a GPTConfig has a parameter of this name."""
     parameters = fields(config_class)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def config_of(config_class, model_args):
-    """A GPTConfig of these sizes; those that it doesn't take are left out. UsageError where it refuses them."""
+    """A GPTConfig of these sizes, without those that it has no parameter for. UsageError if it refuses them."""
     known = {name: value for name, value in model_args.items() if takes(config_class, name)}
     with refusals():
         return config_class(**known)
 
 
 def build(model_class, config_class, model_args, empty=False):
-    """A model of these sizes. empty: its weights have no values and take no memory, if it can be built so."""
+    """A model of these sizes. empty: its weights get no values and take no memory, if it can be built so."""
     config = config_of(config_class, model_args)
     with refusals("model.py: "):
         if empty:
-            # Not one that looks at values while it is built, or keeps tensors that are neither weights nor buffers.
-            with contextlib.suppress(Exception), torch.device("meta"):  # a mistake of its own shows again below
+            # A model can't if it reads values while it is built, or keeps tensors that are neither weights nor buffers.
+            with contextlib.suppress(Exception), torch.device("meta"):  # its own mistakes show again below
                 model = model_class(config)
                 if not any(_holds_a_tensor(held) for part in model.modules() for held in vars(part).items()):
                     return model
@@ -110,9 +106,9 @@ def build(model_class, config_class, model_args, empty=False):
 
 
 def build_fake(model_class, config_class, model_args, mode):
-    """A model whose tensors are fake ones of a FakeTensorMode, which is not entered yet: sizes without values.
+    """A model with fake tensors, which have sizes and no values. mode: a FakeTensorMode, which is not entered yet.
 
-    It is built on the CPU first, its weights not drawn, as a model may read values while it is built.
+    A model may read values while it is built. So it is built on the CPU first, without drawing its weights.
     """
     with torch.device("cpu"), WithoutDrawing():
         model = build(model_class, config_class, model_args)
@@ -121,9 +117,9 @@ def build_fake(model_class, config_class, model_args, mode):
 
 
 class WithoutDrawing(TorchFunctionMode):
-    """Leaves at zero what would be drawn at random on the CPU, which takes long."""
+    """Weights stay zero instead of being drawn on the CPU, which takes long."""
 
-    FRESH_BYTES = 2**25  # from here on memory comes from the system, as zeros that take no room until they are written
+    FRESH_BYTES = 2**25  # larger tensors come from the system as zeros, which take no memory until they are written
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -144,7 +140,7 @@ def _holds_a_tensor(attribute):
 
 
 def pretrained(model_class, name, dropout):
-    """A GPT-2 with trained weights: name as in init_from."""
+    """A GPT-2 with trained weights. name: as init_from."""
     if not hasattr(model_class, "from_pretrained"):
         raise UsageError(f"init_from={name!r}: model.py offers no from_pretrained: start from scratch, or resume")
     try:
@@ -152,24 +148,24 @@ def pretrained(model_class, name, dropout):
             return model_class.from_pretrained(name, dict(dropout=dropout))
     except UsageError:
         raise
-    except Exception as e:  # transformers and safetensors have their own ways to say that a file is damaged
+    except Exception as e:  # transformers and safetensors raise many kinds for a damaged file
         if is_out_of_memory(e):
             raise
         raise UsageError(f"init_from={name!r}: {first_line(e)[:300]}") from e
 
 
 def load_weights(model, saved, where):
-    """Give a model a checkpoint's weights and activation. where: what the checkpoint is called, for the message."""
+    """Load a checkpoint's weights and activation into a model. where: the checkpoint's name, for the message."""
     weights = saved["model"]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of each weight without memory: it stays so
-            # What a part of the model keeps as it is given must not be the checkpoint's file.
+            warnings.simplefilter("ignore", UserWarning)  # for each weight without memory, which stays so
+            # A module may keep its extra state as it gets it: that must not be mapped from the checkpoint's file.
             own = {name: copy.deepcopy(value) for name, value in weights.items() if name.endswith("_extra_state")}
             if all(name.startswith("module.") for name in model.state_dict()):  # its own name, not DDP's
                 weights = {f"module.{name.removeprefix('module.')}": value for name, value in weights.items()}
             model.load_state_dict({**weights, **own})
-    except Exception as e:  # torch lists everything that differs, one line each: the first tells enough
+    except Exception as e:  # torch lists everything that differs, one line each: the first is enough
         if is_out_of_memory(e):
             raise
         first = str(e).splitlines()[:2][-1].strip()[:200]
@@ -178,14 +174,14 @@ def load_weights(model, saved, where):
 
 
 def crop(model, trained_with, block_size):
-    """Shorten the sequences that a model takes, where they are longer, and tell it."""
+    """Crop a model to a shorter block_size, and print a line about it."""
     if block_size < trained_with:
         model.crop_block_size(block_size)
         print(f"block_size {trained_with} -> {block_size}: the model is cropped; checkpoints from before it are kept")
 
 
 def not_finite(model):
-    """Names of the weights that a model trains and that hold an infinite number or a nan, as a set."""
+    """Names of the trained weights that hold an infinite number or a nan, as a set."""
     found = set()
     for name, p in model.named_parameters():
         weight = p.detach()
@@ -198,7 +194,7 @@ def not_finite(model):
 
 
 def source_of(*classes):
-    """Where GPT and GPTConfig come from, as JSON can hold it: for a process that must import them as this one did."""
+    """Where classes come from, in a form for JSON, so that another process can import them."""
     for cls in classes:
         if getattr(cls, "__module__", "__main__") == "__main__" or not hasattr(cls, "__qualname__"):
             raise UsageError(
@@ -209,32 +205,32 @@ def source_of(*classes):
 
 
 def from_source(source):
-    """The classes of which source_of gave this."""
+    """The classes, imported from what source_of gave."""
     sys.path[:] = source["path"]
     return tuple(attrgetter(name)(importlib.import_module(module)) for module, name in source["classes"])
 
 
 def activation_of(model):
-    """What all nn.GELU modules of a model compute, 'gelu' or 'gelu_new'; None where they differ or there are none.
+    """What all nn.GELU modules of a model compute, 'gelu' or 'gelu_new'; None if they differ or there are none.
 
-    It is no size, so model_args don't tell: a checkpoint keeps it as an entry of its own.
+    A checkpoint keeps it as an entry of its own, as model_args hold only sizes.
     """
     found = {module.approximate for module in model.modules() if isinstance(module, torch.nn.GELU)}
     return next((name for name, approximate in GELUS.items() if found == {approximate}), None)
 
 
 def set_activation(model, name):
-    """Make the nn.GELU modules of a model compute what a checkpoint's entry says; None leaves them as they are."""
+    """Set what a model's nn.GELU modules compute, by the name that activation_of gives; None changes nothing."""
     for module in model.modules():
         if isinstance(module, torch.nn.GELU) and name in tuple(GELUS):
             module.approximate = GELUS[name]
 
 
 def sizes_of(init_from, config, saved, meta, own):
-    """model_args of the model that a run starts with, before a single weight is made.
+    """model_args of the model that a run starts with.
 
-    config: the run's keys. saved: the checkpoint that holds the model, or None. meta: the data set's meta.pkl, or None.
-    own: own_fields.
+    config: the run's keys. saved: the checkpoint with the model, or None. meta: the data set's meta.pkl, or None.
+    own: as own_fields gives them.
     """
     args = {name: config[name] for name in (*SIZES, *own) if name != "vocab_size"}
     if saved:
@@ -272,12 +268,12 @@ def offers(model, parameter):
 
 
 def loss_of(model, x, y):
-    """Mean cross-entropy in nats of predicting y, int64 (B, T), from x: without the logits, if the model can."""
+    """Mean cross-entropy in nats of predicting y, int64 (B, T), from x; without holding the logits if the model can."""
     return model(x, y, return_logits=False)[1] if offers(model, "return_logits") else model(x, y)[1]
 
 
 def blocks_of(model):
-    """The transformer's blocks, where a model keeps them as nanoGPT does; else nothing."""
+    """The transformer's blocks, if a model keeps them in transformer.h as nanoGPT does; else nothing."""
     blocks = getattr(getattr(model, "transformer", None), "h", ())
     if isinstance(blocks, torch.nn.ModuleDict):
         return tuple(blocks.values())
@@ -285,19 +281,19 @@ def blocks_of(model):
 
 
 def lacks(model_class):
-    """A line for each thing that training would use and a model doesn't offer."""
+    """A line if a model lacks what training would use."""
     if not hasattr(model_class, "forward") or "return_logits" in _parameters_of_forward(model_class):
-        return []  # what a function makes isn't known yet
+        return []  # GPT may be a function, whose model isn't known yet
     return ["model.py offers no return_logits: all logits are held, and loss_chunk_mb does nothing"]
 
 
 def share_of_peak(model, sequences, seconds, peak_flops):
-    """Model FLOP/s utilisation, by the model's own estimate_mfu: sequences forward and backward in so many seconds."""
-    return model.estimate_mfu(sequences, seconds) * NANOGPT_PEAK_FLOPS / peak_flops
+    """Model FLOP/s utilisation by the model's own estimate_mfu, which gives a share of an A100's peak."""
+    return model.estimate_mfu(sequences, seconds) * cards.A100.tflops * 1e12 / peak_flops
 
 
 def mfu_of(model, sequences, device, dtype):
-    """A function of the seconds that so many sequences take: share_of_peak on this device. Tells what isn't known."""
+    """A function of the seconds that these sequences take: share_of_peak on this device."""
     peak_flops, note = machine.peak_flops(device, dtype)
     if note:
         print(note)
@@ -316,7 +312,7 @@ def mfu_of(model, sequences, device, dtype):
 
 
 def apply_levers(model, levers):
-    """Let a model train with these MemoryLevers. Where AdamW's state is kept is optimizers.py's."""
+    """Let a model train with these MemoryLevers. (optimizer_state and shard are applied elsewhere.)"""
     if hasattr(model, "loss_chunk_mb"):
         model.loss_chunk_mb = levers.loss_chunk_mb
     if levers.recompute:

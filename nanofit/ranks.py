@@ -1,6 +1,6 @@
-"""Ranks: who they are, how they agree, how weights and gradients travel.
+"""Ranks: who they are, how they agree, how tensors travel between them.
 
-Alone, a process is rank 0 of 1, and nothing here does anything. Otherwise all ranks must call what several share.
+A process without torchrun is rank 0 of 1, and the methods here do nothing. Of several ranks, all must call them.
 """
 
 import atexit
@@ -19,13 +19,12 @@ import torch.distributed as dist
 from nanofit import machine
 from nanofit.errors import UsageError, shown, usage_errors
 
-WAIT_MINUTES = 180.0  # longer than any trial of auto-fit for which the other ranks wait; NCCL's own 10 are not
-MEETING = timedelta(minutes=10)  # for which ranks wait for each other at the start, as torchrun does for its machines
+MEETING = timedelta(minutes=10)  # how long ranks wait for each other at the start, as torchrun does
 
 
 @contextlib.contextmanager
 def ctrl_c_ends_at_once():
-    """Leave SIGINT to the system, which ends the process even where it waits in C++; it stays ignored where it is."""
+    """Leave SIGINT to the system, which ends the process even while it waits in C++. If ignored, it stays so."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -48,7 +47,7 @@ class World:
 
     @classmethod
     def of_torchrun(cls):
-        """The World that torchrun's environment variables tell of; without RANK, a process alone."""
+        """The World that torchrun's environment variables describe; without RANK, a process alone."""
         if "RANK" not in os.environ:
             return cls()
         variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
@@ -57,10 +56,10 @@ class World:
 
     @classmethod
     def imagined(cls, size):
-        """A World of so many ranks, of which this process is the first and the others don't exist.
+        """A World of size ranks, of which only this one, the first, exists (torch's "fake" backend).
 
-        Messages arrive at once, and mean nothing (torch's "fake" backend): what tensors take is as among real ranks,
-        their values and the time aren't.
+        Messages arrive at once. Tensors take the memory that they would take among real ranks. Their values and the
+        time mean nothing.
         """
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -73,11 +72,11 @@ class World:
     def is_main(self):
         return self.rank == 0
 
-    def init(self, backend, device_name, wait_minutes=WAIT_MINUTES, shared=None):
+    def init(self, backend, device_name, wait_minutes=180.0, shared=None):
         """Meet the other ranks; returns this rank's torch.device: of several GPUs, that of its local rank.
 
-        backend: 'nccl' (GPUs) or 'gloo' (anything). wait_minutes: after them, a rank that doesn't answer is lost.
-        shared: {key: value} that all ranks must have been given; UsageError on all of them where one has others.
+        backend: 'nccl' (GPUs) or 'gloo' (anything). wait_minutes: a rank that doesn't answer for so long is lost.
+        shared: {key: value} that must be the same on all ranks; else a UsageError on all of them.
         """
         device = machine.find_device(device_name)
         if self.size == 1:
@@ -97,23 +96,23 @@ class World:
             raise UsageError(f"backend={backend!r} is not in this build of torch: use 'nccl' on GPUs, 'gloo' elsewhere")
         prefix = "the ranks can't meet, start with torchrun, or unset RANK and WORLD_SIZE: "
         wait, hook = timedelta(minutes=wait_minutes), sys.excepthook
-        # Where torch waits at the meeting place, it hears no Python handler: Ctrl-C ends the process without a word.
+        # While torch waits in C++, no Python signal handler runs: Ctrl-C ends the process without a word.
         with usage_errors(ValueError, RuntimeError, OverflowError, TypeError, prefix=prefix), ctrl_c_ends_at_once():
             meeting = min(MEETING, wait)
             store, *_ = next(dist.rendezvous("env://", timeout=meeting))
             store = dist.PrefixStore(self._meet(store, meeting), store)
             store.set_timeout(wait)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait, **options)
-        sys.excepthook = hook  # torch's would hold back what ours says before it ends the process
+        sys.excepthook = hook  # torch has replaced it by one that delays what ours prints
         self.on_host = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=wait)
-        # gloo's threads give back their last tensors a moment after the call that waited for them, and need
-        # Python's lock to do so: where Python is shutting down already, the process aborts.
+        # gloo's threads release their last tensors a moment after the call that waited for them. If Python is
+        # shutting down by then, the process aborts.
         atexit.register(time.sleep, 0.1)
         self.require_alike(shared or {})
         return device
 
     def require_alike(self, keys):
-        """Raise a UsageError on all ranks where one has other values for these keys than rank 0."""
+        """Raise a UsageError on all ranks if one has other values for these keys than rank 0."""
         first, *others = self.all_gather(keys)
         for rank, theirs in enumerate(others, start=1):
             for key, value in first.items():
@@ -124,11 +123,11 @@ class World:
                     )
 
     def _meet(self, store, patience):
-        """A name that all ranks of this attempt of a run share, and none of an earlier one that torchrun restarted.
+        """A name for this attempt of the run, the same on all ranks, and not used by an attempt before a restart.
 
-        torchrun may keep its store, and how often a machine has restarted is its own count: in the store as it was
-        left, a rank would look for those that are gone. So each tells rank 0 a name of its own, and is answered by it.
-        Raises UsageError where some don't come within patience, a timedelta.
+        torchrun may keep its store over restarts, with the addresses of ranks that are gone. So each rank tells rank 0
+        a random name, and rank 0 answers under that name. Raises UsageError if ranks don't come within patience, a
+        timedelta.
         """
         own = uuid.uuid4().hex
         if not self.is_main:
@@ -142,7 +141,7 @@ class World:
         missing, end = list(range(1, self.size)), time.monotonic() + patience.total_seconds()
         while missing:
             for rank in missing:
-                if store.check([f"here/{rank}"]):  # perhaps of one that is gone, and will be replaced
+                if store.check([f"here/{rank}"]):  # it may be left by a rank that is gone; a new one replaces it
                     store.set(f"answer/{store.get(f'here/{rank}').decode()}", own)
             time.sleep(0.02)
             missing = [rank for rank in missing if not store.check([f"joined/{own}/{rank}"])]
@@ -152,12 +151,12 @@ class World:
 
     def _without(self, missing, patience):
         """The UsageError that these ranks did not come."""
-        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}{', ...' * (len(missing) > 8)}"
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         waited = f"{patience.total_seconds() / 60:g} minutes"
         return UsageError(f"{ranks} of {self.size} did not come in {waited}: look at what {ranks} printed")
 
     def destroy(self):
-        """Part from the other ranks, at the end of a run."""
+        """Leave the group of ranks, at the end of a run."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -167,16 +166,16 @@ class World:
         sys.exit(exit_code)
 
     def broadcast(self, tensors):
-        """Replace the values of each tensor, of any type, by rank 0's."""
+        """Replace the values of each tensor, of any dtype, by rank 0's."""
         if self.size == 1:
             return
         for tensor in tensors:
             sent = tensor.detach().contiguous()
-            # As bytes: no backend takes all types.
+            # As bytes: no backend takes all dtypes.
             group = self.on_host if tensor.device.type == "cpu" else None
             dist.broadcast(sent.view(-1).view(torch.uint8), 0, group=group)
             if not tensor.is_contiguous():
-                tensor.data = sent  # one that is expanded can't be written to
+                tensor.data = sent  # an expanded tensor can't be written to
 
     def all_reduce_mean(self, tensors):
         """Replace each tensor by its mean over the ranks."""
@@ -186,7 +185,7 @@ class World:
             torch._foreach_div_(tensors, self.size)
 
     def all_reduce_max(self, number):
-        """The largest of the ranks' whole numbers, on each of them."""
+        """The largest of the ranks' whole numbers, on every rank."""
         if self.size == 1:
             return number
         number = torch.tensor(number)
@@ -194,7 +193,7 @@ class World:
         return number.item()
 
     def any_of(self, flags):
-        """For each of the ranks' flags, whether it is set on any of them: a list of bool."""
+        """For each of the ranks' flags, whether it is set on any rank: a list of bool."""
         if self.size == 1 or not flags:
             return flags
         flags = torch.tensor(flags, dtype=torch.uint8)
@@ -202,7 +201,7 @@ class World:
         return flags.bool().tolist()
 
     def all_gather(self, value):
-        """A list of every rank's value (plain Python and tensors on the CPU), on each."""
+        """A list of every rank's value (plain Python and tensors on the CPU), on every rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -210,7 +209,7 @@ class World:
         return values
 
     def agree(self, attempt):
-        """Call attempt() on every rank; all their values, or a UsageError on all of them where it fails on any."""
+        """Call attempt() on every rank. Returns the values of all; if it fails on any, UsageError on all ranks."""
         value, failure = None, ""
         try:
             value = attempt()

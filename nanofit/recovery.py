@@ -1,4 +1,4 @@
-"""What a run survives: signals, memory that vanishes, numbers that go bad."""
+"""What a run survives: signals, memory that runs out, gradients that are not finite."""
 
 import math
 import os
@@ -14,18 +14,18 @@ from nanofit.errors import UsageError, is_out_of_memory, memory_sentence
 from nanofit.units import micro_batch_sizes
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-SAME_SIGNAL_SECONDS = 2  # a signal may come twice: to the whole group of processes, and again from torchrun
+SAME_SIGNAL_SECONDS = 2  # a signal may come twice: to the whole process group, and again from torchrun
 BAD_IN_A_ROW = 3  # iterations without a finite gradient, after which a run stops
-SCALED_BAD_IN_A_ROW = 40  # with float16, whose scaler needs a few to find its scale
-LOOK_EVERY = 100  # iterations, at least, after which that is noticed
+SCALED_BAD_IN_A_ROW = 40  # with float16, whose scaler needs a few iterations to find its scale
+LOOK_EVERY = 100  # iterations, at most, between two checks
 
 
 class StopRequested(Exception):
-    """A signal asked for the end while something long was going on that can be done again."""
+    """A signal has come during something long that will be repeated on resuming."""
 
 
 class StopSignals:
-    """SIGNALS become a request that the training loop looks at."""
+    """Turns SIGNALS into a request that the training loop looks at."""
 
     def __init__(self):
         self.received = 0  # the signal's number
@@ -34,7 +34,7 @@ class StopSignals:
     @contextmanager
     def listening(self):
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        # What is ignored stays so: nohup and shell scripts see to that.
+        # An ignored signal stays ignored: nohup and shell scripts rely on it.
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._receive) for number in heard}
         try:
@@ -57,7 +57,7 @@ class StopSignals:
 
 
 class _Attempt:
-    """One try of an iteration or an evaluation; a `with` block that keeps back what may be tried again."""
+    """One try of an iteration or an evaluation: a `with` block that catches errors after which it may be repeated."""
 
     def __init__(self):
         self.kind, self.said = "", ""  # what went wrong on this rank: '', 'stop', 'data' or 'memory'; a sentence
@@ -76,40 +76,39 @@ class _Attempt:
 
 
 class Recovery:
-    """Lets parts of training be tried again, in smaller pieces where memory runs out in them:
+    """Repeats parts of training in which memory runs out, in smaller pieces if need be:
 
         for attempt in recovery.attempts():
             with attempt:
-                ...  # computes, and moves nothing except batches and random generators
+                ...  # may compute, draw batches and random numbers; must change nothing else
 
-    batches: cut into smaller micro-batches, so that what they say of the split is always true. give_up(): saves what
-    can be saved before an error ends the run on all ranks; returns what to tell of it. note_smaller(batch_size, size):
-    keeps what a sharded run's next attempt should begin with.
+    batches: whose micro_batch_size becomes smaller. give_up(): saves before an error ends the run on all ranks, and
+    returns a sentence about it. note_smaller(batch_size, size): keeps the size for the next start of a sharded run.
     """
 
     def __init__(self, world, device, batches, model, scaler, give_up, note_smaller=lambda batch_size, size: None):
         self.world, self.device, self.batches, self.model = world, device, batches, model
         self.scaler, self.give_up, self.note_smaller = scaler, give_up, note_smaller
-        self._ran_out = 0  # iterations and evaluations in which memory ran out so far
+        self._ran_out = 0  # iterations and evaluations so far in which memory ran out
 
     def attempts(self):
         """Attempts, up to the first that succeeds on all ranks. All ranks must go through them.
 
-        If memory ran out on one rank, all begin again: once as before, with what the allocator kept given back, and
-        then, or where that has happened before, with micro-batches of half the size. Raises StopRequested, or a
-        UsageError where the data can't be read or not even one sequence fits any more; of a sharded model, wherever
-        memory ran out.
+        If memory runs out on one rank, all ranks repeat: first at the same size, after the allocator's cache is freed;
+        then with micro-batches of half the size. If memory has run out twice before, they halve at once. Raises
+        StopRequested, or a UsageError if the data can't be read or not even one sequence fits. A sharded run ends with
+        a UsageError whenever memory runs out.
         """
         place, generators = self.batches.state_dict(), machine.rng_state(self.device)
         tried = 0
         while True:
             attempt = _Attempt()
             if tried:
-                with attempt:  # reading the data again may fail, too
+                with attempt:  # reading the data again may fail
                     self._go_back(place, generators)
             if not attempt.kind:
                 yield attempt
-            # Here, behind the with block, the error's traceback and the tensors of its frames are gone.
+            # Here, after the with block, the error's traceback and the tensors in its frames are freed.
             if attempt.kind and self.world.sharded:
                 self._leave(attempt.kind, attempt.said)
             if not self.world.all_reduce_max(int(bool(attempt.kind))):
@@ -120,7 +119,7 @@ class Recovery:
             if spoiled := [said for _, kind, said in told if kind == "data"]:
                 self._fail(spoiled[0])
             if any(kind == "stop" for _, kind, _ in told):
-                self._go_back(place, generators)  # what is done again on resuming begins here
+                self._go_back(place, generators)  # resuming repeats from here
                 raise StopRequested
             rank, _, said = told[0]
             self._ran_out += not tried
@@ -133,7 +132,7 @@ class Recovery:
         machine.set_rng_state(generators, self.device)
 
     def _leave(self, kind, said):
-        """End a sharded run from one rank: the others are waiting for its shares, and can't be asked."""
+        """End a sharded run from one rank. The others wait for its shares and can't be asked."""
         sentence = f"rank {self.world.rank}: {said}"
         if kind == "memory":
             sentence += f" at batch_size {self.batches.micro_batch_size}, and sharded ranks can't go back one by one"
@@ -153,7 +152,7 @@ class Recovery:
         self.model.zero_grad(set_to_none=True)
         machine.empty_cache(self.device)
         if self.scaler.is_enabled():
-            # It remembers for which optimizer it has unscaled gradients; to set its scale makes it forget.
+            # It remembers that it has unscaled these gradients. Setting its scale makes it forget.
             self.scaler.scale(torch.zeros((), device=self.device))
             self.scaler.update(self.scaler.get_scale())
 
@@ -168,7 +167,7 @@ class Recovery:
             print(f"{what}: the same batches again, at the same size")
             return
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what is compiled for this size may hold CUDA graphs, whose memory is kept for them
+            torch.compiler.reset()  # frees the memory of CUDA graphs for the old size
             machine.empty_cache(self.device)
         self.batches.micro_batch_size = smaller
         print(f"{what}: the same batches again, batch_size {size} -> {smaller}")
@@ -178,10 +177,10 @@ class Recovery:
 
 
 class Watch:
-    """Notices what is not finite, without waiting for the device in each iteration.
+    """Notices figures that are not finite, without waiting for the device in each iteration.
 
-    what: the name of the figure that is watched, for messages. way_on(): tells how the run can go on. scaled: float16's
-    scaler leaves bad steps out, which is nothing to speak of unless it happens too often.
+    what: the figure's name, for messages. way_on(): a sentence on how to resume. scaled: float16's scaler skips bad
+    steps as it should, so that only too many in a row are told.
     """
 
     def __init__(self, what, way_on=lambda: "", scaled=False):
@@ -189,13 +188,13 @@ class Watch:
         self._limit = SCALED_BAD_IN_A_ROW if scaled else BAD_IN_A_ROW
 
     def note(self, iteration, figure):
-        """Keep a scalar tensor for the next check, which comes by itself once there are LOOK_EVERY."""
+        """Keep a scalar tensor for the next check, which comes after LOOK_EVERY iterations at the latest."""
         self._noted.append((iteration, figure.detach()))
         if len(self._noted) == LOOK_EVERY:
             self.check()
 
     def check(self):
-        """Look at what was noted since the last look; UsageError after too many in a row that are not finite."""
+        """Look at the figures since the last check; UsageError after too many in a row that are not finite."""
         if not self._noted:
             return
         iterations, figures = zip(*self._noted, strict=True)

@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, how it is saved, how a run goes on from it."""
+"""The state of a run: what a checkpoint holds, how it is saved, how a run resumes from it."""
 
 import math
 import shlex
@@ -14,8 +14,8 @@ from nanofit.errors import first_line, usage_errors
 class Run:
     """A run between two iterations, in its folder. All ranks must call each of its methods.
 
-    iter_num: the iteration that comes next. best_val_loss: nats, as nanoGPT keeps it: with always_save, of the last
-    evaluation. unsaved: why the last checkpoint could not be written, or ''.
+    iter_num: the next iteration. best_val_loss: in nats; as in nanoGPT, with always_save it is the last one. unsaved:
+    why the last checkpoint could not be written, or ''.
     """
 
     def __init__(self, folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics):
@@ -24,16 +24,16 @@ class Run:
         self.model, self.optimizer, self.scaler, self.batches, self.metrics = model, optimizer, scaler, batches, metrics
         self.iter_num, self.best_val_loss = 0, 1e9
         self.unsaved = self._failure = ""
-        self._saving = self._saved_iter = -1  # iterations of the last checkpoint, and of the last whole one
+        self._saving = self._saved_iter = -1  # iterations of the last checkpoint begun, and of the last one written
         self._saved_at, self._begun = time.monotonic(), 0
         self._writer = None  # the thread that writes a checkpoint, on rank 0
         self._never_finite = models.not_finite(model)
 
     def begin_iteration(self, signal=0):
-        """Keep where random numbers and the data stand: a checkpoint of this iteration begins here, however late it is.
+        """Keep the state of the random generators and of the data, with which a checkpoint of this iteration resumes.
 
         So an evaluation is repeated on resuming, with the same batches. Saves if save_minutes have passed. signal: the
-        number of the one that this rank has received, or 0. Returns that of any rank.
+        number of the signal that this rank has received, or 0. Returns that of any rank.
         """
         self._begun += 1
         if self._begun == 2:  # an optimizer has its state now
@@ -47,7 +47,7 @@ class Run:
         return asked // 2
 
     def snapshot(self):
-        """What a checkpoint holds: the run as iteration iter_num began."""
+        """What a checkpoint holds: the run at the beginning of iteration iter_num."""
         return {
             "model": sharding.whole_model(self.model, self.world),
             "optimizer": sharding.whole_optimizer(self.optimizer, self.world),
@@ -68,7 +68,7 @@ class Run:
         }
 
     def restore(self, saved):
-        """Go on where a checkpoint was made. What it lacks, as nanoGPT's does, begins anew."""
+        """Resume from a checkpoint. What it lacks, such as nanoGPT's does, begins anew."""
         if not saved:
             return
         self.iter_num, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
@@ -87,13 +87,13 @@ class Run:
             if self.world.rank < len(ranks):
                 machine.set_rng_state(ranks[self.world.rank]["generators"], self.device)
             if ranks:
-                place = ranks[0]["data"]  # the stream is one, of however many ranks
+                place = ranks[0]["data"]  # all ranks share one stream
                 # Version 0.1 kept a bare tensor.
                 place = place if isinstance(place, dict) else {"before": place}
                 self.batches.load_state_dict(place, drawn=saved["config"].get("batch_size"))
 
     def rehearse(self):
-        """Raise a UsageError on all ranks if a checkpoint of this run could not be saved, or not be read again."""
+        """Raise a UsageError on all ranks if a checkpoint of this run could not be saved or read again."""
         entries = ("iter_num", "best_val_loss", "config", "model_args")
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))
@@ -104,12 +104,12 @@ class Run:
                 print(f"warning: {says}")
 
     def save(self, name=checkpoint.NAME, goes_on=True):
-        """Write a checkpoint: in the background if the run goes on. written() tells how that went."""
+        """Write a checkpoint, in the background if the run goes on. written() gives the result."""
         self.written()
         self._saving, self._saved_at = self.iter_num, time.monotonic()
         if goes_on:
             print(f"saving checkpoint to {self.folder.out_dir}")
-        # A weight that never was finite is meant so, as a mask.
+        # A weight that was not finite from the start is meant so, for example a mask.
         if self.world.all_reduce_max(len(models.not_finite(self.model) - self._never_finite)):
             self._note("not saved: the weights are not finite; a checkpoint that is there stays as it is", goes_on)
             return
@@ -127,7 +127,7 @@ class Run:
         try:
             self.folder.save(snapshot, name, self.config["keep"])
             self._note("", False)
-        except Exception as e:  # whatever it is: of a thread, nobody else hears
+        except Exception as e:  # nobody else hears of a thread's error
             said = str(e) if isinstance(e, checkpoint.SaveError) else f"not saved: {type(e).__name__}: {first_line(e)}"
             self._note(said, goes_on)
 
@@ -137,7 +137,7 @@ class Run:
             print(f"{failure}; training goes on")
 
     def written(self):
-        """Wait for what is being written. '' or why the checkpoint that was begun last isn't there, as in unsaved."""
+        """Wait until the last checkpoint is written. Returns '' or why it could not be written, as in unsaved."""
         if self._writer:
             self._writer.join()
         self._writer, self.unsaved = None, self.world.all_gather(self._failure)[0]
@@ -149,9 +149,9 @@ class Run:
         return self.folder.place_to_stop(self.config["always_save_checkpoint"])
 
     def evaluated(self, val_loss, always_save):
-        """Save after an evaluation, if it was the best so far, always_save or keep; never at iteration 0.
+        """Save after an evaluation if it is the best so far, or with always_save or keep; never at iteration 0.
 
-        Returns whether the run ends here: after patience evaluations in a row without a better loss.
+        Returns whether the run ends: after patience evaluations in a row without a better loss.
         """
         best = val_loss < self.best_val_loss or always_save or math.isnan(self.best_val_loss)
         if best:
@@ -164,7 +164,7 @@ class Run:
         return ends
 
     def stop(self):
-        """Save where a run stops, beside the best checkpoint where only that is kept; returns what to tell of it."""
+        """Save when a run stops, beside the best checkpoint if only that is kept. Returns a sentence about it."""
         if self.iter_num == 0:
             return "nothing is trained yet, and nothing saved"
         self.written()
@@ -173,7 +173,7 @@ class Run:
         return self.written() or f"checkpoint saved to {self.folder.out_dir}: {self.way_on()}"
 
     def way_on(self):
-        """The command that goes on from the last checkpoint, in a sentence; where there is none, that."""
+        """A sentence with the command that resumes from the last checkpoint, or that there is none."""
         if self._saved_iter < 0:
             return "nothing is saved yet"
         several = f"--nproc_per_node={self.world.local_size}"
@@ -189,7 +189,7 @@ class Run:
         autofit.note_smaller(self.folder.out_dir, batch_size, size)
 
     def end(self):
-        """After the last iteration: save, if more than this one isn't in a checkpoint."""
+        """After the last iteration: save, unless only this iteration would be lost."""
         self.written()
         if self._saved_iter < self.iter_num - 1:
             self.begin_iteration()

@@ -1,4 +1,4 @@
-"""What the keys of a run may be, and what a run says of them first. Nothing here writes a file."""
+"""Checks of a run's keys, keys taken from a checkpoint, and the first lines that a run prints. No file is written."""
 
 import math
 import os
@@ -8,21 +8,20 @@ from nanofit.batches import SAMPLINGS
 from nanofit.errors import UsageError, shown
 from nanofit.units import GPT2_SIZES
 
-# Keys that may differ between the ranks of a run. folder.take makes sure that all go on from the same iteration.
+# Keys that may differ between the ranks of a run. folder.take checks that all resume from the same iteration.
 OF_A_RANK = (
     "out_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "backend",
     "wait_minutes", "device", "memory_limit_gb", "compile_min_sms", "save_minutes", "keep",
 )  # fmt: skip
-# What a resumed run doesn't take from its checkpoint: where it is, and what was asked for once.
+# Keys that a resumed run doesn't take from its checkpoint.
 NOT_TAKEN = ("out_dir", "init_from", "eval_only", "dry_run", "gpu", "ranks")
 COMPILE_MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-BATCHES = ("block_size", "vocab_size")  # sizes of a model that batches have as well
 
 
 def at_least(minimum, config, *keys):
     """Raise a UsageError for the first of these keys whose value is below minimum, or infinite."""
     for key in keys:
-        if not config[key] >= minimum:  # a nan is not at least anything
+        if not config[key] >= minimum:  # true for nan
             raise UsageError(f"{key} must be at least {minimum}, not {config[key]}")
         if config[key] == math.inf:
             raise UsageError(f"{key} must be a finite number, not {config[key]}")
@@ -35,7 +34,7 @@ def one_of(choices, config, key):
 
 
 def dtype(config, given):
-    """The precision to compute in: as asked for, else the best of the device."""
+    """The precision to compute in: the key's value if it was given, else the best of the device."""
     if "dtype" not in given:
         gpu = config.get("gpu")  # a key of train.py's alone
         return cards.best_dtype(cards.named(gpu).capability) if gpu else machine.best_dtype(config["device"])
@@ -44,11 +43,11 @@ def dtype(config, given):
 
 
 def of_a_plan(config, given):
-    """{key: value} that follow from a plan for the card that gpu names. UsageError where a plan lacks a card."""
+    """{key: value} that a plan for the card in the key gpu implies. UsageError if a plan has no card."""
     if config["gpu"]:
         cards.named(config["gpu"])
         return {"dry_run": True, "device": "cuda"}
-    # A limit alone may be meant as the size of a card, where there is none.
+    # On a machine without a GPU, a limit alone may be meant as the size of a card.
     device = config["device"]
     no_card = device.startswith("cuda") and not machine.is_here(device)
     unclear = "memory_limit_gb" in given and "device" not in given and device == "cpu"
@@ -61,12 +60,12 @@ def of_a_plan(config, given):
 
 
 def shared(config):
-    """The keys that all ranks of a run must have been given alike, with their values."""
+    """{key: value} of the keys that must be the same on all ranks."""
     return {key: value for key, value in config.items() if key not in OF_A_RANK}
 
 
 def check(config, world):
-    """Raise a UsageError for the first key of train.py that can't be what it is."""
+    """Raise a UsageError for the first key of train.py whose value is not allowed."""
     at_least(1, config, "batch_size", "block_size", "gradient_accumulation_steps", "ranks")
     at_least(1, config, "eval_interval", "eval_iters", "log_interval")
     at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
@@ -104,7 +103,7 @@ def check(config, world):
 
 
 def check_shard(config, ranks):
-    """Raise a UsageError for what a model that is shared out among the ranks can't be combined with."""
+    """Raise a UsageError for keys that can't be combined with shard=True."""
     if ranks == 1:
         raise UsageError("shard=True shares a model out among several ranks: start with torchrun, or leave it out")
     if config["optimizer_state"] != "float32":
@@ -115,16 +114,11 @@ def check_shard(config, ranks):
 
 
 def without_effect(config, given, config_class, ranks):
-    """A line for each reason why keys that were named do nothing. ranks: how many train.
-
-    config_class: the model's GPTConfig, whose fields need not be nanoGPT's.
-    """
+    """A line for each reason why keys that were given have no effect. ranks: how many train."""
     fields, told = models.fields(config_class), []
     init_from, kind = config["init_from"], config["device"].partition(":")[0]
     may_shard = config["shard"] or config["auto_fit"] or config["dry_run"] or init_from == "resume"
-    several, gpu = config["ranks"] > 1 and not config["gpu"], config["gpu"]
-    sms = cards.named(gpu).sm_count if gpu else machine.sm_count(machine.find_device(config["device"]))
-    tunes = config["compile"] and "max-autotune" in config["compile_mode"]
+    several = config["ranks"] > 1 and not config["gpu"]
 
     def tell(idle, why, *keys):
         if idle and (named := [key for key in keys if key in given]):
@@ -133,7 +127,7 @@ def without_effect(config, given, config_class, ranks):
     tell(
         True,
         "GPTConfig in model.py has no such field",
-        *(k for k in models.SIZES if k not in BATCHES and not models.takes(config_class, k)),
+        *(k for k in models.SIZES if k != "block_size" and not models.takes(config_class, k)),
     )
     its_own = (k for k in fields if k not in ("block_size", "dropout"))
     tell(init_from not in ("scratch", "resume"), f"the model of init_from={init_from!r} has its own", *its_own)
@@ -141,21 +135,19 @@ def without_effect(config, given, config_class, ranks):
     tell(not config["auto_fit"], "auto_fit=False", "compile_min_sms")
     tell(not may_shard, "shard=False", "gather_once")
     tell(not config["decay_lr"], "decay_lr=False", "warmup_iters", "lr_decay_iters", "min_lr")
-    # nanoGPT's config files name wandb_log=False and the two together: there, it is known.
+    # nanoGPT's config files set wandb_log=False and these two together: nothing to tell.
     tell(not config["wandb_log"] and "wandb_log" not in given, "wandb_log=False", "wandb_project", "wandb_run_name")
     tell(ranks == 1, "one process trains", "backend", "wait_minutes")
     tell(several, "it is for plans of GPUs that aren't here; to train on several, start with torchrun", "ranks")
     unheld = kind in ("cpu", "mps") and not (config["auto_fit"] or config["dry_run"])
     tell(unheld, f"without auto_fit nothing holds a run on {kind} to it", "memory_limit_gb")
-    few = f"Inductor tunes matrix products on {cards.MAX_AUTOTUNE_SMS} SMs or more, and this GPU has {sms}"
-    tell(tunes and 0 < sms < cards.MAX_AUTOTUNE_SMS, few, "compile_mode")
     return told
 
 
 def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num=0, meta=None):
-    """What a run tells first: where it computes, on what, and whether there is anything to do.
+    """The first lines of a run: device, precision, tokens per iteration, and whether there is anything to do.
 
-    iter_num: the iteration that it goes on from. meta: that of the data set, where it has one.
+    iter_num: the first iteration. meta: the data set's meta.pkl, or None.
     """
     where = f"device {device}{'' if 'device' in given else ' (the best one here)'}"
     where = f"a plan for {cards.named(config['gpu'])}" if config["gpu"] else where
@@ -178,10 +170,10 @@ def anything_left(config, iter_num):
 
 
 def go_on_with(saved, config, given, ranks=1):
-    """{key: value} of the keys that a resumed run on so many ranks takes from its checkpoint: those that weren't named.
+    """{key: value} of the keys that a resumed run takes from its checkpoint: those that weren't given.
 
-    The device and its precision are taken where this machine has that device. saved: None for a run that begins. What
-    follows from a plan comes on top.
+    The device and its precision are taken if this machine has that device. saved: None for a new run. The keys that a
+    plan implies are added.
     """
     if not saved:
         return of_a_plan(config, given)
@@ -204,16 +196,16 @@ def go_on_with(saved, config, given, ranks=1):
 
 
 def beginning(init_from, saved, config, given):
-    """Lines on the checkpoint whose model a run begins with; of one that resumes, with the keys that differ."""
+    """Lines about the checkpoint that a run begins with; when it resumes, also about the keys that differ."""
     if init_from != "resume":
         return [f"a new run with the weights of {init_from}, of iteration {saved.get('iter_num', 'unknown')}"]
     return [f"resuming from {config['out_dir']} at iteration {saved['iter_num']}", *differences(saved, config, given)]
 
 
 def differences(saved, config, given):
-    """Lines on the keys whose values differ from the checkpoint's: those that are taken, and those that stay as saved.
+    """Lines about the keys that differ from the checkpoint's: those that are taken, and those that stay as saved.
 
-    What wasn't named and differs all the same is what go_on_with couldn't take. saved: a checkpoint.
+    A key that wasn't given and still differs is one that go_on_with couldn't take.
     """
     kept = {name: size for name, size in saved["model_args"].items() if name not in ("dropout", "block_size")}
     kept |= _options_of(saved.get("optimizer"))
@@ -232,19 +224,19 @@ def differences(saved, config, given):
 
 
 def _options_of(optimizer):
-    """{key: value} of what load_state_dict brings back with a checkpoint's optimizer, where its groups have it.
+    """{key: value} of the options that load_state_dict restores. optimizer: any optimizer's state_dict.
 
-    optimizer: any optimizer's state_dict. Not every one has param_groups, or weight_decay and betas in them.
+    It may have no param_groups, and these no weight_decay or betas.
     """
     groups = optimizer.get("param_groups", ()) if isinstance(optimizer, dict) else ()
     decays = [float(group["weight_decay"]) for group in groups if "weight_decay" in group]
     betas = next((map(float, group["betas"]) for group in groups if "betas" in group), ())
-    decay = {"weight_decay": max(decays)} if decays else {}  # it is 0 in the group of biases and norms
+    decay = {"weight_decay": max(decays)} if decays else {}  # it is 0 for biases and norms
     return decay | dict(zip(("beta1", "beta2"), betas, strict=False))
 
 
 def cropped_to(config, given, trained_with):
-    """The block_size to train with: that of the model, trained_with, unless another is named; UsageError if longer."""
+    """The block_size to train with: the model's own (trained_with), or a shorter one that was given."""
     if config["init_from"] != "scratch" and "block_size" not in given:
         return trained_with
     if config["block_size"] > trained_with:

@@ -1,7 +1,4 @@
-"""What a model is run through: one optimizer step, one evaluation.
-
-train.py, the probe and bench.py run these functions and nothing of their own.
-"""
+"""One optimizer step and one evaluation, as train.py, bench.py and auto-fit's trials run them."""
 
 import math
 
@@ -17,8 +14,8 @@ from nanofit.ranks import ALONE
 def accumulate(model, scaler, batches, autocast, gradients=None):
     """Add up the gradients of an iteration's micro-batches, on all ranks.
 
-    batches: has .current (x, y), .advance() and .micro_steps, as batches.Batches. gradients: of several ranks, what
-    gradients.of gave. Returns this rank's mean loss, a scalar tensor on the device: reading it waits for the GPU.
+    batches: has .current (x, y), .advance() and .micro_steps, as batches.Batches. gradients: what gradients.of gave;
+    one process alone needs none. Returns this rank's mean loss, a scalar tensor on the device.
     """
     micro_steps = batches.micro_steps
     gradients = gradients or Gradients(model)
@@ -42,12 +39,12 @@ def accumulate(model, scaler, batches, autocast, gradients=None):
 
 
 def _figure(loss):
-    """A loss or a norm as a scalar in float32 or better, whatever the model computes in."""
+    """A loss or a norm as a scalar in float32 or better."""
     return loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
 
 
 def clip(model, optimizer, scaler, grad_clip):
-    """Bring gradients to their size: unscaled, and their norm at most grad_clip (0: any).
+    """Unscale the gradients, and scale them down to a norm of at most grad_clip (0: any).
 
     Returns the norm before clipping, a scalar tensor on the device.
     """
@@ -59,13 +56,13 @@ def clip(model, optimizer, scaler, grad_clip):
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     moved = parameters_of(optimizer)
     for p in params:
-        if p not in moved:  # or its gradients would add up over iterations, as nobody else drops them
+        if p not in moved:  # zero_grad doesn't reach it: its gradients would add up over iterations
             p.grad = None
-    return _figure(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded ranks
+    return _figure(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor if sharded
 
 
 def update(optimizer, scaler, norm):
-    """Move the weights by the gradients, which are dropped. Where norm isn't finite, the weights stay as they are."""
+    """Update the weights, and drop the gradients. If norm isn't finite, the weights stay as they are."""
     if scaler.is_enabled():
         scaler.step(optimizer)
     elif leaves_out_by_tensor(optimizer):
@@ -79,7 +76,7 @@ def update(optimizer, scaler, norm):
 
 
 def train_step(model, optimizer, scaler, batches, autocast, grad_clip, gradients=None):
-    """What an iteration of training computes. Returns the mean loss as accumulate."""
+    """One iteration of training. Returns the mean loss as accumulate."""
     loss = accumulate(model, scaler, batches, autocast, gradients)
     update(optimizer, scaler, clip(model, optimizer, scaler, grad_clip))
     return loss
@@ -87,10 +84,9 @@ def train_step(model, optimizer, scaler, batches, autocast, grad_clip, gradients
 
 @torch.no_grad()
 def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: None):
-    """Losses of eval_iters batches of each split, of those that are this rank's: {'train': nats (n,), 'val': ...}.
+    """Losses of this rank's share of eval_iters batches of each split: {'train': nats (n,), 'val': nats (n,)}.
 
-    mean_losses makes one figure of all ranks' shares. check() is called before each batch, and may raise to end the
-    evaluation, but of a sharded model.
+    mean_losses averages them over all ranks. check() is called before each batch, and may raise to end the evaluation.
     """
     losses = {}
     model.eval()
@@ -100,7 +96,7 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
             share = len(range(world.rank, eval_iters, world.size))
             dealt = batches.evaluation(split, eval_iters, world.rank, world.size, world.sharded)
             for pieces in bar(dealt, f"{split} loss", share):
-                if not world.sharded:  # there, a rank that ends alone would leave the others waiting for its shares
+                if not world.sharded:  # a sharded rank that ended alone would leave the others waiting
                     check()
                 with autocast:
                     found.append(sum(_figure(loss_of(model, x, y)) for x, y in pieces) / len(pieces))
@@ -112,17 +108,17 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
 
 
 def mean_losses(losses, world=ALONE):
-    """Means of what evaluate gave on each rank, {'train': nats, 'val': nats}, the same whatever their number."""
+    """Means of what evaluate gave on each rank: {'train': nats, 'val': nats}, the same for any number of ranks."""
     means = {}
     for split in losses:
         every = torch.cat(world.all_gather(losses[split])).tolist()
-        means[split] = math.fsum(every) / len(every)  # exact, in whatever order the ranks have them
+        means[split] = math.fsum(every) / len(every)  # exact, so that their order doesn't matter
     return means
 
 
 @torch.no_grad()
 def more_figures(model, functions):
-    """{name: number} of what functions of the model return for an evaluation, together."""
+    """The figures of all functions of the model for an evaluation, in one dict {name: number}."""
     model.eval()
     try:
         return {name: figure for figures_of in functions for name, figure in figures_of(model).items()}

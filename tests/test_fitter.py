@@ -379,8 +379,8 @@ SIZES = dict(GPT2_SIZES["gpt2"], block_size=1024, vocab_size=50304, dropout=0.0,
     ("gpu", "facts", "compiles", "time"),
     [
         ("RTX 3060", "RTX 3060, 28 SMs, 12.00 GiB, 11.50 GiB free, limit 10.92 GiB, simulated",
-         "compile if it pays: 28 SMs are fewer than compile_min_sms=68, so a trial decides when the run starts; "
-         "max-autotune has no effect there", "1.0 days to 1.4 days, at 50% to 35% of 25.6 TFLOPS (an H200 reached"),
+         "compile if it pays: 28 SMs are fewer than compile_min_sms=68, so a trial decides when the run starts",
+         "1.0 days to 1.4 days, at 50% to 35% of 25.6 TFLOPS (an H200 reached"),
         ("H100", "H100, 132 SMs, 79.60 GiB", "compile on: 132 SMs, compile_min_sms=68", "37.8 min to 53.9 min, at"),
         ("12GB", "a card, 12.00 GiB, 11.50 GiB free", "compile if it pays: how many SMs it has isn't known",
          "how long they take isn't known without a card's name"),

@@ -1,11 +1,12 @@
-"""Choose the micro-batch that fits the device, the memory levers and compiling, before training starts.
+"""Choose the micro-batch size, the memory levers and whether to compile, before training starts.
 
-batch_size x gradient_accumulation_steps is split again: a micro-batch is a part of a batch, or joins several. The
-product stays what it was, and so do the batches, the schedule and the model. Sizes are tried in child processes, which
-end before training starts: a crash, a leak or a failed compilation there costs nothing.
+batch_size x gradient_accumulation_steps is split again: a micro-batch is a part of a batch, or several batches. The
+product, the batches, the schedule and the model stay the same. Sizes are tried in child processes, which end before
+training starts: a crash, a leak or a failed compilation there costs nothing.
 
-plan.py holds the values that travel, search.py decides from measurements, fit.py lets trials be made and tells of them,
-trials.py and child.py are the two ends of a trial, simulate.py is a trial without a device, advice.py tells more.
+plan.py holds the values that are passed on. fit.py runs the search and prints what it finds; search.py decides from
+measurements. trials.py is the parent's side of a trial and child.py the child's; simulate.py needs no device. advice.py
+tells where memory goes, how long a run takes, and what would fit.
 """
 
 import os
@@ -17,10 +18,10 @@ from nanofit.units import FITTED, micro_batch_sizes
 
 
 def as_saved(saved, plan, config, given, ranks=1):
-    """plan, split as when a checkpoint was saved: memory may have run out since that run began.
+    """plan with the split of a checkpoint, as memory may have run out since that run began.
 
-    saved: the checkpoint. config: the run's keys; given: those that were named, which stand. ranks: how many train now.
-    Where they are too many to join as many batches as before, it is the next smaller size.
+    saved: the checkpoint. given: keys that the user gave, which stay. ranks: how many train now. If they are too many
+    to join as many batches as before, the next smaller size is taken.
     """
     split = saved.get("split", {})
     if split.get("of") != [plan.batch_size, plan.gradient_accumulation_steps]:
@@ -37,7 +38,7 @@ def as_saved(saved, plan, config, given, ranks=1):
 
 
 def no_larger(plan, out_dir, world):
-    """plan, or what note_smaller left in out_dir where that is smaller. All ranks of a sharded run must call it."""
+    """plan, or the smaller size that note_smaller left in out_dir. All ranks of a sharded run must call it."""
     if not plan.levers.shard:
         return plan
     noted = world.all_gather(noted_smaller(out_dir) if world.is_main else None)[0]
@@ -53,9 +54,9 @@ def no_larger(plan, out_dir, world):
 
 
 def choose(world, device, config, given, model_args, classes, iter_num, saved):
-    """The Plan of a run that begins or goes on at iteration iter_num: fitted, or as saved, or as configured.
+    """The Plan of a run from iteration iter_num on: fitted, or as saved, or as configured.
 
-    All ranks must call it. classes: GPT and GPTConfig. saved: the checkpoint that it goes on from, or None.
+    All ranks must call it. classes: GPT and GPTConfig. saved: the checkpoint to resume from, or None.
     """
     plan, left = as_configured(config), config["max_iters"] + 1 - iter_num
     if config["dry_run"] or (config["auto_fit"] and (left > 0 or config["eval_only"])):

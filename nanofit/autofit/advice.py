@@ -1,4 +1,4 @@
-"""What a plan says beyond its numbers: where memory goes, how long a run takes, what would fit where nothing does."""
+"""Where memory goes, how long a run takes, and what would fit if nothing does."""
 
 import contextlib
 from dataclasses import replace
@@ -10,7 +10,7 @@ from nanofit.optimizers import OPTIMIZER_STATES
 from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES, duration
 
 SMALLEST_BLOCK = 64  # tokens; a shorter block_size is no proposal
-SHARES = {  # of the peak of matrix products that a plan counts on, and what was measured
+SHARES = {  # shares of the peak FLOP/s that a plan assumes, and what was measured
     "cuda": (0.35, 0.5, "an H200 reached 36% eager and 43 to 48% compiled, others aren't measured"),
     "cpu": (0.5, 0.9, "GPT-2 124M reached 75 to 87% on two cores"),
 }
@@ -25,13 +25,12 @@ def where_it_goes(parts):
 
 
 def time_of(job, sequences, card, device):
-    """How long a Job's device takes for so many sequences, in words: by the shares of its peak that were measured.
+    """How long a Job's device takes for so many sequences, in words, by SHARES of its peak.
 
-    card: a Card, or None for a torch.device that is here. What recompute computes twice is a third more, which no MFU
-    counts.
+    card: a Card, or None for device, a torch.device. recompute computes a third more, which MFU doesn't count.
     """
     flops = 0.0
-    with contextlib.suppress(Exception), quietly():  # of a model that somebody wrote
+    with contextlib.suppress(Exception), quietly():  # a model.py of the user's may raise anything
         model = models.build(*models.from_source(job.source), job.model_args, empty=True)
         flops = models.share_of_peak(model, sequences, seconds=1.0, peak_flops=1.0)
     kind = "cuda" if card else device.type
@@ -50,19 +49,19 @@ def time_of(job, sequences, card, device):
 
 
 def what_would_fit(job, facts, run_trial, may_shrink):
-    """Lines that say where a Job's memory goes and name settings that would fit the device of these Facts.
+    """Lines that say where a Job's memory goes, and name settings that would fit the device of these Facts.
 
-    may_shrink: whether another size of model may be proposed. Of the others, the largest comes first.
+    may_shrink: the largest of GPT-2's sizes that fits may be proposed.
     """
     asked, known = job.levers.optimizer_state, {}
-    # On a CPU, the machine's memory is the device's: nothing is freed by offloading to it.
+    # On a CPU, offloading to the machine's memory frees nothing.
     no_help = ("float32", asked, *(["offload"] if facts.device_type == "cpu" else []))
     others = [kind for kind in OPTIMIZER_STATES if kind not in no_help]
-    if job.levers.shard or job.optimizer != "adamw":  # whose state isn't to be chosen
+    if job.levers.shard or job.optimizer != "adamw":  # the state can't be chosen
         others = []
 
     def parts_of(sizes, state):
-        """Parts of the peak. One simulation tells them for all states; it takes seconds."""
+        """Parts of the peak. One simulation, which takes seconds, gives them for all states."""
         key = tuple(sizes.items())
         if key not in known:
             levers = replace(job.levers, optimizer_state="float32")
@@ -74,7 +73,7 @@ def what_would_fit(job, facts, run_trial, may_shrink):
         return bool(parts) and FRAGMENTED * sum(parts.values()) + facts.process_bytes <= facts.limit_bytes
 
     def first(family, states):
-        """The first sizes of a family, and with them the first state, that fit: [flags], else []."""
+        """[flags] of the first sizes and the first state that fit, else []."""
         found = ((sizes, state) for sizes in family for state in states if fits(parts_of(sizes, state)))
         return [_flags(sizes, state, asked) for sizes, state in islice(found, 1)]
 
@@ -84,7 +83,7 @@ def what_would_fit(job, facts, run_trial, may_shrink):
     own = parts_of({}, asked)
     lines = [where_it_goes(own)] if own else []
     options = [_flags({}, state, asked) for state in others if fits(parts_of({}, state))]
-    # No block is short enough where what doesn't depend on it is too much.
+    # No block is short enough if weights, gradients and state are too much.
     may_do = [s for s in (asked, *others) if fits({part: parts_of({}, s).get(part, 0) for part in PARTS[:3]})]
     options += first(shorter, may_do[:1] if asked in may_do else []) or (first(shorter, may_do) if not options else [])
     options += first(smaller, [asked, *others])

@@ -1,8 +1,8 @@
 """The child's side of trials: measure Jobs in a process that ends before training starts.
 
-trials.py starts it. Each Job comes as a line of JSON on standard input, which stays open as long as answers are wanted.
-Lines go out on standard output: the Facts about the device, if a Job knows no limit, then a Trial. Jobs of one process
-differ in their sizes alone, and so have one model and optimizer.
+trials.py starts it. Each Job is a line of JSON on standard input, which stays open as long as answers are wanted. The
+answers are lines on standard output: Facts about the device, if the Job has no limit, then a Trial. All Jobs of one
+process have the same model and optimizer.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 
-REPORT = os.fdopen(os.dup(1), "w")  # a copy that children don't inherit: compiler workers may outlive this process
-os.dup2(2, 1)  # whatever prints goes to standard error
+REPORT = os.fdopen(os.dup(1), "w")  # not inherited by compiler workers, which may outlive this process
+os.dup2(2, 1)  # all that is printed goes to standard error
 
 import nanofit
 
@@ -29,7 +29,7 @@ from nanofit.optimizers import allocate_state, make_optimizer
 from nanofit.ranks import ALONE, World
 from nanofit.step import evaluate, train_step
 
-TIMED_SECONDS = 1.5  # of steps that are timed, at least: enough to tell 2% apart
+TIMED_SECONDS = 1.5  # of timed steps, at least: enough to see a difference of 2%
 
 
 def report(value):
@@ -38,9 +38,9 @@ def report(value):
 
 
 def measure(job, made):
-    """Full optimizer steps and an evaluation, on the code path that will train.
+    """Full optimizer steps and an evaluation, with the code that trains.
 
-    made: an empty list before the first Job, in which what make() gave stays for those that follow.
+    made: a list that keeps what make() gave for the next Jobs; empty before the first.
     """
     device = machine.find_device(job.device)
     machine.set_device(device)
@@ -52,7 +52,7 @@ def measure(job, made):
     levers = job.levers.within(limit, device.type)
     machine.cap_memory(device, limit)
     if device.type == "cpu":
-        host.cap_memory(limit)  # a size that is far too large ends here, and not with the machine swapping
+        host.cap_memory(limit)  # a size that is far too large fails at once, before the machine swaps
     try:
         made[:] = made or make(job, levers, device)
         figures = run(job, *made, device)
@@ -62,18 +62,15 @@ def measure(job, made):
 
 
 def make(job, levers, device):
-    """(model, optimizer, gradients), the weights made where they stay.
-
-    A GPU draws them in no time; its clock may mind zeros.
-    """
+    """(model, optimizer, gradients). A GPU draws the weights: with zeros it might run faster than in training."""
     world = World.imagined(job.ranks) if levers.shard else ALONE
-    made_on = torch.device("cpu") if levers.shard else device  # one that can't be built empty may not fit the device
+    made_on = torch.device("cpu") if levers.shard else device  # a whole model may not fit the device
     with made_on, models.WithoutDrawing() if made_on.type == "cpu" else contextlib.nullcontext():
         model = models.build(*models.from_source(job.source), job.model_args, empty=levers.shard)
     models.apply_levers(model, levers)
     sharding.place(model, world, device, job.dtype, levers)
     optimizer = make_optimizer(model, levers.optimizer_state, 0.1, 6e-4, (0.9, 0.95), device, job.optimizer)
-    allocate_state(optimizer)  # as train.py; gradients that aren't finite would leave a first step out
+    allocate_state(optimizer)  # as train.py
     return model, optimizer, gradients.of(model, world, levers)
 
 
@@ -103,15 +100,14 @@ def run(job, model, optimizer, own_gradients, device):
             times.append(seconds(micro_steps))
         return min(times)
 
-    # With the second micro-step, gradients are there while activations grow; in the first they aren't, but on one of
-    # several ranks, where they have memory that stays.
+    # From the second micro-step on, gradients exist while activations grow. On one of several ranks they always do.
     seconds(2 if job.ranks > 1 else min(2, job.micro_steps))
     evaluate(model, batches, 1, autocast)
     machine.empty_cache(device)
     machine.reset_peak_memory(device)
     retries = machine.allocator_retries(device)
-    # An iteration is one micro-step with the update, and the others without: times of short and of long steps
-    # tell both. Quick ones need a longer step, or noise would hide the difference.
+    # An iteration is one micro-step with the update, and others without. Timing short and long steps gives both.
+    # A quick micro-step needs more of them, or noise would hide the difference.
     first, another = best(1), 0.0
     if job.micro_steps > 1:
         several = min(8, job.micro_steps) if first < 0.25 else 2
@@ -128,7 +124,7 @@ def run(job, model, optimizer, own_gradients, device):
 
 
 def listen(jobs):
-    """Put each Job that comes into a queue. When no more can come, nobody waits: the GPU should be free again."""
+    """Put each Job into a queue. When standard input is closed, end at once, so that the GPU is free again."""
     for line in sys.stdin:
         jobs.put(from_json(line, Job))
     os._exit(1)
@@ -141,4 +137,4 @@ if __name__ == "__main__":
         job = jobs.get()
         measure(job, made)
         if job.compile:
-            break  # the end of Python tells compiler workers
+            break  # ends Python, and with it the compiler's workers

@@ -1,4 +1,4 @@
-"""The training process's side of auto-fit: which trials are made, what they mean, what is told of them."""
+"""The search for a Plan, in the training process: it runs trials, decides by their results, and prints them."""
 
 import math
 import time
@@ -13,22 +13,22 @@ from nanofit.errors import UsageError
 from nanofit.progress import waiting
 from nanofit.units import FITTED, GIB, amount, duration, gib, micro_batch_sizes
 
-SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # what trials of sizes may take together
-WHY = {  # a lever is moved
+SHARE_OF_RUN, AT_LEAST_SECONDS = 0.02, 60.0  # how long all trials of sizes may take together
+WHY = {  # why a lever is moved
     "recompute": "recompute on: not even batch_size 1 fits without it",
     "shard": "shard on: whole, not even batch_size 1 fits a rank",
 }
-MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow one runs five, and the forward pass of four more
+MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow trial runs five, and four more forward passes
 
 
 def fit(world, device, config, given, model_args, classes, iterations_left):
     """The Plan for a run, the same split on every rank. All ranks must call it.
 
-    device: a torch.device; for the card that config['gpu'] names, anything. A plan alone (dry_run) is simulated.
-    config: the run's keys; given: those that were named. classes: (GPT, GPTConfig). Raises UsageError on every rank
-    where nothing fits, a rank can't tell, or steps must be simulated and can't be.
+    device: a torch.device; not used with config['gpu']. config: the run's keys, given: those that the user gave. With
+    dry_run, steps are simulated. classes: (GPT, GPTConfig). Raises UsageError on every rank if nothing fits, if a rank
+    can't find out, or if steps can't be simulated.
     """
-    from nanofit import machine, models  # which import torch: who only reads plans needn't wait for it
+    from nanofit import machine, models  # they import torch, which takes seconds
 
     began, plans, limit_gb = time.monotonic(), config["dry_run"], config["memory_limit_gb"]
     card = cards.named(config["gpu"]) if config["gpu"] else None
@@ -42,7 +42,7 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
     job = Job(models.source_of(*classes), model_args, **where, **of_run, levers=asked.levers, simulate=plans)
     may_shard = ranks > 1 and config["optimizer_state"] == "float32"
     free = [name for name in FITTED if name not in given and (name != "shard" or may_shard)]
-    of_job = asdict(replace(job, source={}))  # where the model lies doesn't matter
+    of_job = asdict(replace(job, source={}))  # a moved model.py is the same model
     key = dict(machine.device_info(device) if not card else {}, job=of_job, asked=asdict(asked), free=free)
     key |= {name: config[name] for name in ("compile_min_sms", "max_iters")}
     with Trials() as run_trial:
@@ -54,7 +54,7 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
             kept, why = recall(config["out_dir"], key, asked, free, fitter.sizes)
         if why:
             print(f"auto-fit: {why}")
-        # Rank 0 looks for a kept answer, so that ranks on other machines see the same one.
+        # Rank 0 alone reads the kept answer, so that ranks on other machines get the same one.
         plan = _of_all_ranks(world, fitter, world.all_gather(kept)[0], config["init_from"] == "scratch")
         if plans and world.is_main:
             fitter.tell_more(plan, card, device)
@@ -66,7 +66,7 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
 
 
 def _of_all_ranks(world, fitter, kept, may_shrink):
-    """The Plan that each rank can take. may_shrink: whether smaller models may be proposed where nothing fits."""
+    """The Plan that fits on every rank. may_shrink: if nothing fits, smaller models may be proposed."""
     if world.size == 1:
         return fitter.plan(kept, True, may_shrink)
     plans = world.agree(lambda: fitter.plan(kept, world.is_main, may_shrink))
@@ -78,7 +78,7 @@ def _of_all_ranks(world, fitter, kept, may_shrink):
 
 
 def smallest(plans, own):
-    """The Plan of all ranks: its size fits each of them; limits and figures are this rank's own."""
+    """The Plan that all ranks take: the smallest size; limits and figures are this rank's own."""
     size = min(plan.micro_batch_size for plan in plans)
     moved = {name: any(getattr(plan.levers, name) for plan in plans) for name in ("recompute", "shard")}
     why = own.reasons if size == own.micro_batch_size else ("what each rank can take", *own.reasons[1:])
@@ -87,10 +87,10 @@ def smallest(plans, own):
 
 
 class Budget:
-    """The time that trials may take: a share of the run's, by the speed that the last one has shown."""
+    """The time that trials may take: a share of the run's time at the speed of the last trial."""
 
     def __init__(self, tokens, clock):
-        """tokens: that this rank has still to train. clock: gives seconds."""
+        """tokens: that this rank still has to train. clock(): seconds."""
         self.tokens, self._clock = tokens, clock
         self.start()
 
@@ -106,7 +106,7 @@ class Budget:
         return self._clock() - self._began
 
     def allows(self, tokens):
-        """Whether there is time for a trial whose micro-step has so many tokens."""
+        """Whether there is time for a trial with micro-steps of so many tokens."""
         return not self.speed or self.elapsed + MICRO_STEPS_OF_A_TRIAL * tokens / self.speed <= self.seconds
 
 
@@ -116,7 +116,7 @@ class Fitter:
 
     job: Job  # of the run as configured
     asked: Plan  # the run as configured
-    free: list  # names of the levers that are ours to choose
+    free: list  # names of the levers that may be chosen
     compile_min_sms: int
     iterations_left: int
     run_trial: Callable
@@ -131,7 +131,7 @@ class Fitter:
         self.sizes = [size for size in micro_batch_sizes(asked.batch_size, per_rank) if size <= largest]
 
     def see(self, facts):
-        """Take the Facts of the device, the first time that somebody knows them."""
+        """Keep and print the Facts about the device, the first time that they are known."""
         if not self.facts:
             self.facts = facts
             asked = " (memory_limit_gb)" if facts.limit_bytes == int(self.job.memory_limit_gb * GIB) else ""
@@ -140,13 +140,13 @@ class Fitter:
 
     @property
     def limit(self):
-        """Bytes that training may take, to which all trials are held; 0 before the first has found out."""
+        """Bytes that training may take, and the limit of all trials; 0 until the first trial has found it."""
         return self.facts.limit_bytes if self.facts else 0
 
     def plan(self, kept=None, advises=False, may_shrink=False):
-        """A Plan, from trials or from an earlier one that a single trial confirms.
+        """A Plan, from trials, or the kept one if a single trial confirms it.
 
-        UsageError where nothing fits. advises: it says what would fit; may_shrink: a smaller model, among others.
+        UsageError if nothing fits. advises: it names settings that would fit; may_shrink: also smaller models.
         """
         if kept and (plan := self._confirm(kept)):
             return plan
@@ -161,13 +161,13 @@ class Fitter:
         return self._plan(choice, use_compile, (*reasons, why), trials)
 
     def measure(self, size, levers, compile=False):
-        """The Trial of one micro-batch size; says how it went."""
+        """Run the Trial of one micro-batch size, and print its result."""
         job = replace(self.job_of(size), compile=compile, levers=levers, limit_bytes=self.limit)
         what = f"batch_size {size}{levers}{', compiled' if compile else ''}"
         with waiting(f"auto-fit: trying {what}", self.budget.seconds - self.budget.elapsed):
             trial = self.run_trial(job, self.see)
         self.budget.speed = trial.tokens_per_second or self.budget.speed
-        if levers.shard:  # without other ranks' messages that is too fast to be told or compared
+        if levers.shard:  # without other ranks' messages the speed is not the real one
             trial = replace(trial, tokens_per_second=0.0)
         if self.job.simulate and trial.peak_bytes:
             trial = replace(trial, peak_bytes=trial.peak_bytes + self.facts.process_bytes)
@@ -182,8 +182,8 @@ class Fitter:
         return replace(self.job, micro_batch_size=size, micro_steps=sequences // size)
 
     def _confirm(self, kept):
-        """A Plan as the kept one, if one trial shows that it still holds; else None, with a sentence."""
-        # Sharded, compiling wasn't tried either.
+        """The kept Plan, if one trial shows that it still holds; else None, and a line says why."""
+        # A sharded plan was found without a compiled trial.
         trial = self.measure(kept.micro_batch_size, kept.levers, kept.compile and not kept.levers.shard)
         if trial.fits and abs(self.limit - kept.limit_bytes) <= 0.05 * kept.limit_bytes:
             was = f" ({kept.tokens_per_second:,.0f} tok/s when it was found)" if kept.tokens_per_second else ""
@@ -196,7 +196,7 @@ class Fitter:
         return None
 
     def _search_levers(self):
-        """(choice, reasons, trials): those levers are moved first that cost the least speed. choice: None if none."""
+        """(choice, reasons, trials): the first combination of levers that fits, in WHY's order; choice may be None."""
         ways, trials = [self.job.levers], []
         for lever in WHY:
             if lever in self.free and not getattr(self.job.levers, lever):
@@ -210,18 +210,18 @@ class Fitter:
                 for reason in moved:
                     print(f"auto-fit: {reason}")
                 return choice, (why, *moved), trials
-            if not self.facts:  # there was no device to look at
+            if not self.facts:  # the device could not be used at all
                 break
         return None, (), trials
 
     def _search_sizes(self, levers):
-        """Trials of some sizes, and a word about the line of memory once two have shown it."""
+        """The Trials of some sizes. After two, a line tells how memory grows with the size."""
         trials, batch_size = [], self.asked.batch_size
-        # To join batches buys speed: without any figure of it, a whole model's aren't joined.
+        # Joining batches is for speed, which a simulation doesn't know.
         sizes = [s for s in self.sizes if s <= batch_size or levers.shard or not self.job.simulate]
         while len(trials) < search.MAX_TRIALS:
             tried = [t.micro_batch_size for t in trials]
-            # Whether anything fits must be known, whatever time it takes.
+            # The smallest size is tried however long it takes.
             within_time = [s for s in sizes if s in (sizes[0], *tried) or self.budget.allows(s * self.block_size)]
             size = search.next_size(within_time, trials, self.limit, batch_size)
             if size is None:
@@ -233,7 +233,7 @@ class Fitter:
         return trials
 
     def _choose(self, trials):
-        """(Trial or None, why). What is faster than the configured size must be so twice, in turns: it may be noise."""
+        """(Trial or None, why). A size replaces the configured one only if it is faster in two trials."""
         choice, rival = search.choose(trials, self.asked.batch_size)
         if not choice:
             return None, ""
@@ -254,9 +254,7 @@ class Fitter:
         use = verdict == "yes"
         if self.job.simulate:
             if verdict == "prove":
-                few = 0 < self.facts.sm_count < cards.MAX_AUTOTUNE_SMS
-                more = "; max-autotune has no effect there" if few else ""
-                return choice, False, f"compile if it pays: {why}, so a trial decides when the run starts{more}"
+                return choice, False, f"compile if it pays: {why}, so a trial decides when the run starts"
         elif untried := search.needs_no_trial(verdict, choice, self._seconds(choice)):
             use, why = untried[0], f"{why}, and {untried[1]}"
         elif verdict != "no":
@@ -269,7 +267,7 @@ class Fitter:
         return choice, use, f"compile {'on' if use else 'off'}: {why}"
 
     def _seconds(self, trial):
-        """What the run takes at the speed of a Trial."""
+        """How long the run takes at the speed of a Trial."""
         return self.budget.tokens / trial.tokens_per_second if trial.tokens_per_second else math.inf
 
     def _plan(self, trial, use_compile, reasons, trials):
@@ -287,7 +285,7 @@ class Fitter:
         return f"{self.iterations_left - 1:,} iterations: {amount(self.budget.tokens * self.job.ranks)} tokens"
 
     def tell_more(self, plan, card, device):
-        """What the parts of a plan take, and how long a run takes, on a Card or a torch.device where that is None."""
+        """Print what the parts of a plan take, and how long the run takes, on a Card or, if it is None, a device."""
         from nanofit.autofit import advice
 
         ranks, job = self.job.ranks, self.job_of(plan.micro_batch_size)
@@ -304,7 +302,7 @@ class Fitter:
             print(f"auto-fit: {self._work()}{time}")
 
     def _nothing_fits(self, trial, advises, may_shrink):
-        """Lines about a Trial of the smallest size, and on what would fit."""
+        """Lines about a Trial of the smallest size, and about settings that would fit."""
         facts = self.facts
         if not facts:
             return [f"auto-fit could not look at the device: {trial.failure}; python doctor.py says more"]

@@ -1,4 +1,4 @@
-"""Values that auto-fit hands on: to its child process as lines of JSON, to the next start as a file beside the run.
+"""Values that auto-fit passes on: to its child process as lines of JSON, to the next start as a file beside the run.
 
 No torch is imported here.
 """
@@ -14,14 +14,14 @@ from nanofit.files import replacing
 from nanofit.units import CONTEXT_BYTES, FITTED, GIB, MemoryLevers, gib, memory_limit
 
 OUT_OF_MEMORY = "out of memory"  # the failure of a trial that was too large
-FAILS = "fails to compile"  # how the failure begins of one that would fail at another size as well
-UNSIMULATED = "this model can't be simulated"  # how the failure begins of one whose steps don't run on fake tensors
-KEPT = "auto_fit.json"  # the answer beside the run, readable for people
+FAILS = "fails to compile"  # how a trial's failure begins if compiling would fail at other sizes as well
+UNSIMULATED = "this model can't be simulated"  # how it begins if the model doesn't run on fake tensors
+KEPT = "auto_fit.json"  # the answer beside the run
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a trial must know of the run."""
+    """What a trial needs to know about the run."""
 
     source: dict  # where the model's classes are imported from, as models.source_of
     model_args: dict
@@ -32,8 +32,8 @@ class Job:
     levers: MemoryLevers = field(default_factory=MemoryLevers)
     micro_batch_size: int = 1  # sequences
     micro_steps: int = 1  # of an iteration, on this device
-    ranks: int = 1  # that hold a model together, or one each
-    sharers: int = 1  # of these, how many take of this device's memory
+    ranks: int = 1  # of the run
+    sharers: int = 1  # ranks that use this device's memory
     compile: bool = False
     compile_mode: str = "auto"
     memory_limit_gb: float = 0.0  # GiB; 0: what is free
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a trial found out about its device."""
+    """Facts about a device."""
 
     name: str
     device_type: str = "cpu"
@@ -53,12 +53,12 @@ class Facts:
     total_bytes: int = 0
     free_bytes: int = 0
     limit_bytes: int = 0  # what training may take
-    process_bytes: int = 0  # of it, what a process takes before it has a model
+    process_bytes: int = 0  # what a process takes of the limit before it has a model
     neighbours: tuple = ()  # (pid, name, MiB) of other processes that hold memory of this GPU
 
     @classmethod
     def here(cls, device, memory_limit_gb=0.0, sharers=1):
-        """Those of a torch.device, which sharers ranks use together. To ask takes some of a GPU's memory."""
+        """Facts about a torch.device that this many ranks share. Asking takes some of a GPU's memory."""
         from nanofit import machine
 
         free = machine.free_memory_bytes(device) // sharers
@@ -77,7 +77,7 @@ class Facts:
 
     @classmethod
     def of_card(cls, card, memory_limit_gb=0.0):
-        """Those of a cards.Card that nobody else uses."""
+        """Facts about a cards.Card that nobody else uses."""
         total = int(card.memory_gb * GIB)
         free = total - CONTEXT_BYTES
         limit = memory_limit(free, memory_limit_gb)
@@ -90,28 +90,28 @@ class Facts:
 
 @dataclass(frozen=True)
 class Trial:
-    """What trying one micro-batch size showed."""
+    """The result of trying one micro-batch size."""
 
     micro_batch_size: int
     levers: MemoryLevers = field(default_factory=MemoryLevers)
     compiled: bool = False
-    peak_bytes: int = 0  # most that was reserved; 0 where it isn't known
-    allocated_bytes: int = 0  # of the peak, what tensors held; 0 where torch doesn't count it
-    tokens_per_second: float = 0.0  # 0 where it wasn't measured
+    peak_bytes: int = 0  # most that was reserved; 0 if unknown
+    allocated_bytes: int = 0  # most that tensors held; 0 if torch doesn't count it
+    tokens_per_second: float = 0.0  # 0 if not measured
     failure: str = ""  # why there are no figures
-    retries: int = 0  # of the allocator, which had to give up its cache to find memory
+    retries: int = 0  # how often the allocator had to free its cache to find memory
     compile_seconds: float = 0.0
-    parts: dict = field(default_factory=dict)  # of a simulated peak: bytes by what they are for
+    parts: dict = field(default_factory=dict)  # a simulated peak: {what it is for: bytes}
     limit_bytes: int = 0
 
     @property
     def fits(self):
-        """Whether training may run so: within the limit, whole, and without the allocator in distress."""
+        """Whether training can run so: it didn't fail, kept to the limit, and the allocator never had to retry."""
         return not self.failure and 0 < self.peak_bytes <= self.limit_bytes and not self.retries
 
     @property
     def out_of_memory(self):
-        """Whether it failed for want of memory and nothing else."""
+        """Whether it failed only because memory ran out."""
         return self.failure in ("", OUT_OF_MEMORY) and not self.fits
 
     def __str__(self):
@@ -127,14 +127,14 @@ class Plan:
     """How the effective batch is split, and why."""
 
     batch_size: int  # as configured
-    gradient_accumulation_steps: int  # as configured, of all ranks together
+    gradient_accumulation_steps: int  # as configured, all ranks together
     micro_batch_size: int
     levers: MemoryLevers = field(default_factory=MemoryLevers)
     compile: bool = False
     limit_bytes: int = 0
     peak_bytes: int = 0
-    tokens_per_second: float = 0.0  # of one rank; 0 where it wasn't measured
-    reasons: tuple = ()  # of the size first
+    tokens_per_second: float = 0.0  # of one rank; 0 if not measured
+    reasons: tuple = ()  # the reason for the size first
     trials: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def accumulation(self):
-        """Micro-steps of an iteration, of all ranks together."""
+        """Micro-steps of an iteration, all ranks together."""
         return self.batch_size * self.gradient_accumulation_steps // self.micro_batch_size
 
     def __str__(self):
@@ -164,7 +164,7 @@ def levers_of(config):
 
 
 def as_configured(config):
-    """The Plan of a run that nothing is chosen for."""
+    """The Plan of a run without auto-fit."""
     return Plan(
         batch_size=config["batch_size"],
         gradient_accumulation_steps=config["gradient_accumulation_steps"],
@@ -176,12 +176,12 @@ def as_configured(config):
 
 
 def to_json(value):
-    """One of the values above as a line of JSON, with its kind."""
+    """One of the values above as a line of JSON, with the name of its class."""
     return json.dumps({"kind": type(value).__name__, **asdict(value)})
 
 
 def from_json(line, *kinds):
-    """The value, of one of these kinds, that to_json made this line of; None where the line is anything else."""
+    """The value of one of these classes that to_json wrote; None if the line is anything else."""
     try:
         read = json.loads(line)
     except (ValueError, RecursionError):
@@ -192,11 +192,11 @@ def from_json(line, *kinds):
 
 
 def from_dict(kind, told):
-    """The value of this kind of which asdict gave what is told; None where it can't be made of that."""
+    """The inverse of asdict for this class; None if that isn't possible."""
     try:
         return _made(kind, told)
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
-        return None  # a field is missing or another's, a Plan's sizes don't divide, a number has 400 digits
+        return None  # a field is missing or unknown, or a Plan's sizes don't divide
 
 
 def _made(kind, told):
@@ -204,9 +204,7 @@ def _made(kind, told):
         kinds = typing.get_type_hints(kind)
         return kind(**{name: _made(kinds[name], value) for name, value in told.items()})
     if kind is tuple:
-        return tuple(tuple(inner) if type(inner) is list else inner for inner in told)  # neighbours are tuples in one
-    if kind is int:
-        float(told)  # the same for people: gib()
+        return tuple(tuple(inner) if type(inner) is list else inner for inner in told)
     return kind(told)
 
 
@@ -214,10 +212,10 @@ def _made(kind, told):
 
 
 def recall(out_dir, key, asked, free, sizes):
-    """(the Plan kept in out_dir for a run of the same key, or None, and why not).
+    """(the Plan that is kept in out_dir for the same key, or None; why not).
 
-    asked: the Plan as configured; of the kept one, what is ours to choose is taken: the size, one of sizes, compiling,
-    and the levers named in free.
+    asked: the Plan as configured. Taken from the kept one are the size (one of sizes), compiling, and the levers in
+    free.
     """
     path = os.path.join(out_dir, KEPT)
     kept = _read(path)
@@ -230,7 +228,7 @@ def recall(out_dir, key, asked, free, sizes):
 
 
 def remember(out_dir, key, plan):
-    """Keep a plan in out_dir, whole or not at all; '' or why that failed."""
+    """Keep a plan in out_dir. Returns '' or why that failed."""
     kept = asdict(plan)
     try:
         _write(out_dir, {"key": key, "plan": kept, "trials": kept.pop("trials")})
@@ -240,18 +238,18 @@ def remember(out_dir, key, plan):
 
 
 def note_smaller(out_dir, batch_size, size):
-    """Let the next start of this run begin with micro-batches of this size: for one that memory ended at a larger."""
-    with contextlib.suppress(OSError):  # a full disk: the message that ends this start says the same
+    """Keep the micro-batch size for the next start of a run that ends because memory ran out at a larger one."""
+    with contextlib.suppress(OSError):  # a full disk: the error message tells the size as well
         _write(out_dir, {"smaller": [batch_size, size]})
 
 
 def noted_smaller(out_dir):
-    """[batch_size, size] as note_smaller was given them, or None."""
+    """[batch_size, size] as note_smaller kept them, or None."""
     return _read(os.path.join(out_dir, KEPT)).get("smaller")
 
 
 def _read(path):
-    """What a file of JSON says by name; nothing where it can't be read."""
+    """A file of JSON as a dict, which is empty if it can't be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if os.path.isfile(path):  # to open a pipe would wait
             with open(path, encoding="utf-8") as f:
@@ -261,7 +259,7 @@ def _read(path):
 
 
 def _write(out_dir, said):
-    """Add what is said to the file in out_dir."""
+    """Merge a dict into the file in out_dir."""
     os.makedirs(out_dir, exist_ok=True)
     path = os.path.join(out_dir, KEPT)
     with replacing(path) as f:

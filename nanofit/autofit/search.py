@@ -1,6 +1,6 @@
-"""Which micro-batch size to try next, which wins, and whether to use torch.compile.
+"""Which micro-batch size to try next, which one to choose, and whether to use torch.compile.
 
-Facts and measurements come in, decisions with their reasons go out: nothing is measured here.
+Nothing is measured here: the functions take facts and measurements, and return decisions with their reasons.
 """
 
 import math
@@ -9,12 +9,12 @@ from operator import attrgetter
 from nanofit.units import GIB, duration
 
 MAX_TRIALS = 5
-FASTER = 1.1  # what counts as faster: less may be noise
-TOKENS = 65_536  # of a micro-step, beyond which joining more batches gains nothing, as measured on an H200
+FASTER = 1.1  # a smaller gain may be noise
+TOKENS = 65_536  # in a micro-step; joining more batches than that gained nothing on an H200
 TRITON_CAPABILITY = (7, 0)  # the oldest GPUs that Triton makes kernels for
-SHORT_RUN_SECONDS = 3000  # to try to compile takes a minute or so: more than 2% of a shorter run
-UNTRIED_SECONDS = 3600  # a GPU with enough SMs compiles without a trial in a run that takes less
-ROOMY = 0.75  # of the limit, for an eager peak: compiled it was 8 to 16% more on an H200
+SHORT_RUN_SECONDS = 3000  # a trial of compiling takes about a minute, more than 2% of a shorter run
+UNTRIED_SECONDS = 3600  # in a shorter run, a GPU with enough SMs compiles without a trial
+ROOMY = 0.75  # share of the limit, for an eager peak; compiled peaks were 8 to 16% higher on an H200
 size_of, speed_of = attrgetter("micro_batch_size"), attrgetter("tokens_per_second")
 
 
@@ -32,10 +32,10 @@ def line_through(trials):
 
 
 def next_size(sizes, trials, limit_bytes, batch_size):
-    """The micro-batch size to try next, or None where the trials so far suffice.
+    """The micro-batch size to try next, or None if the trials so far are enough.
 
-    First the two smallest, for the line that memory follows; then the largest that should fit, at most batch_size;
-    where that doesn't fit, something between; where batch_size itself fits, the largest that joins batches.
+    First the two smallest, for the line that memory follows; then the largest that should fit, up to batch_size. If it
+    doesn't fit, a size between; if batch_size itself fits, the largest that joins batches.
     """
     fitting = [size_of(t) for t in trials if t.fits]
     if trials and not fitting:
@@ -56,13 +56,13 @@ def next_size(sizes, trials, limit_bytes, batch_size):
 
 
 def _may_gain(trials, size):
-    """Whether this size may be faster than the largest that fits, by what that gained on the next smaller one.
+    """Whether this size may be faster than the largest that fits, judged by the two largest that fit.
 
-    A micro-step's time is taken for a fixed part and one for each sequence.
+    The time of a micro-step is modelled as a fixed part and a part for each sequence.
     """
     known = sorted((size_of(t), speed_of(t)) for t in trials if t.fits and speed_of(t))
     if len(known) < 2:
-        return True  # it isn't measured
+        return True  # unknown
     (b0, v0), (b1, v1) = known[-2:]
     fixed = (1 / v0 - 1 / v1) / (1 / b0 - 1 / b1)
     promised = 1 / v1 - fixed * (1 / b1 - 1 / size)  # seconds a token
@@ -70,9 +70,9 @@ def _may_gain(trials, size):
 
 
 def choose(trials, batch_size):
-    """(choice, rival) of the trials: the configured batch_size, or else the largest that fits; and what is faster.
+    """(choice, rival), each a Trial or None: batch_size or the largest below it that fits; and a faster one.
 
-    Where speed wasn't measured, the choice is the largest of all. Each is a Trial or None.
+    If speed wasn't measured, the choice is the largest of all.
     """
     fitting = [t for t in trials if t.fits]
     configured = [t for t in fitting if size_of(t) <= batch_size] if any(map(speed_of, fitting)) else fitting
@@ -82,7 +82,7 @@ def choose(trials, batch_size):
 
 
 def why_no_larger(larger, trials, limit_bytes):
-    """Why the next larger size than the choice isn't it, in words. larger: that size."""
+    """Why the next larger size than the choice was not chosen, in words. larger: that size."""
     tried = next((t for t in trials if size_of(t) == larger), None)
     a, k = line_through(trials)
     would_take = (tried and tried.peak_bytes) or int(a + k * larger)
@@ -102,10 +102,10 @@ def is_faster(trial, other):
 
 
 def may_compile(asked, facts, min_sms):
-    """(verdict, why): 'yes', 'no', or 'prove' where compiling must pay for itself in a trial.
+    """(verdict, why): 'yes', 'no', or 'prove' if a trial must show that compiling pays.
 
-    facts: the device's. min_sms: Inductor tunes matrix products from 68 streaming multiprocessors on, and so do we
-    take it for granted from there that compiling pays.
+    facts: the device's. min_sms: with at least so many streaming multiprocessors, compiling is assumed to pay. Inductor
+    draws the same line, at 68, for tuning matrix products.
     """
     if not asked:
         return "no", "compile=False"
@@ -125,9 +125,9 @@ def may_compile(asked, facts, min_sms):
 
 
 def needs_no_trial(verdict, eager, seconds_left):
-    """(whether to compile, why) where compiling is decided without a trial, in the light of an eager Trial; else None.
+    """(whether to compile, why) if that can be decided without a compiled trial; else None.
 
-    seconds_left: what the run takes without compiling.
+    eager: the Trial without compiling. seconds_left: how long the run takes without compiling.
     """
     takes = f"the run takes {duration(seconds_left)} without"
     if verdict == "prove" and seconds_left < SHORT_RUN_SECONDS:
@@ -138,7 +138,7 @@ def needs_no_trial(verdict, eager, seconds_left):
 
 
 def judge(verdict, why, eager, compiled, tokens_left):
-    """(whether to compile, why): may_compile's 'yes' or 'prove' in the light of an eager and a compiled Trial."""
+    """(whether to compile, why), from may_compile's 'yes' or 'prove' and an eager and a compiled Trial."""
     if not compiled.fits:
         return False, f"the compiled trial failed: {compiled.failure or 'it does not fit'}"
     if verdict == "prove":

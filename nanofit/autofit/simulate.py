@@ -1,7 +1,7 @@
-"""What a training step would take of a device's memory, found without the device.
+"""How much of a device's memory a training step would take, found without the device.
 
-The step runs on fake tensors, in which only sizes are real (torch's FakeTensorMode), while MemTracker counts what
-they would hold: no memory, seconds, and within a few percent of what the device's allocator reports.
+The step runs on fake tensors, which have only sizes (torch's FakeTensorMode), while MemTracker counts what they would
+hold. It takes seconds and no memory, and is within a few percent of what the device's allocator reports.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from nanofit.optimizers import configured
 from nanofit.step import accumulate, clip
 
 CPU = torch.device("cpu")  # fake CUDA tensors abort a torch without CUDA; sizes are the same
-# What torch gives cuBLAS to work in: once for the thread that runs forward passes and once for that of backward passes.
+# torch gives cuBLAS a workspace for each of two threads: that of forward passes and that of backward passes.
 CUBLAS_BYTES = 2 * (8 * 2**20 + 2**17)
-KINDS = ("Parameter", "Gradient", "Optstate")  # of what MemTracker counts
-# What the device holds of AdamW's state in float32: in 8 bits, a byte an element of each moment, and a scale in float32
-# for each 256 of them.
+KINDS = ("Parameter", "Gradient", "Optstate")  # MemTracker's names
+# AdamW's state on the device, as a share of the float32 state. 8 bits: a byte for each element, and a float32 scale for
+# each 256 elements.
 STATE_SHARES = {"float32": 1.0, "8bit": 65 / 256, "offload": 0.0}
 STATE = "optimizer state"
 PARTS = ("weights", "gradients", STATE, "activations", "loss and backward")
 
 
 class DropoutAsOnGpus(TorchFunctionMode):
-    """Dropout in a GPU's memory: a mask of bytes, where a CPU stores floats, and for attention nothing but a seed."""
+    """Dropout with a GPU's memory: a mask of bytes, where a CPU stores floats; for attention, only a seed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.dropout:
@@ -48,7 +48,7 @@ class DropoutAsOnGpus(TorchFunctionMode):
 
 
 class TiedGradientsInPlace(TorchDispatchMode):
-    """Adds the second gradient of a tied weight to the first in place, as autograd does where tensors are not fake."""
+    """Adds the second gradient of a tied weight to the first in place, as autograd does with real tensors."""
 
     def __init__(self, model):
         super().__init__()
@@ -63,7 +63,7 @@ class TiedGradientsInPlace(TorchDispatchMode):
 
 
 class Unlisted(dict):
-    """MemTracker's figures of single modules, which it would go through at each operation. Nobody asks for them."""
+    """Hides MemTracker's figures of single modules, which it would walk through at each operation."""
 
     def values(self):
         return ()
@@ -71,7 +71,7 @@ class Unlisted(dict):
 
 def _optimizer(model, name):
     optimizer = configured(model, name, 0.1, 6e-4, (0.9, 0.95), "cpu")
-    # Fused, a step doesn't look at the gradients' values first, which fake ones don't have.
+    # A fused step doesn't read the gradients' values, which fake tensors don't have.
     for group in optimizer.param_groups:
         group["fused"] = True
     return optimizer
@@ -83,10 +83,10 @@ def _snapshot(tracker, when):
 
 
 def _gathered(model, product_bytes, once):
-    """Bytes of (weights, gradients) that sharding.py makes whole at a time; once: levers.gather_once.
+    """Bytes of whole (weights, gradients) that exist at a time in a sharded model. once: levers.gather_once.
 
-    That are those outside of the blocks, in float32; and of all blocks the weights, or of two, as one is fetched while
-    the other computes, and of one the gradients, as they come and in float32, as they are reduced.
+    Outside the blocks, all are whole, in float32. Weights of blocks: of two, as one is fetched while another computes,
+    or of all with gather_once. Gradients of blocks: of one, as computed, and in float32, as reduced.
     """
     blocks = [sum(p.numel() for p in block.parameters()) for block in models.blocks_of(model)]
     largest, outside = max(blocks, default=0), sum(p.numel() for p in model.parameters()) - sum(blocks)
@@ -95,11 +95,10 @@ def _gathered(model, product_bytes, once):
 
 
 def step_memory(model_class, config_class, job, levers):
-    """Bytes at the peak of a training step, by PARTS: a dict. With levers.shard, one of job.ranks' shares.
+    """Bytes at the peak of a training step, {part: bytes} for PARTS. With levers.shard, those of one of job.ranks.
 
-    What is called loss and backward is all that the peak holds beside the others: the loss's chunk of logits and
-    the gradients that it makes, or a block's temporary tensors, whichever is more, and libraries' workspaces. A model
-    without nanoGPT's transformer.h has all of that and its activations in one.
+    "loss and backward" is the rest of the peak: the loss's chunk of logits and their gradients, or a block's temporary
+    tensors, whichever is more, and libraries' workspaces. Without transformer.h, "activations" has it all.
     """
     mode = FakeTensorMode()
     model = models.build_fake(model_class, config_class, job.model_args, mode)
@@ -109,7 +108,7 @@ def step_memory(model_class, config_class, job, levers):
         tracker = MemTracker()
         tracker.memory_tracking = Unlisted()
         parts = getattr(optimizer, "parts", [optimizer])
-        own = [part for part in parts if isinstance(part, torch.optim.Optimizer)]  # else activations
+        own = [part for part in parts if isinstance(part, torch.optim.Optimizer)]  # others count as activations
         tracker.track_external(model, *own)
         size = job.micro_batch_size, job.model_args["block_size"], job.model_args["vocab_size"]
         batches = RandomBatch(*size, CPU, on_current=tracker.reset_mod_stats)  # it tracks one pass over the modules
@@ -117,14 +116,14 @@ def step_memory(model_class, config_class, job, levers):
         for block in models.blocks_of(model)[-1:]:
             block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
         with tracker, DropoutAsOnGpus(), TiedGradientsInPlace(model):
-            # A step finds AdamW's state, and beyond the first micro-step the gradients so far.
+            # Before the step that counts: AdamW's state, and gradients, which exist from the second micro-step on.
             for p in (p for p in model.parameters() if p.requires_grad):
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             if job.micro_steps == 1 and job.ranks == 1:
                 optimizer.zero_grad(set_to_none=True)
             scaler, autocast = machine.grad_scaler(CPU, "float32"), machine.autocast(CPU, job.dtype)
-            # As step.update, which looks at the norm's value first: fake tensors have none.
+            # As train_step, except that update() would read the norm's value.
             accumulate(model, scaler, batches, autocast)
             clip(model, optimizer, scaler, job.grad_clip)
             optimizer.step()
@@ -146,19 +145,19 @@ def step_memory(model_class, config_class, job, levers):
 
 @contextlib.contextmanager
 def quietly():
-    """Without what a model prints while it is made, and what torch warns of."""
+    """Hide what a model prints, and torch's warnings."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def simulate(job):
-    """The Trial of a Job for a device of job.limit_bytes, which need not be here."""
+    """The Trial of a Job, simulated."""
     levers = job.levers.within(job.limit_bytes, job.device.partition(":")[0])
     try:
         with quietly():
             parts = step_memory(*models.from_source(job.source), job, levers)
-    except Exception as e:  # anything at all: fake tensors have no values, and a model may look at them
+    except Exception as e:  # a model that reads values may raise anything: fake tensors have none
         why = f"{UNSIMULATED} ({type(e).__name__}: {first_line(e)[:100]})"
         return Trial(job.micro_batch_size, levers, failure=why, limit_bytes=job.limit_bytes)
     return Trial(job.micro_batch_size, levers, peak_bytes=sum(parts.values()), parts=parts, limit_bytes=job.limit_bytes)

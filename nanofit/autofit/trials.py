@@ -1,4 +1,4 @@
-"""Trials in child processes, as the training process sees them: whatever becomes of one is a Trial."""
+"""The parent's side of trials: run Jobs in child processes. However a child ends, the answer is a Trial."""
 
 import collections
 import contextlib
@@ -13,19 +13,19 @@ from dataclasses import replace
 from nanofit.autofit.plan import Facts, Trial, from_json, to_json
 
 TRIAL_SECONDS = 1800  # a trial that takes longer hangs; on few cores, compiling alone may take many minutes
-FAREWELL_SECONDS = 10  # for a child that has compiled to tell its compiler's workers
+FAREWELL_SECONDS = 10  # for a child that has compiled to end its compiler's workers
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# With these it would look for ranks that it imagines; what it says of its end would be taken for the rank's.
+# Variables that the child must not see: it would look for the other ranks, and report to torchrun.
 OF_RANKS = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|TORCH_DIST.*|TORCHELASTIC_.*")
-# -P: no module of the current folder can get in its way
+# -P: no module of the current folder can shadow one of ours
 COMMAND = [sys.executable, "-P", "-m", "nanofit.autofit.child"]
 
 
 class Trials:
-    """Runs Jobs, each in a child process that has done nothing but the same at other sizes, and succeeded.
+    """Runs Jobs in child processes. A child is used again only if the next Job differs in size alone.
 
     Only whole lines of JSON with the expected fields count, so that a child that is killed, hangs or prints garbage
-    can't be taken for an answer. close() ends the last child: before that, it may hold memory of the device.
+    gives no answer. close() ends the last child, which may hold memory of the device until then.
     """
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Trials:
         self.close()
 
     def __call__(self, job, on_facts=lambda facts: None, seconds=TRIAL_SECONDS):
-        """The Trial of a Job. on_facts is given the Facts of its device as soon as they are known."""
+        """The Trial of a Job. on_facts gets the Facts about its device as soon as they are known."""
         if job.simulate:
             from nanofit.autofit.simulate import simulate  # which imports torch
 
@@ -52,14 +52,14 @@ class Trials:
         except BaseException:
             self.close()
             raise
-        if not trial.fits or job.compile:  # what has failed or compiled may hold memory
+        if not trial.fits or job.compile:  # the child may hold memory now
             self.close()
         return trial
 
     def _may_go_on_with(self, job):
-        """Whether this Job differs from the last in size alone, and what that one left changes no figure of it.
+        """Whether the child can measure this Job: it differs from the last in size alone.
 
-        A CPU's peak is of the process since it began: there, only a larger size shows.
+        On a CPU the peak counts from the start of the process, so the size must also be larger.
         """
         if not self._process or self._process.poll() is not None:
             return False
@@ -75,7 +75,7 @@ class Trials:
             COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             errors="replace", env=environment, start_new_session=True,
         )  # fmt: skip
-        self._said = collections.deque(maxlen=20)  # the last lines, read as they come, or it would wait for a reader
+        self._said = collections.deque(maxlen=20)  # its last lines, read at once so that the pipe never fills
         lines = filter(str.strip, self._process.stderr)
         self._listener = threading.Thread(target=self._said.extend, args=(lines,), daemon=True)
         self._listener.start()
@@ -127,7 +127,7 @@ class Trials:
         self._process = None
 
     def _kill(self):
-        """End the process and what it has started; its watch may do so at the same time."""
+        """End the process and what it has started."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self._process.kill()
