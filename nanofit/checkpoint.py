@@ -67,8 +67,8 @@ def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours
 
 
 def size_of(checkpoint):
-    """Bytes of its tensors; a little more where some are tied."""
-    return sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
+    """Bytes of its tensors but sparse ones; a little more where some are tied."""
+    return sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor) and t.layout == torch.strided)
 
 
 def on_host(checkpoint):
@@ -79,6 +79,8 @@ def on_host(checkpoint):
     copies = {}
 
     def copied(tensor):
+        if tensor.layout != torch.strided:  # a sparse one has no place of its own
+            return tensor.detach().to("cpu", copy=True)
         place = tensor.data_ptr() or id(tensor), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
         if place not in copies:
             copies[place] = tensor.detach().to("cpu", copy=True)
@@ -265,7 +267,8 @@ def load(out_dir, name=NAME, for_training=False):
     path, previous = os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS)
     try:
         if not os.path.lexists(path):
-            raise UsageError(f"there is no checkpoint {path}: train with --out_dir={out_dir} first, or set out_dir")
+            way = f"train with --out_dir={out_dir} first, or set out_dir" if out_dir else "look at its name"
+            raise UsageError(f"there is no checkpoint {path}: {way}")
         checkpoint = _read(path)
         _require_entries(checkpoint, path, OF_A_RUN if for_training else OF_A_MODEL)
     except UsageError as e:

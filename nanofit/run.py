@@ -146,6 +146,7 @@ class Run:
         return self.unsaved
 
     def _place(self):
+        self.written()  # what is being written may become ckpt.pt, and be the best
         return self.folder.place_to_stop(self.config["always_save_checkpoint"])
 
     def evaluated(self, val_loss, always_save):

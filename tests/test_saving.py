@@ -4,13 +4,14 @@ import os
 import re
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import train, train_on_ranks
 
-from nanofit import checkpoint, host
+from nanofit import checkpoint, host, step
 from nanofit.errors import UsageError
 
 KEYS = dict(n_layer=1, n_embd=32, block_size=16, batch_size=4, eval_interval=4, eval_iters=2, dropout=0.1)
@@ -43,6 +44,22 @@ def test_the_clock_leaves_the_best_checkpoint_alone():
     assert best in (1, 4), "the first there is, or the best evaluation's"
     assert held("ckpt.last.pt")["iter_num"] == 6
     assert min(train(**KEYS, max_iters=7, init_from="resume").iter_loss) == 6
+
+
+def test_a_best_that_is_still_being_written_stays(monkeypatch):
+    losses, real = iter([3.0, 2.0, 9.0]), checkpoint.save
+    monkeypatch.setattr(step, "mean_losses", lambda own, world: {"train": 1.0, "val": next(losses)})
+    monkeypatch.setattr(checkpoint, "save", lambda *given: (time.sleep(0.2), real(*given)))
+    train(**KEYS, max_iters=8, keep=1, always_save_checkpoint=False)
+    assert (held()["iter_num"], held("ckpt.last.pt")["iter_num"]) == (4, 8)
+
+
+def test_sparse_tensors_are_copied_and_not_counted():
+    given = {"dense": torch.ones(3), "sparse": torch.eye(3).to_sparse()}
+    copy = checkpoint.on_host(given)
+    assert copy["sparse"] is not given["sparse"]
+    assert torch.equal(copy["sparse"].to_dense(), torch.eye(3))
+    assert checkpoint.size_of(given) == 12
 
 
 def test_the_last_few_are_kept_by_their_iterations_and_anothers_are_moved_aside():
