@@ -223,7 +223,7 @@ with signals.listening():
                 except StopRequested:
                     continue  # to the beginning of the loop, where it is looked at
                 losses = mean_losses(own, world)
-                metrics.evaluated(it, lr, losses, **more_figures(raw_model, at_evaluation))
+                metrics.evaluated(it, lr, losses, **more_figures(raw_model, at_evaluation, world))
                 if eval_only or run.evaluated(losses["val"], always_save_checkpoint):
                     break
 

@@ -77,8 +77,8 @@ def named(gpu):
     card = known.get(word) or known.get(word.replace("pcie", "")) or (Card("", 0.0) if memory and not word else None)
     if not card:
         near = [known[word].name for word in difflib.get_close_matches(word, known)]
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"gpu={gpu!r} is not known: {hint}For any other card, give its memory: --gpu=12GB")
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise UsageError(f"gpu={gpu!r} is not known{hint}; for any other card, give its memory: --gpu=12GB")
     card = replace(card, memory_gb=float(memory[1]) if memory else card.memory_gb)
     if card.memory_gb * GIB <= CONTEXT_BYTES:
         raise UsageError(f"gpu={gpu!r}: CUDA itself takes {gib(CONTEXT_BYTES)} of a card's memory: give more")

@@ -27,15 +27,18 @@ class HellaSwag:
         """path: of the items, in the tokens of the data set in data_dir. UsageError for what they can't be."""
         self.world, self.device, self.autocast = world, device, machine.autocast(device, dtype)
         encode = codec_of(data_dir, model_args["vocab_size"]).encode
-        block_size = model_args["block_size"]
+        self.items, number = [], 0
         try:
-            with open(path, encoding="utf-8") as file:
-                self.items = [_item(json.loads(line), encode, block_size) for line in file if line.strip()]
-        except (OSError, ValueError, LookupError, TypeError) as e:
+            with open(path, encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, 1):  # noqa: B007  # told of a line that fails
+                    if line.strip():
+                        self.items.append(_item(json.loads(line), encode, model_args["block_size"]))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+            where = f"hellaswag={path!r}{f', line {number}' if number else ''}"
             if isinstance(e, UsageError):
-                raise UsageError(f"hellaswag={path!r}: {e}") from e
+                raise UsageError(f"{where}: {e}") from e
             form = 'lines of JSON such as {"ctx": "A man", "endings": ["sits.", ...], "label": 0}'
-            raise UsageError(f"hellaswag={path!r} can't be read ({type(e).__name__}: {e}): it must hold {form}") from e
+            raise UsageError(f"{where} can't be read ({type(e).__name__}: {e}): it must hold {form}") from e
         if not self.items:
             raise UsageError(f"hellaswag={path!r} holds no items")
 
@@ -74,4 +77,6 @@ def _item(line, encode, block_size):
         own = encode(" " + ending)
         tokens = [*context, *own][-block_size - 1 :]
         rows.append((tokens, min(len(own), block_size)))
+    if str(line["label"]) not in map(str, range(len(rows))):
+        raise ValueError(f"label {line['label']!r} names none of {len(rows)} endings")
     return rows, int(line["label"])

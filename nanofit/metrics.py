@@ -82,7 +82,7 @@ class Metrics:
             self._pause = time.perf_counter() - since
             self._clock += self._pause
 
-    def evaluated(self, iter_num, lr, losses, **more):
+    def evaluated(self, iter_num, lr, losses, /, **more):
         """Hand an evaluation before iteration iter_num to the readers. losses: {'train': nats, 'val': nats}.
 
         more: your own figures, numbers or scalar tensors.

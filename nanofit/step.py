@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from nanofit.errors import first_line
 from nanofit.gradients import Gradients
 from nanofit.models import loss_of
 from nanofit.optimizers import leaves_out_by_tensor, parameters_of
@@ -117,10 +118,22 @@ def mean_losses(losses, world=ALONE):
 
 
 @torch.no_grad()
-def more_figures(model, functions):
-    """The figures of all functions of the model for an evaluation, in one dict {name: number}."""
+def more_figures(model, functions, world=ALONE):
+    """The figures of all functions of the model for an evaluation, in one dict {name: number}.
+
+    One that raises is left out with a line. On several ranks it ends the run: others may wait for it.
+    """
+    found = {}
     model.eval()
     try:
-        return {name: figure for figures_of in functions for name, figure in figures_of(model).items()}
+        for figures_of in functions:
+            try:
+                found |= {str(name): figure for name, figure in figures_of(model).items()}
+            except Exception as e:  # of a function that somebody wrote; memory may have run out in it
+                if world.size > 1:
+                    raise
+                name = getattr(figures_of, "__name__", type(figures_of).__name__)
+                print(f"{name} failed ({type(e).__name__}: {first_line(e)}): training goes on")
     finally:
         model.train()
+    return found

@@ -38,9 +38,9 @@ def test_a_card_by_the_name_that_people_write(gpu, name, memory_gb, dtype):
 @pytest.mark.parametrize(
     ("gpu", "says"),
     [
-        ("RTX 3061", "gpu='RTX 3061' is not known: did you mean RTX 3060 or "),
+        ("RTX 3061", "gpu='RTX 3061' is not known (did you mean RTX 3060 or "),
         ("RTX 3060 Laptop", "did you mean RTX 3060 Ti"),
-        ("12", "gpu='12' is not known: For any other card, give its memory: --gpu=12GB"),
+        ("12", "gpu='12' is not known; for any other card, give its memory: --gpu=12GB"),
         ("0.5GB", "CUDA itself takes 0.50 GiB"),
     ],
 )

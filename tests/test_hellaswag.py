@@ -91,16 +91,25 @@ def test_a_run_prints_and_keeps_it():
         assert {"hellaswag", "hellaswag_sum"} <= set(json.loads(file.readlines()[1]))
 
 
+def test_what_fails_beside_the_loss_leaves_the_others_figures(capsys):
+    def mine(model):
+        raise RuntimeError("odd")
+
+    assert more_figures(made(), [mine, lambda model: {3: 1.0}]) == {"3": 1.0}
+    assert capsys.readouterr().out.endswith("mine failed (RuntimeError: odd): training goes on\n")
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("", "hellaswag='items.jsonl' holds no items"),
-        ('{"ctx": "A"}\n', "can't be read .KeyError: 'endings'.: it must hold lines of JSON"),
-        ('{"ctx": "A", "endings": ["\u2603"], "label": 0}\n', "hellaswag='items.jsonl': .*lack"),
+        ('\n{"ctx": "A"}\n', "line 2 can't be read .KeyError: 'endings'.: it must hold lines of JSON"),
+        ('{"ctx": "A", "endings": ["\u2603"], "label": 0}\n', "hellaswag='items.jsonl', line 1: .*lack"),
+        ('{"ctx": "A", "endings": ["A"], "label": 1}\n', "label 1 names none of 1 endings"),
     ],
 )
 def test_another_file_is_a_sentence(content, sentence):
-    with open("items.jsonl", "w") as file:
+    with open("items.jsonl", "w", encoding="utf-8") as file:
         file.write(content)
     with pytest.raises(UsageError, match=sentence):
         train(hellaswag="items.jsonl")
