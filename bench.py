@@ -19,6 +19,7 @@ from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
 from nanofit.compiling import compiled
 from nanofit.errors import first_line
+from nanofit.optimizers import configured
 from nanofit.step import train_step
 from nanofit.tokens import open_data
 from nanofit.units import MemoryLevers
@@ -59,9 +60,7 @@ else:
 
 model = raw_model = models.build(GPT, GPTConfig, model_args).to(device)
 models.apply_levers(model, MemoryLevers().within(machine.total_memory_bytes(device), device.type))
-optimizer = model.configure_optimizers(
-    weight_decay=1e-2, learning_rate=1e-4, betas=(0.9, 0.95), device_type=device.type
-)
+optimizer = configured(model, "adamw", 1e-2, 1e-4, (0.9, 0.95), device.type)
 scaler = machine.grad_scaler(device, dtype)
 autocast = machine.autocast(device, dtype)
 if compile:

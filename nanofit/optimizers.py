@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from nanofit.errors import UsageError, first_line, is_out_of_memory
-from nanofit.muon import Muon
+from nanofit.muon import with_muon
 from nanofit.sharding import share_like
 
 OPTIMIZERS = ("adamw", "muon")
@@ -30,9 +30,42 @@ def require(name, kind):
 
 
 def configured(model, name, weight_decay, learning_rate, betas, device_type):
-    """What a model's configure_optimizers gives; where name is 'muon', with Muon for what that is for."""
+    """What a model's configure_optimizers gives; where name is 'muon', with Muon for what that is for.
+
+    A list of optimizers becomes one.
+    """
     optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
-    return Muon(model, optimizer, learning_rate, weight_decay, betas) if name == "muon" else optimizer
+    if isinstance(optimizer, (list, tuple)):
+        optimizer = Together(optimizer)
+    if name == "muon":
+        optimizer = Together(with_muon(model, optimizer, learning_rate, weight_decay, betas))
+    return optimizer
+
+
+class Together:
+    """Several optimizers as one."""
+
+    def __init__(self, parts):
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return dict(enumerate(part.state_dict() for part in self.parts))
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state.values(), strict=True):
+            part.load_state_dict(saved)
 
 
 def make_optimizer(model, kind, weight_decay, learning_rate, betas, device, name="adamw"):

@@ -97,7 +97,7 @@ SHORT = flags(
 TRAINED = r"^iter 1: loss \d"
 ONE = flags(batch_size=1, gradient_accumulation_steps=1)
 TEXT = ("--input=text.txt",)
-FITTED = How((*SHORT, *ONE), r"^auto-fit: batch_size 1 -> 1,(.*\n)*iter 1: loss \d")
+FITTED = How((*SHORT, *ONE), r"^auto-fit: batch_size 1,(.*\n)*iter 1: loss \d")
 DOCUMENTS = How(("--source=documents.txt",), "^train has 3 tokens", needs=("bpe",))
 BY_CHARACTERS = "python train.py config/train_shakespeare_char.py"
 LAPTOP = (
@@ -115,7 +115,7 @@ COMMANDS = {
     f"{BY_CHARACTERS} --init_from=shakespeare-gpt --out_dir=out-again --max_iters=100": How(SHORT, TRAINED, EXPORT),
     "python train.py config/train_openwebtext.py --dataset=edu --auto_fit=True": replace(FITTED, proof=True),
     'python train.py config/train_openwebtext.py --gpu="RTX 3060"': How(
-        (*flags(**TINY), *ONE), "^auto-fit: batch_size 1 -> 1, .*$"
+        (*flags(**TINY), *ONE), "^auto-fit: batch_size 1, gradient.*$"
     ),
     BY_CHARACTERS: How(SHORT, TRAINED),
     LAPTOP: How(SHORT, TRAINED),

@@ -53,15 +53,6 @@ def checkpoint(out_dir):
     return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)
 
 
-def split_of(text):
-    """(batch_size, accumulation) as configured, and as auto-fit split them."""
-    line = r"^auto-fit: batch_size (\d+) -> (\d+), gradient_accumulation_steps (\d+) -> (\d+), effective batch (\d+), "
-    [found] = re.findall(line, text, re.MULTILINE)
-    batch, micro, steps, micro_steps, effective = map(int, found)
-    assert batch * steps == micro * micro_steps == effective
-    return (batch, steps), (micro, micro_steps)
-
-
 # ---- nanoGPT's own -----------------------------------------------------------------------------------------
 
 
@@ -159,7 +150,7 @@ def test_a_fork_is_planned_for(fork, large):
     with pytest.raises(SystemExit) as stop:
         train(**PLANNED)
     text = stop.value.text
-    assert split_of(text) == ((1, 1), (1, 1))
+    assert "\nauto-fit: batch_size 1, gradient_accumulation_steps 1, effective batch 1, found in " in text
     assert "simulated on fake tensors: nothing is measured" in text
     [parts] = re.findall(r"^auto-fit: of [\d.]+ GiB \(simulated\): (.*)$", text, re.MULTILINE)
     gib = {part: float(size) for part, size in re.findall(r"([a-z ]+?) ([\d.]+)(?:, |$)", parts)}

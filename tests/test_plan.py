@@ -58,10 +58,10 @@ def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
     plan = Plan(batch_size, accumulation, micro)
     assert plan.micro_batch_size * plan.accumulation == batch_size * accumulation
     assert plan.accumulation % world_size == 0, "every rank takes as many micro-steps"
-    assert str(plan) == (
-        f"batch_size {batch_size} -> {micro}, gradient_accumulation_steps {accumulation} -> {plan.accumulation}, "
-        f"effective batch {batch_size * accumulation}"
-    )
+    sizes = ((batch_size, micro), (accumulation, plan.accumulation))
+    size, steps = (f"{was} -> {now}" if batch_size != micro else str(was) for was, now in sizes)
+    effective = batch_size * accumulation
+    assert str(plan) == f"batch_size {size}, gradient_accumulation_steps {steps}, effective batch {effective}"
 
 
 @pytest.mark.parametrize(

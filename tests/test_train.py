@@ -216,7 +216,7 @@ def test_a_plan_needs_no_data_set_and_makes_no_folder(workplace):
     with pytest.raises(SystemExit) as stop:
         train(**keys)
     assert stop.value.code == 0
-    last = "auto-fit: batch_size 1 -> 1, gradient_accumulation_steps 1 -> 1, effective batch 1, found in "
+    last = "auto-fit: batch_size 1, gradient_accumulation_steps 1, effective batch 1, found in "
     assert stop.value.text.splitlines()[-1].startswith(last)
     assert "number of parameters" not in stop.value.text, "no model is made for it"
     assert [path.name for path in workplace.iterdir()] == ["data"]

@@ -151,11 +151,11 @@ class Plan:
         return self.batch_size * self.gradient_accumulation_steps // self.micro_batch_size
 
     def __str__(self):
-        return (
-            f"batch_size {self.batch_size} -> {self.micro_batch_size}, gradient_accumulation_steps "
-            f"{self.gradient_accumulation_steps} -> {self.accumulation}, effective batch "
-            f"{self.batch_size * self.gradient_accumulation_steps}"
-        )
+        size, steps = self.batch_size, self.gradient_accumulation_steps
+        effective = size * steps
+        if self.micro_batch_size != size:
+            size, steps = f"{size} -> {self.micro_batch_size}", f"{steps} -> {self.accumulation}"
+        return f"batch_size {size}, gradient_accumulation_steps {steps}, effective batch {effective}"
 
 
 def levers_of(config):

@@ -163,7 +163,7 @@ class GPT(nanogpt_like.GPT):
         if name == "two":
             return Two(torch.optim.SGD(matrices, lr=10 * lr, momentum=0.9), torch.optim.Adam(rest, lr=lr, fused=True))
         if name == "Muon":
-            return Two(torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr))
+            return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr)]
         return getattr(torch.optim, name)(params, lr=lr)
 
 
