@@ -196,7 +196,8 @@ def test_runs_are_compared_in_a_page_of_their_own(trained):
     assert run_script("report.py", str(trained), "out-b").text == f"{trained}/compared.html\n"
     page = (trained / "compared.html").read_text()
     assert page.count("auto-fit's trials") == 2
-    assert "out and out-b" in page
+    assert "<h1>out, out-b</h1>" in page
+    assert "Memory, in GiB; dashed: in use" in page, "as colours tell the runs"
     assert (trained / "report.html").read_text() == before
 
 

@@ -103,9 +103,10 @@ def _loss(runs, sources, across):
 
 
 def _curves(runs, sources, across, names, told, place=ITERATIONS, marks=False, **options):
-    """A chart of columns. names: {column: what the legend calls it, '' where there is one}."""
+    """A chart of columns. names: {column: what the legend calls it, '' where there is one}; of several runs, runs."""
     chart, entries = _figure(runs, across, height=280, **options), []
     for i, (run, of_run) in enumerate(zip(runs, sources, strict=True)):
+        of_names = {}
         for k, (name, word) in enumerate(names.items()):
             if name not in of_run[place].data:
                 continue  # another run's own
@@ -114,8 +115,11 @@ def _curves(runs, sources, across, names, told, place=ITERATIONS, marks=False, *
             drawn = _draw(chart, of_run[place], name, ink, marks, **stroke)
             if k == 0:
                 _hover(chart, drawn[-1], run, told)
-            if word or len(runs) > 1:
-                entries.append((" ".join(filter(None, (run.label if len(runs) > 1 else "", word))), drawn))
+            of_names[word] = drawn
+        if len(runs) > 1:
+            entries.append((run.label, [line for drawn in of_names.values() for line in drawn]))
+        elif len(names) > 1:
+            entries += of_names.items()
     if entries:
         _legend(chart, entries)
     return chart

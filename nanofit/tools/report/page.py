@@ -17,21 +17,22 @@ TITLES = {
     "loss": "Loss, in nats a token", "lr": "Learning rate", "speed": "Tokens per second",
     "norm": "Norm of the gradient, before clipping", "memory": "Memory, in GiB",
 }  # fmt: skip
+DASHED = {"loss": "; dashed: validation", "memory": "; dashed: in use, else the peak"}  # where colours tell runs
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(__file__)), autoescape=True)
 
 
 def page_of(runs):
     """The whole page, a str that needs nothing beside it."""
-    charts, document = charts_of(runs), Document()
+    charts, document, several = charts_of(runs), Document(), len(runs) > 1
     for chart in charts.values():
         document.add_root(chart)
     document.js_on_event("document_ready", CustomJS(code="pageIsReady()"))
     script, places = components(charts, wrap_script=False)
     return TEMPLATES.get_template("page.html").render(
-        title=" and ".join(run.label for run in runs), runs=runs, script=script,
-        summary=[f"{run.label}: {_summary(run)}" if len(runs) > 1 else _summary(run) for run in runs],
+        title=", ".join(run.label for run in runs), runs=runs, script=script,
+        summary=[f"{run.label}: {_summary(run)}" if several else _summary(run) for run in runs],
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(), tables=[tables_of(run) for run in runs],
-        charts={TITLES.get(name, name): place for name, place in places.items()},
+        charts={TITLES.get(name, name) + DASHED.get(name, "") * several: place for name, place in places.items()},
     )  # fmt: skip
 
 
