@@ -40,20 +40,15 @@ def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours
     """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
 
     ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile; then make_way() is called,
-    which may move what isn't to be replaced. previous_is_ours: ckpt.prev.pt may go where the disk is full. keep: the
-    last so many stay as ckpt-ITERATION.pt as well. Raises SaveError where the disk is full or can't be written to.
+    which may move what isn't to be replaced. previous_is_ours: where the disk is full, ckpt.prev.pt may go. keep: the
+    last so many stay as ckpt-ITERATION.pt as well; on a full disk fewer, the newest. Raises SaveError where the disk is
+    full all the same or can't be written to.
     """
     path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
-        try:
-            _write(checkpoint, path, make_way)
-        except _FAILURES as e:
-            spare = [previous] * os.path.exists(previous) + _too_many(out_dir, checkpoint.get("iter_num"), keep - 1)
-            if not (_is_full(e) and previous_is_ours and spare):
-                raise
-            for one in spare:  # makes room
-                os.remove(one)
-            _write(checkpoint, path, make_way)
+        older = _too_many(out_dir, checkpoint.get("iter_num"), 1) if keep else []
+        spare = [one for one in (previous, *older) if previous_is_ours and os.path.exists(one)]
+        _write(checkpoint, path, make_way, spare)
         if name == NAME and os.path.exists(last):
             os.remove(last)  # it is of an earlier iteration now
         if keep:
@@ -112,15 +107,22 @@ def _is_full(error):
     return inner is not None and inner.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _write(checkpoint, path, make_way):
+def _write(checkpoint, path, make_way, spare=()):
+    """spare: paths of what may go where the disk is full, one at a time."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have removed it in mid-run
-    with replacing(path, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())  # before anything gives way to it
-        make_way()
-        if os.path.basename(path) == NAME:
-            _keep_previous(path)
+    try:
+        with replacing(path, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())  # before anything gives way to it
+            make_way()
+            if os.path.basename(path) == NAME:
+                _keep_previous(path)
+    except _FAILURES as e:
+        if not (_is_full(e) and spare):
+            raise
+        os.remove(spare[0])
+        _write(checkpoint, path, make_way, spare[1:])
 
 
 def _keep_previous(path):

@@ -1,5 +1,7 @@
 """Checkpoints between evaluations, the last few of them, and what ends a run early."""
 
+import errno
+import glob
 import os
 import re
 import shutil
@@ -74,6 +76,19 @@ def test_the_last_few_are_kept_by_their_iterations_and_anothers_are_moved_aside(
     assert {name for name in os.listdir("out") if "ckpt" in name} == {"ckpt.pt", "ckpt-4.pt"}
     [aside] = [name for name in os.listdir("out") if name.startswith("kept-of-run-")]
     assert alike(held(f"{aside}/ckpt-12.pt"), before)
+
+
+def test_on_a_full_disk_the_oldest_kept_make_room(monkeypatch):
+    """There is room for three files of a checkpoint, the one that is being written among them."""
+
+    def sync(file):
+        if len({os.stat(path).st_ino for path in glob.glob("out/ckpt*")}) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    train(**KEYS, max_iters=20, keep=5)
+    assert {held(os.path.basename(path))["iter_num"] for path in glob.glob("out/ckpt-*.pt")} == {12, 16, 20}
+    assert held()["iter_num"] == 20
 
 
 @pytest.mark.parametrize("room", [True, False])
