@@ -171,7 +171,7 @@ class Run:
         self.written()
         if self._saved_iter != self.iter_num:
             self.save(self._place(), goes_on=False)
-        return self.written() or f"checkpoint saved to {self.folder.out_dir}: {self.way_on()}"
+        return self.written() or f"checkpoint saved to {self.folder.out_dir}; {self.way_on()}"
 
     def way_on(self):
         """A sentence with the command that resumes from the last checkpoint, or that there is none."""
@@ -181,9 +181,9 @@ class Run:
         if self.world.local_size < self.world.size:
             several += " (and the others of its options)"
         launcher = "python" if self.world.size == 1 else f"torchrun --standalone {several}"
-        longer = " with a larger --max_iters" if self.iter_num > self.config["max_iters"] else ""
+        longer = "with a larger --max_iters, " if self.iter_num > self.config["max_iters"] else ""
         script, out_dir = shlex.quote(sys.argv[0]), shlex.quote(self.folder.out_dir)
-        return f"{launcher} {script} --out_dir={out_dir} --init_from=resume{longer} goes on"
+        return f"{longer}this goes on: {launcher} {script} --out_dir={out_dir} --init_from=resume"  # the last, to copy
 
     def note_smaller(self, batch_size, size):
         """Let the next start of a sharded run begin with micro-batches of this size; one rank may call it alone."""

@@ -34,8 +34,8 @@ def test_eval_only_evaluates_once_and_changes_no_file():
 
 def test_a_run_that_ends_before_its_first_save_is_saved():
     text = short(eval_interval=1000)
-    told = r"\niteration 4 was the last: checkpoint saved to out: python .*--init_from=resume with a larger --max_iters"
-    assert re.search(told, text)
+    told = "checkpoint saved to out; with a larger --max_iters, this goes on: python .*--init_from=resume"
+    assert re.search(rf"\niteration 4 was the last: {told}\n", text)
     sampled = run_script("sample.py", *flags(num_samples=1, max_new_tokens=5, device="cpu", start="!")).text
     assert "\nout/ckpt.pt, of iteration 5" in sampled
 

@@ -179,8 +179,8 @@ def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     rest, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (128 + number, ""), "no warnings either"
     assert f"{name} before iteration" in rest
-    assert "checkpoint saved to other: python " in rest
-    assert rest.endswith("train.py --out_dir=other --init_from=resume goes on\n")
+    assert "checkpoint saved to other; this goes on: python " in rest
+    assert rest.endswith("train.py --out_dir=other --init_from=resume\n")
     resumed = train(**keys, out_dir="other", init_from="resume")
     first = min(resumed.iter_loss)
     assert first > 8
@@ -380,7 +380,7 @@ def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(
         Thief(patch, "forward 1", iteration=6, times=10**9)
         sentence = (
             r"^memory ran out on asking for 6.14 GiB at batch_size 1 \(on cpu\): end what else uses this device, or "
-            "start with --auto_fit=True.*; checkpoint saved to out: python .* --init_from=resume goes on$"
+            "start with --auto_fit=True.*; checkpoint saved to out; this goes on: python .* --init_from=resume$"
         )
         with pytest.raises(UsageError, match=sentence):
             train(**RUN)
@@ -460,7 +460,7 @@ def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenFile, "draw", draw_and_cut)
-        sentence = "train.bin has changed since the run began.*; checkpoint saved to out: python "
+        sentence = "train.bin has changed since the run began.*; checkpoint saved to out; this goes on: python "
         with pytest.raises(UsageError, match=sentence):
             train(**{**RUN, "max_iters": 12}, dropout=0.2)
     path.write_bytes(content)

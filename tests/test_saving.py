@@ -133,7 +133,10 @@ def test_patience_ends_a_run_and_resuming_keeps_the_count():
     best = min(losses, key=losses.get)
     assert max(losses) == best + 6
     assert max(run.iter_loss) == best + 5
-    assert "no better val loss in 3 evaluations in a row, patience=3: checkpoint saved to out: python " in run.text
+    assert (
+        "no better val loss in 3 evaluations in a row, patience=3: checkpoint saved to out; this goes on: python "
+        in run.text
+    )
     assert held()["iter_num"] == best + 6
     again = train(**keys, patience=4, init_from="resume")
     assert max(again.iter_loss) == best + 7
