@@ -177,7 +177,7 @@ def crop(model, trained_with, block_size):
     """Crop a model to a shorter block_size, and print a line about it."""
     if block_size < trained_with:
         model.crop_block_size(block_size)
-        print(f"block_size {trained_with} -> {block_size}: the model is cropped; checkpoints from before it are kept")
+        print(f"block_size {trained_with} -> {block_size}: the model is cropped")
 
 
 def not_finite(model):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -154,6 +155,18 @@ def as_gpt2(model, vocab_size, end):
     return theirs.eval()
 
 
+@contextlib.contextmanager
+def without_warnings():
+    """Leave out what libraries warn of: transformers imports others, such as torchao, which tell what they lack."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@without_warnings()
 def export(model, saved, folder, title, data_dir, keep_padding):
     """Write a model to a new folder for transformers, read it back, and compare the two.
 
