@@ -1,6 +1,6 @@
-"""What the scripts in the root use. Arrows point down: a script uses this package, which is handed its model.
+"""What the scripts in the root use. Arrows point down: scripts import this package, and hand it their model.
 
-To import it, or a part of it, changes nothing of a process: that is for start() alone, which each script calls first.
+Importing has no effects. Each script calls start() first, which has them all.
 """
 
 import importlib.metadata
@@ -15,15 +15,15 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch
 
 
 def start(ctrl_c_ends_at_once=False):
-    """Everything that a script changes of its process; before torch is imported, which reads the environment.
+    """Set up the process, before torch is imported, which reads the environment.
 
-    Closed standard streams are opened, errors end the script with a sentence (see errors.py), and torch is asked for
-    memory that grows in place. ctrl_c_ends_at_once: for a script that has nothing to clean up before it listens itself.
+    Closed standard streams are opened, errors end the script with a sentence (see errors.py), and torch's allocator
+    gets memory that grows in place. ctrl_c_ends_at_once: for a script that handles signals itself later on.
     """
     mend_standard_streams()
     show_errors_as_sentences()
     _prefer_expandable_segments()
-    # What is ignored, as in a shell's background, stays so; and in an interactive Python, Ctrl-C is the user's.
+    # An ignored SIGINT stays ignored, as in a shell's background. In an interactive Python, Ctrl-C keeps its meaning.
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
     if ctrl_c_ends_at_once and not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
@@ -31,7 +31,7 @@ def start(ctrl_c_ends_at_once=False):
 
 
 def _prefer_expandable_segments():
-    """Ask torch's allocator for memory that grows in place, which fragments less. What the user has set stands.
+    """Ask torch's allocator for memory that grows in place, which fragments less, unless the user has set it.
 
     Not under WSL2, whose drivers refuse it at the first allocation.
     """
@@ -47,7 +47,7 @@ def _prefer_expandable_segments():
 
 
 def _end(number, frame):
-    """Python would raise an exception, which is lost where it comes up in a __del__ or in a library's callback."""
+    """End the process. Python's own handler raises an exception, which gets lost in a __del__ or a callback."""
     try:
         sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)  # says so
     finally:
@@ -55,7 +55,7 @@ def _end(number, frame):
 
 
 def _tell_attempt():
-    """Where torchrun has started the ranks again, one of them says so."""
+    """Print a line on rank 0 if torchrun has restarted the ranks."""
     again, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     # Counts that aren't numbers are not torchrun's.
     if os.environ.get("RANK") == "0" and again.isdecimal() and most.isdecimal() and int(again) > 0:

@@ -1,7 +1,7 @@
 """The stream of batches.
 
-It has a generator of its own, so that nothing else that draws random numbers can move it, and a checkpoint can keep
-its place.
+It has its own random generator. So nothing else that draws random numbers changes the order of the data, and a
+checkpoint can keep the place in it.
 
 Shapes: B = batch_size sequences of T = block_size tokens.
 """
@@ -13,7 +13,7 @@ from nanofit.units import micro_batch_sizes
 
 
 class RandomBatch:
-    """Random tokens, the same each time, where training would read a data set: for measuring."""
+    """Random tokens in place of a data set, always the same: for measuring."""
 
     def __init__(self, batch_size, block_size, vocab_size, device, micro_steps=1, on_current=lambda: None):
         generator = torch.Generator().manual_seed(0)
@@ -30,15 +30,15 @@ class RandomBatch:
         return self._batch
 
     def advance(self):
-        """There is no other batch."""
+        """Nothing to do: there is only one batch."""
 
     def evaluation(self, split, count, rank=0, ranks=1, even=False):
-        """The batch, as often as this rank's share of count."""
+        """Give the batch once for each of this rank's share of count batches."""
         yield from [[self._batch]] * len(range(rank, count, ranks))
 
 
 class RandomStarts:
-    """A sequence begins anywhere in the text, as nanoGPT's."""
+    """A sequence begins anywhere in the text, as in nanoGPT."""
 
     def draw(self, file, count, generator):
         """Where the next sequences of a TokenFile begin, int64 (count,)."""
@@ -52,21 +52,21 @@ class RandomStarts:
         return {}
 
     def load_state_dict(self, state):
-        """There is nothing but the generator, which is the stream's."""
+        """Nothing to do: the generator belongs to the stream."""
 
 
 class EpochStarts:
-    """Each block of the text once before any twice. Each epoch has an order and a first block of its own, by its seed.
+    """Draws each block of the text once before any twice. The order and the first block differ in each epoch.
 
-    epoch: the number of those that are drawn whole. place: blocks drawn of the next, which has so many blocks.
+    epoch: how many epochs have been drawn. place: blocks drawn of the current one. blocks: how many it has.
     """
 
     def __init__(self):
         self.epoch, self.place, self.blocks = 0, 0, 0
-        self._order = None  # where the blocks of this epoch begin
+        self._order = None  # where the blocks of this epoch begin, shuffled
 
     def draw(self, file, count, generator):
-        """As RandomStarts.draw. Of the generator only the seed is used."""
+        """As RandomStarts.draw. Only the generator's seed is used."""
         found = [torch.empty(0, dtype=torch.int64)]
         while count:
             if self._order is None:
@@ -94,7 +94,7 @@ class EpochStarts:
         return {name: getattr(self, name) for name in ("epoch", "place", "blocks")}
 
     def load_state_dict(self, state):
-        """Go on from what state_dict gave; a state of RandomStarts begins the first epoch."""
+        """Go on from what state_dict gave. A state of RandomStarts begins the first epoch."""
         self.epoch, self.place, self.blocks = (state.get(name, 0) for name in ("epoch", "place", "blocks"))
         self._order = None
 
@@ -103,17 +103,17 @@ SAMPLINGS = {"random": RandomStarts, "epoch": EpochStarts}
 
 
 class Batches:
-    """A random stream of training batches, cut into or joined to micro-batches, and of evaluation batches.
+    """A random stream of training batches, which are cut or joined into micro-batches, and of evaluation batches.
 
-    A batch is drawn when the one before has been used. So the first batch of an iteration is drawn already when an
-    evaluation begins, which draws from the same stream.
+    A batch is drawn as soon as the one before has been used. So the first batch of an iteration is already drawn when
+    an evaluation begins. The evaluation draws from the same stream.
 
     All ranks draw the same stream. The batches of an iteration are dealt to them in turn, so that an iteration sees
     the same tokens on any number of ranks.
 
-    data: what open_data gave. per_iter: batches in an iteration of this rank. micro_batch_size: one of
-    micro_batch_sizes; it may change between two iterations. state: that of the generator, the same on all ranks; None
-    for torch's global one. starts: decides where training sequences begin, one of SAMPLINGS.
+    data: what open_data gave. per_iter: batches of this rank in an iteration. micro_batch_size: one of
+    micro_batch_sizes; it may change between two iterations. state: the generator's, the same on all ranks; None for
+    that of torch's global one. starts: an instance of one of SAMPLINGS, which decides where sequences begin.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class Batches:
 
     @property
     def fingerprints(self):
-        """{split: [tokens, checksum]}, by which the files are known again."""
+        """{split: [tokens, checksum]}, to recognise the files."""
         return {split: [file.tokens, file.checksum] for split, file in self.data.items()}
 
     @property
     def micro_steps(self):
-        """Micro-batches in an iteration of this rank."""
+        """Micro-batches of this rank in an iteration."""
         return self.per_iter * self.batch_size // self.micro_batch_size
 
     @property
@@ -147,19 +147,19 @@ class Batches:
     # ---- the place in the stream
 
     def state_dict(self):
-        """Where the stream stands between two iterations.
+        """The place in the stream between two iterations.
 
-        starts: of the sequences that are drawn and not trained on yet, int64. generator: its state after that.
-        The rest tells self.starts how far it has come.
+        starts: int64, those of the sequences that are drawn and not trained on yet. generator: its state after that.
+        The other entries are those of self.starts.
         """
         assert self._row == self._number == 0, "an iteration ends with its last batch"
         place = {"starts": torch.cat([self._starts, self._ahead]), "generator": self.generator.get_state()}
         return {**place, **self.starts.state_dict()}
 
     def load_state_dict(self, state, drawn=None):
-        """Go on from what state_dict gave, whatever batch_size and micro_batch_size were then.
+        """Go on from what state_dict gave. batch_size and micro_batch_size may have changed since.
 
-        drawn: the batch_size then, for a state that older versions saved: the generator's before and after a batch.
+        drawn: the old batch_size. Older versions saved the generator's state before and after a batch.
         """
         train = self.data["train"]
         if "starts" in state:
@@ -170,16 +170,16 @@ class Batches:
             starts = train.draw(drawn or self.batch_size, self.generator)
             self.generator.set_state(state.get("after", self.generator.get_state()))
         self.starts.load_state_dict(state)
-        self._begin(starts[starts < train.tokens - train.block_size])  # the file may be another one now, and shorter
+        self._begin(starts[starts < train.tokens - train.block_size])  # the file may be shorter now
 
     def _begin(self, ahead):
-        """Begin an iteration by its first batch. ahead: starts of sequences that are drawn already."""
+        """Take the first batch of an iteration. ahead: starts of sequences that are already drawn."""
         self._ahead = ahead
-        self._number, self._row = 0, 0  # of the batch in the iteration, and of the row in it that comes next
+        self._number, self._row = 0, 0  # the batch's number in the iteration, and the next row in it
         self._take()
 
     def _take(self):
-        """Take the next batch off the stream, and read it if it is this rank's."""
+        """Take the next batch from the stream, and read it if it is this rank's."""
         missing = self.batch_size - len(self._ahead)
         if missing > 0:
             self._ahead = torch.cat([self._ahead, self.starts.draw(self.data["train"], missing, self.generator)])
@@ -194,7 +194,7 @@ class Batches:
             self._take()
 
     def _load(self, split, starts):
-        """The batch that begins at starts: (x, y), each int64 (B, T) on the device; y is x a token later."""
+        """The batch of the sequences at starts: (x, y), each int64 (B, T) on the device; y is x shifted by a token."""
         rows = self.data[split].read(starts)
         x, y = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
         if self.device.type == "cuda":  # pinned memory is copied while the GPU computes
@@ -205,9 +205,9 @@ class Batches:
 
     @property
     def current(self):
-        """The training micro-batch whose turn it is: (x, y), each int64 (micro_batch_size, T)."""
+        """The current training micro-batch: (x, y), each int64 (micro_batch_size, T)."""
         self._go_to(self.rank)  # this rank's first
-        if self.micro_batch_size > len(self._batch[0]):  # joined only when it is asked for: see the class
+        if self.micro_batch_size > len(self._batch[0]):  # joined only now, so that one batch at a time is drawn ahead
             parts = [self._batch]
             while len(parts) < self.micro_batch_size // self.batch_size:
                 self._go_to(self._number + self.ranks)
@@ -218,13 +218,13 @@ class Batches:
 
     @property
     def like_current(self):
-        """Tokens in the shape of a micro-batch, of the batch that is drawn already: (x, y)."""
+        """(x, y) in the shape of a micro-batch, repeated from the batch that is already drawn."""
         several = -(-self.micro_batch_size // self.batch_size)
         drawn = self._batch or self._load("train", self._starts)
         return tuple(part.repeat(several, 1)[: self.micro_batch_size] for part in drawn)
 
     def advance(self):
-        """Go on to the next micro-batch, and draw a batch if this one is used up."""
+        """Go to the next micro-batch, and draw a batch if this one is used up."""
         self._row += self.micro_batch_size
         if self._row < self.batch_size:
             return
@@ -235,10 +235,10 @@ class Batches:
             self._begin(self._ahead)
 
     def evaluation(self, split, count, rank=0, ranks=1, even=False):
-        """Draw count batches of a split; of those that are this rank's, give each as a list of micro-batches.
+        """Draw count batches of a split, and give each of this rank's as a list of micro-batches.
 
-        The batches are dealt to the ranks in turn, so that together they see what one alone would. even: those with
-        one less than others get the last once more, to do as much.
+        The batches are dealt to the ranks in turn, so that all ranks together see what a single one would see. even:
+        ranks that would get one batch less get the last one again, so that all make as many passes.
         """
         idle = even and count % ranks and rank >= count % ranks
         for number in range(count):

@@ -1,4 +1,4 @@
-"""ckpt.pt: written whole or not at all, read whether nanoGPT or this project wrote it."""
+"""ckpt.pt: written whole or not at all, and read from nanoGPT's format as well."""
 
 import contextlib
 import errno
@@ -21,28 +21,28 @@ from nanofit.units import gib
 
 NAME = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
-LAST = "ckpt.last.pt"  # where a run stands or stopped, if ckpt.pt is the best and must stay
-NUMBERED = "ckpt-{}.pt"  # of the last iterations that were saved, with --keep
+LAST = "ckpt.last.pt"  # where a run stopped, if ckpt.pt is the best and must stay
+NUMBERED = "ckpt-{}.pt"  # the last few, with --keep
 OF_A_MODEL = ("model", "model_args")
 OF_A_RUN = (*OF_A_MODEL, "optimizer", "iter_num", "best_val_loss")
-# torch.save passes on a file's own error, or fails with another one while it handles that.
+# torch.save raises a file's own error, or another one while it handles that.
 _FAILURES = (OSError, RuntimeError, MemoryError)
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; the one before is as it was. Its message is a sentence."""
+    """A checkpoint could not be written, and the one before is unchanged. The message is a sentence."""
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
 def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours=True, keep=0):
-    """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt; or to LAST, which keeps none.
+    """Write a checkpoint to out_dir/ckpt.pt, and keep the one before as ckpt.prev.pt. (For LAST, none is kept.)
 
-    ckpt.pt is the old one until the new one is whole on disk, whatever happens meanwhile; then make_way() is called,
-    which may move what isn't to be replaced. previous_is_ours: where the disk is full, ckpt.prev.pt may go. keep: the
-    last so many stay as ckpt-ITERATION.pt as well; on a full disk fewer, the newest. Raises SaveError where the disk is
-    full all the same or can't be written to.
+    Until the new file is whole on disk, ckpt.pt is the old one. Then make_way() is called, which may move files that
+    must not be replaced. previous_is_ours: ckpt.prev.pt may be removed if the disk is full. keep: this many of the last
+    ones also stay as ckpt-ITERATION.pt, or fewer on a full disk. Raises SaveError if there is still no room, or if the
+    disk can't be written to.
     """
     path, previous, last = (os.path.join(out_dir, n) for n in (name, PREVIOUS, LAST))
     try:
@@ -62,14 +62,14 @@ def save(checkpoint, out_dir, name=NAME, make_way=lambda: None, previous_is_ours
 
 
 def size_of(checkpoint):
-    """Bytes of its tensors but sparse ones; a little more where some are tied."""
+    """Bytes of its tensors, without sparse ones; tied ones count twice."""
     return sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor) and t.layout == torch.strided)
 
 
 def on_host(checkpoint):
-    """A copy of a checkpoint that stays as it is while training moves the weights, or None where there is no room.
+    """A copy of a checkpoint in the machine's memory, or None if there is no room.
 
-    All of its tensors are in the machine's memory; those that are tied stay one.
+    Training may change the weights while the copy is written. Tied tensors stay one.
     """
     copies = {}
 
@@ -94,10 +94,10 @@ def on_host(checkpoint):
 
 
 def room(out_dir, size, keep=0):
-    """(sentence, checkpoints of this size that the disk has room for, those that must be there, in all or in part)."""
+    """(sentence, how many more checkpoints of this size the disk has room for, how many more there will be)."""
     path = os.path.abspath(out_dir)
     free = shutil.disk_usage(next(place for place in (path, *Path(path).parents) if os.path.exists(place))).free
-    most = 3 + keep  # the last, the one before, and the one that is being written
+    most = 3 + keep  # the last one, the one before, and the one that is being written
     says = f"the disk of {out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}; up to {most} are there"
     return says, free / max(1, size), most - len(glob.glob(os.path.join(glob.escape(path), "ckpt*.pt")))
 
@@ -108,13 +108,13 @@ def _is_full(error):
 
 
 def _write(checkpoint, path, make_way, spare=()):
-    """spare: paths of what may go where the disk is full, one at a time."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # somebody may have removed it in mid-run
+    """spare: paths of files that may be removed, one after the other, if the disk is full."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # it may have been removed during the run
     try:
         with replacing(path, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
-            os.fsync(f.fileno())  # before anything gives way to it
+            os.fsync(f.fileno())  # before an old file is replaced
             make_way()
             if os.path.basename(path) == NAME:
                 _keep_previous(path)
@@ -126,14 +126,14 @@ def _write(checkpoint, path, make_way, spare=()):
 
 
 def _keep_previous(path):
-    """Give ckpt.pt a second name, so that it is never without its own."""
+    """Give ckpt.pt a second name. It is not renamed, so that ckpt.pt always exists."""
     if os.path.exists(path):
         with contextlib.suppress(OSError):  # then an older one stays, or none is kept
             _second_name(path, os.path.join(os.path.dirname(path), PREVIOUS), copies=False)
 
 
 def _second_name(path, other, copies=True):
-    """Let a file have another name, too; copies: or a copy, where the file system has no second names."""
+    """Give a file another name as well. copies: make a copy if the file system has no hard links."""
     spare = f"{path}.{os.getpid()}.second.part"
     try:
         try:
@@ -145,29 +145,29 @@ def _second_name(path, other, copies=True):
         os.replace(spare, other)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(spare)  # which still is there where both were names of one file
+            os.remove(spare)  # os.replace leaves it if both are names of one file
 
 
 def numbered(out_dir):
-    """{iteration: path} of the checkpoints in out_dir whose names tell their iterations."""
+    """{iteration: path} of the checkpoints ckpt-ITERATION.pt in out_dir."""
     names = os.listdir(out_dir or ".") if os.path.isdir(out_dir or ".") else ()
     found = [name for name in names if re.fullmatch(NUMBERED.format(r"\d+"), name)]
     return {int(name[5:-3]): os.path.join(out_dir, name) for name in found}
 
 
 def _too_many(out_dir, iteration, keep):
-    """Paths of numbered checkpoints up to an iteration that are more than the last so many; none where keep is below 0.
+    """Paths of the numbered checkpoints up to an iteration, without the last `keep`; none if keep is below 0.
 
-    Later ones, of a run that has gone back, stay until it gets there.
+    Those of later iterations, from before the run was resumed from an earlier one, stay until it gets there.
     """
     passed = sorted(item for item in numbered(out_dir).items() if item[0] <= iteration) if keep >= 0 else []
     return [path for _, path in passed[: max(0, len(passed) - keep)]]
 
 
 def rehearse(checkpoint):
-    """Raise a UsageError for what could not be saved, or not be read again: before training, not after its first hours.
+    """Raise a UsageError before training if a checkpoint could not be saved or read again.
 
-    The tensors' numbers are left out, so that it takes no time.
+    The tensors are empty, so that it takes no time.
     """
     _require_entries(checkpoint, "a checkpoint of this run", OF_A_RUN)
     without_numbers = tree_map_only(torch.Tensor, lambda t: torch.empty(0, dtype=t.dtype), checkpoint)
@@ -177,7 +177,7 @@ def rehearse(checkpoint):
             torch.save(value, file)
             file.seek(0)
             torch.load(file, weights_only=True)
-        except Exception as e:  # whatever pickle or an object's own way to be pickled raises
+        except Exception as e:  # pickle, or an object's own __reduce__, may raise anything
             raise UsageError(
                 f"a checkpoint of this run could not be written and read again: its entry {entry!r} holds "
                 f"{_type_in_the_way(e) or first_line(e)}, and only numbers, strings, lists, dicts and tensors may be "
@@ -189,7 +189,7 @@ def rehearse(checkpoint):
 
 
 def _type_in_the_way(error):
-    """What torch.load found that isn't plain data, by its name; '' where it doesn't tell."""
+    """The type that torch.load refused because it isn't plain data; '' if the error doesn't tell."""
     found = re.search(r"GLOBAL ([A-Za-z_][\w.]*\.\w+)", str(error))
     if not found:
         return ""
@@ -197,18 +197,18 @@ def _type_in_the_way(error):
 
 
 def _read(path, whole=True):
-    """What torch.load gives for a file; a UsageError where it can't be read. whole: every byte is as it was written."""
+    """What torch.load gives for a file; UsageError if it can't be read. whole: compare its checksums, too."""
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped and whole:  # torch.load doesn't compare checksums
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        # Mapped, not read: while auto-fit measures what is free, the weights are in the file alone.
+        # Mapped, not read: auto-fit measures free memory while this is open.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UsageError:
         raise
-    except Exception as e:  # zip, pickle and torch each have their own way to say that a file is damaged
+    except Exception as e:  # zip, pickle and torch raise many kinds for a damaged file
         if is_out_of_memory(e):
             raise
         if isinstance(e, OSError):
@@ -217,7 +217,7 @@ def _read(path, whole=True):
                 "when it can be read"
             ) from e
         said = shown(first_line(e), str)
-        if isinstance(e, pickle.UnpicklingError):  # torch advises to run what it holds
+        if isinstance(e, pickle.UnpicklingError):  # torch's message advises to run its code
             if found := _type_in_the_way(e):
                 raise UsageError(
                     f"{path} holds {found}, and only numbers, strings, lists, dicts and tensors are read. Where you "
@@ -229,7 +229,7 @@ def _read(path, whole=True):
 
 
 def peek(path, whole=False):
-    """What a checkpoint file holds, its weights not in memory, or None where that can't be known; whole: as _read."""
+    """What a checkpoint file holds, its weights not in memory; None if it can't be read. whole: as in _read."""
     try:
         held = _read(path, whole)
     except UsageError:
@@ -238,13 +238,13 @@ def peek(path, whole=False):
 
 
 def name_of_model(out_dir):
-    """The file of a run's model: ckpt.pt, or ckpt.last.pt where a run that keeps its best stopped before it had one."""
+    """The file of a run's model: ckpt.pt, or ckpt.last.pt if there is no ckpt.pt yet."""
     last_alone = not os.path.isfile(os.path.join(out_dir, NAME)) and os.path.isfile(os.path.join(out_dir, LAST))
     return LAST if last_alone else NAME
 
 
 def path_of_model(init_from):
-    """The checkpoint of one's own that init_from names: a .pt file, or that of a folder; None where it names none.
+    """The path of the checkpoint that init_from names, as a .pt file or a folder; None if it names none.
 
     A folder with a config.json is Hugging Face's.
     """
@@ -261,10 +261,10 @@ def load_model(init_from):
 
 
 def load(out_dir, name=NAME, for_training=False):
-    """A checkpoint file in out_dir with its tensors on the CPU; the prefixes of torch.compile and DDP are taken off.
+    """A checkpoint file in out_dir, with its tensors on the CPU, and without the prefixes of torch.compile and DDP.
 
-    for_training: with all that a run goes on with, and not just a model. Raises UsageError where there is none, where
-    it can't be read, or where an entry is missing.
+    for_training: it must hold all that a run resumes from, not just a model. Raises UsageError if there is none, if it
+    can't be read, or if an entry is missing.
     """
     path, previous = os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS)
     try:
@@ -274,7 +274,7 @@ def load(out_dir, name=NAME, for_training=False):
         checkpoint = _read(path)
         _require_entries(checkpoint, path, OF_A_RUN if for_training else OF_A_MODEL)
     except UsageError as e:
-        readable = not isinstance(e.__cause__, OSError)  # else what is in it may be sound
+        readable = not isinstance(e.__cause__, OSError)  # else its content may be whole
         if not readable or not (before := peek(previous, whole=True)):
             raise
         raise UsageError(
@@ -282,17 +282,17 @@ def load(out_dir, name=NAME, for_training=False):
             f"{NAME}"
         ) from e
     checkpoint["model"] = _unwrapped(checkpoint["model"])
-    # Whoever made a checkpoint smaller may have left None in an entry.
+    # A checkpoint that somebody made smaller may have None in an entry.
     return {"config": {}, **{k: v for k, v in checkpoint.items() if v is not None or k == "optimizer"}}
 
 
 def _unwrapped(model):
-    """A state_dict without the prefixes of torch.compile and of DDP, in whatever order they wrapped the model."""
+    """A state_dict without the prefixes of torch.compile and DDP, in any order."""
     names, before = list(map(str, model)), None
     while names != before:
         before = names
         names = [name.removeprefix("_orig_mod.") for name in names]
-        if all(name.startswith("module.") for name in names):  # else a part of the model has that name
+        if all(name.startswith("module.") for name in names):  # else a part of the model is called module
             names = [name.removeprefix("module.") for name in names]
     return dict(zip(names, model.values(), strict=True))
 
@@ -300,7 +300,7 @@ def _unwrapped(model):
 def _require_entries(checkpoint, path, entries):
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} is not a checkpoint of a training run, but a {type(checkpoint).__name__}")
-    # An optimizer's state may be anything.
+    # An optimizer's state may be empty or None.
     empty = [e for e in entries if checkpoint.get(e) is None or (isinstance(checkpoint[e], dict) and not checkpoint[e])]
     missing = [e for e in empty if e not in checkpoint or e != "optimizer"]
     if missing:

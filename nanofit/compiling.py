@@ -1,4 +1,4 @@
-"""torch.compile, for training: kept only if it runs, in the mode that is faster."""
+"""torch.compile for training: kept only if it runs, in the faster mode."""
 
 import warnings
 
@@ -11,15 +11,15 @@ from nanofit.models import loss_of
 from nanofit.progress import waiting
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
-MOSTLY_LAUNCHING = 0.5  # of a step: where it is less, the GPU is busy while the next kernels are launched
+MOSTLY_LAUNCHING = 0.5  # of a step's time; below that, launching hides behind the GPU's work
 WORTH_GRAPHS = 1.01  # times as fast, at least
-DRY_STEPS = 4  # that are timed, the fastest of which counts: CUDA graphs are warmed up and recorded in the first
+DRY_STEPS = 4  # timed steps, of which the fastest counts: CUDA graphs are recorded in the first ones
 
 
 def dry_step(model, batch, autocast):
-    """Everything that training asks of a model, without an update: two micro-steps and an evaluation.
+    """All that training does with a model, without an update: two micro-steps and an evaluation.
 
-    Two, because some of torch.compile's modes fail only where gradients accumulate.
+    Two, because some of torch.compile's modes fail only when gradients accumulate.
     """
     Gradients(model).begin(2)
     for _ in range(2):
@@ -34,7 +34,7 @@ def dry_step(model, batch, autocast):
 
 
 def compiled(model, *how):
-    """compile_to_train, which tells what goes on: the compiled model, or the model as it is where that fails."""
+    """compile_to_train with lines about it. Returns the compiled model, or the model itself if that fails."""
     print("compiling the model... (takes a minute or so; Ctrl-C ends it)")
     with waiting("compiling"):
         model, failure = compile_to_train(model, *how)
@@ -44,10 +44,10 @@ def compiled(model, *how):
 
 
 def compile_to_train(model, device, batch, autocast, mode, ranks=1):
-    """try_compile, for training on micro-batches like batch. Kernels are made for this size, the only one there is.
+    """try_compile for training on micro-batches of batch's size, for which the kernels are made.
 
-    mode: torch.compile's; or 'auto', which is 'default', or 'reduce-overhead' where one GPU trains and CUDA graphs
-    make it faster.
+    mode: one of torch.compile's, or 'auto': 'reduce-overhead' if one GPU trains and CUDA graphs make it faster, else
+    'default'.
     """
 
     def step(compiled):
@@ -68,9 +68,9 @@ def compile_to_train(model, device, batch, autocast, mode, ranks=1):
 
 
 def faster_mode(attempt, timed):
-    """(model, failure) in the faster mode of torch.compile: CUDA graphs pay where launching takes most of a step.
+    """(model, failure) in the faster mode of torch.compile. CUDA graphs are tried if launching takes most of a step.
 
-    attempt(mode): gives (model, failure). timed(model): (seconds of a step, seconds until it is launched).
+    attempt(mode): (model, failure). timed(model): (seconds of a step, seconds until it is launched).
     """
     model, failure = attempt("default")
     if failure:
@@ -92,26 +92,26 @@ def faster_mode(attempt, timed):
         print(f"compile_mode reduce-overhead: {told}, and {why}")
         return graphs, ""
     print(f"compile_mode default: {told}, but {why}")
-    torch.compiler.reset()  # it frees what the graphs hold; the kernels are in the compiler's cache
+    torch.compiler.reset()  # frees the memory of the graphs; the kernels stay in the compiler's cache
     return attempt("default")
 
 
 def try_compile(model, trial, device, **options):
     """torch.compile(model, **options), kept only if trial(compiled) runs: (model, failure).
 
-    Compilers fail at the first call, not before: without a C++ compiler or Triton, on old GPUs, on an
-    operation that they don't know. Then the model comes back as it was, and failure is a sentence; else
-    failure is ''. Random generators are left where they were. An error that says that memory ran out is raised.
+    torch.compile fails only at the first call: without a C++ compiler or Triton, on old GPUs, on an unknown operation.
+    Then the model is returned as it was, and failure is a sentence; else failure is ''. The state of random generators
+    is kept. An error that says that memory ran out is raised.
     """
     state, training = machine.rng_state(device), model.training
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses parts that torch deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch.compile uses parts that torch deprecates
             compiled = torch.compile(model, **options)
             model.runs_in_cuda_graphs = options.get("mode") in CUDA_GRAPH_MODES
             trial(compiled)
         return compiled, ""
-    except Exception as e:  # anything at all; a mistake of the model's own shows again without the compiler
+    except Exception as e:  # anything; the model's own mistakes show again without the compiler
         torch.compiler.reset()
         model.zero_grad(set_to_none=True)
         model.runs_in_cuda_graphs = False

@@ -9,7 +9,7 @@ from nanofit.errors import UsageError, system_error
 
 
 def refuse_to_replace(path):
-    """Raise a UsageError where there is something that writing to path would replace; an empty folder is nothing."""
+    """Raise a UsageError if writing to path would replace something. An empty folder may be replaced."""
     if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
         return
     if os.path.lexists(path):
@@ -18,7 +18,7 @@ def refuse_to_replace(path):
 
 
 def permissions():
-    """Those of a new file, by the user's umask; tempfile's are their owner's alone."""
+    """The permissions of a new file by the user's umask. (tempfile makes files that only their owner can read.)"""
     umask = os.umask(0)  # there is no other way to ask
     os.umask(umask)
     return 0o666 & ~umask
@@ -28,8 +28,7 @@ def permissions():
 def replacing(path, mode="w"):
     """Gives an open file (mode: 'w' for UTF-8, or 'wb') that takes the place of path when it is whole on disk.
 
-    Until then, and where anything is raised, path is as it was. The file's own name until then is nobody's: what lies
-    under a fixed one may be a link to somebody's file.
+    Until then, and if anything is raised, path is unchanged. The temporary file has a random name.
     """
     folder, name = os.path.split(path)
     handle, part = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder or ".")
@@ -48,9 +47,9 @@ def replacing(path, mode="w"):
 
 @contextmanager
 def whole_or_not_at_all(path):
-    """Gives a path to write a new file or folder to, which gets its own name when it is done.
+    """Gives a temporary path for a new file or folder, which is renamed to path when it is whole.
 
-    Raises UsageError where the name is taken, and where the disk doesn't take it; what was written is gone then.
+    Raises UsageError if path is taken or can't be written; then nothing is left behind.
     """
     refuse_to_replace(path)
     parent, name = os.path.split(os.path.abspath(path))

@@ -1,7 +1,6 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): does a model find the ending of a text likelier than three others?
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): does a model find the right ending of four the likeliest?
 
-Each line of hellaswag_val.jsonl is an item: {"ctx": text, "endings": [4 texts], "label": 0 to 3, ...}. An ending's
-likelihood is the model's, given the text before it; its length is counted in the model's own tokens.
+Each line of hellaswag_val.jsonl is an item: {"ctx": text, "endings": [4 texts], "label": 0 to 3, ...}.
 
 Shapes: R endings of an item, T tokens of the longest one with its context.
 """
@@ -17,14 +16,13 @@ from nanofit.errors import UsageError
 
 
 class HellaSwag:
-    """A function of the model, for at_evaluation. All ranks must call it; each looks at its share of the items.
+    """A function of the model, for at_evaluation. All ranks must call it; each takes its share of the items.
 
-    An item takes one forward pass of its four endings; so the whole validation set, 10,042 items, is that many passes.
-    The first lines of the file are a smaller one.
+    An item takes one forward pass, for its four endings; the whole validation set has 10,042 items.
     """
 
     def __init__(self, path, data_dir, model_args, world, device, dtype):
-        """path: of the items, in the tokens of the data set in data_dir. UsageError for what they can't be."""
+        """path: the file of items, which the tokenizer of the data set in data_dir encodes. Raises UsageError."""
         self.world, self.device, self.autocast = world, device, machine.autocast(device, dtype)
         encode = codec_of(data_dir, model_args["vocab_size"]).encode
         self.items, number = [], 0
@@ -43,10 +41,10 @@ class HellaSwag:
             raise UsageError(f"hellaswag={path!r} holds no items")
 
     def __call__(self, model):
-        """{'hellaswag': share of items whose likeliest ending, by its mean log likelihood a token, is the right one;
-        'hellaswag_sum': by its whole log likelihood}."""
+        """Shares of items whose right ending is the likeliest: {'hellaswag': by its mean log likelihood per token,
+        'hellaswag_sum': by its sum}."""
         right = torch.zeros(2)
-        for number in range(0, len(self.items), self.world.size):  # all ranks make as many passes: sharded ones must
+        for number in range(0, len(self.items), self.world.size):  # as many passes on all ranks: sharded ones need it
             mine = number + self.world.rank
             rows, label = self.items[min(mine, len(self.items) - 1)]
             losses, counts = self._losses(model, rows)
@@ -56,9 +54,9 @@ class HellaSwag:
         return {"hellaswag": means, "hellaswag_sum": sums}
 
     def _losses(self, model, rows):
-        """Of each ending: the sum of its tokens' negative log likelihoods, in nats, and their number; both (R,)."""
+        """The sum of each ending's negative log likelihoods, in nats, and its number of tokens; both (R,)."""
         x = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens[:-1]) for tokens, _ in rows], batch_first=True)
-        y = torch.full_like(x, -1)  # (R, T): what isn't an ending's counts for nothing
+        y = torch.full_like(x, -1)  # (R, T): -1 outside the ending
         for row, (tokens, size) in zip(y, rows, strict=True):
             row[len(tokens) - 1 - size : len(tokens) - 1] = torch.tensor(tokens[len(tokens) - size :])
         x, y = x.to(self.device), y.to(self.device)
@@ -69,7 +67,7 @@ class HellaSwag:
 
 
 def _item(line, encode, block_size):
-    """([(tokens, how many of them are the ending's) of each ending], label). Of too long a context, its end stays."""
+    """([(tokens, how many of them are the ending) for each ending], label). A long context loses its start."""
     context, rows = encode(line["ctx"]), []
     if not context:
         raise ValueError("an item's ctx is empty")

@@ -1,7 +1,7 @@
-"""What the system tells without torch: memory and processors that this process may use, and NVIDIA's driver.
+"""Facts about the system without torch: memory and processors that this process may use, and NVIDIA's driver.
 
-A process is in one control group for each resource, and that one is within others: the tightest limit counts, whichever
-level sets it. Version 1 and 2 of control groups differ in the names of their files, and may be there side by side.
+A process is in nested control groups, and the tightest limit of all levels counts. Versions 1 and 2 of control groups
+have different file names, and a system may have both.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanofit.errors import UsageError
 
-# The limit, what is used of it, and, in memory.stat, the part of that which is given up where memory is asked for.
+# Files of the limit and of what is used, and the entry in memory.stat for what is freed when memory is needed.
 MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
@@ -23,26 +23,26 @@ MEMORY_FILES = (
 
 
 def _groups(controller, root):
-    """Folders of all control groups that this process is in, as far as it sees them."""
+    """Folders of all control groups of this process that it can see."""
     found = []
     with contextlib.suppress(OSError):  # no Linux
         for line in Path(root, "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers or controller in controllers.split(","):
                 top = Path(root, "sys/fs/cgroup", controller if controllers else "")  # version 2 names no controller
-                group = top / path.lstrip("/")  # may lie outside of what a container sees: then its top is there
+                group = top / path.lstrip("/")  # in a container it may not exist, but its top does
                 found += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
     return found
 
 
 def group_memory(root="/"):
-    """(the smallest limit on memory, the least that is left of one) of control groups, in bytes; None without any."""
+    """(the smallest memory limit of all control groups, the least memory left), in bytes; (None, None) if none."""
     limits, free = [], []
     for folder in _groups("memory", root):
         for most, used, cached in MEMORY_FILES:
             with contextlib.suppress(OSError, ValueError, TypeError):  # not this version; no limit ('max')
                 limit = int((folder / most).read_text())
-                if limit < 2**60:  # version 1 says so that there is none
+                if limit < 2**60:  # version 1's number for no limit is larger
                     limits.append(limit)
                     kept = re.search(rf"^{cached} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
                     taken = int(_text(folder / used) or 0) - int(kept[1] if kept else 0)
@@ -51,7 +51,7 @@ def group_memory(root="/"):
 
 
 def _text(path):
-    """What a file holds, '' where it can't be read."""
+    """A file's text, '' if it can't be read."""
     with contextlib.suppress(OSError):
         return path.read_text()
     return ""
@@ -70,7 +70,7 @@ def processors(root="/"):
 
 
 def machine_memory():
-    """All memory of this machine in bytes; a number that nothing exceeds where the system doesn't tell."""
+    """All memory of this machine in bytes; sys.maxsize if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has other ways
@@ -78,7 +78,7 @@ def machine_memory():
 
 
 def free_memory(root="/"):
-    """Bytes that this process can still take. UsageError where the system doesn't tell."""
+    """Bytes that this process can still take. UsageError if unknown."""
     available, left = proc("meminfo", "MemAvailable", root), group_memory(root)[1]
     return available if left is None else min(available, left)
 
@@ -93,16 +93,16 @@ def proc(file, name, root="/"):
 
 
 def cap_memory(limit_bytes):
-    """Let this process's allocations in the machine's memory fail beyond about limit_bytes, where Linux can."""
+    """On Linux, let allocations of this process fail beyond about limit_bytes of the machine's memory."""
     if sys.platform == "linux":
         import resource
 
-        # What is asked for counts here, used or not: threads' stacks and libraries get room beside the limit.
+        # This counts memory that is asked for, used or not: 1 GiB more for threads' stacks and libraries.
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes + 2**30, resource.RLIM_INFINITY))
 
 
 def nvidia_smi(query):
-    """Lines of nvidia-smi's answer to a query; none where it isn't installed or fails."""
+    """Lines of nvidia-smi's answer to a query; none if it isn't installed or fails."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -112,7 +112,7 @@ def nvidia_smi(query):
 
 
 def driver_version():
-    """Of NVIDIA's driver, '' where nvidia-smi doesn't tell it."""
+    """The version of NVIDIA's driver, '' if unknown."""
     return next(iter(nvidia_smi("--query-gpu=driver_version")), "")
 
 
@@ -121,15 +121,14 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def _of_glibc(name):
-    """A function of the C library, or one that does nothing where it is another library."""
+    """A function of glibc, or one that does nothing if the C library is another."""
     return getattr(ctypes.CDLL(None), name, lambda *_: 0) if sys.platform == "linux" else lambda *_: 0
 
 
 def keep_memory():
-    """Let this process keep what it has freed of the machine's memory for what it needs next, as torch does on GPUs.
+    """Let this process keep freed memory for its next allocations, as torch does on GPUs, unless the user has set it.
 
-    glibc would give back blocks of some MiB at once, and in each step of training on a CPU the system would have to
-    find and clear gigabytes anew. What the user has set stands.
+    glibc gives large blocks back at once. In each training step on a CPU, the system would clear gigabytes anew.
     """
     if not set(MALLOC_NAMES) & set(os.environ):
         _of_glibc("mallopt")(MMAP_MAX, 0)
@@ -137,5 +136,5 @@ def keep_memory():
 
 
 def give_back_memory():
-    """Give back to the system what this process keeps without need."""
+    """Give the system back the free memory that this process keeps."""
     _of_glibc("malloc_trim")(0)

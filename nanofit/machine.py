@@ -1,7 +1,6 @@
 """Facts about the machine: device, precision, memory, speed of the hardware, random generators.
 
-The one file that calls torch.cuda or torch.mps. Nothing here decides anything about the run; differences between
-torch releases live here too, one place each.
+The only file that calls torch.cuda or torch.mps. Nothing here decides anything about the run.
 """
 
 import contextlib
@@ -25,14 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def best_device():
-    """'cuda' where there is a GPU, else 'mps', else 'cpu'."""
+    """'cuda' if there is a GPU, else 'mps', else 'cpu'."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def best_dtype(device):
-    """The precision to train in when none is asked for: 16 bits on CUDA GPUs, as cards.best_dtype, else float32."""
+    """The default precision: cards.best_dtype on CUDA GPUs, else float32."""
     on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     return cards.best_dtype(capability(find_device(device))) if on_gpu else "float32"
 
@@ -45,9 +44,9 @@ def is_here(name):
 
 
 def find_device(name):
-    """torch.device for a name such as 'cuda', 'cuda:1', 'mps' or 'cpu', after a look whether it is there.
+    """torch.device for a name such as 'cuda', 'cuda:1', 'mps' or 'cpu'; UsageError if it isn't there.
 
-    Looking takes no memory of a GPU; set_device does.
+    This takes no memory of a GPU; set_device does.
     """
     try:
         device = torch.device(name)
@@ -68,7 +67,7 @@ def find_device(name):
 
 
 def _why_no_gpu():
-    """What torch tells of the CUDA GPU that it doesn't see: no driver, one that is too old, a build without CUDA."""
+    """Why torch sees no CUDA GPU: no driver, a driver that is too old, a build without CUDA."""
     build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
     try:
         torch.cuda.init()
@@ -78,10 +77,10 @@ def _why_no_gpu():
 
 
 def require_kernels(device):
-    """UsageError where the installed torch has no kernels for a GPU, which would be an error at the first of them."""
+    """UsageError if the installed torch has no kernels for a GPU."""
     mine, architectures = capability(device), " ".join(torch.cuda.get_arch_list())  # 'sm_80 sm_90 compute_90'
     built = [(kind, *divmod(int(n), 10)) for kind, n in re.findall(r"(sm|compute)_(\d+)", architectures)]
-    # A kernel runs within its major version, on its minor version and above; PTX ("compute") on all that is newer.
+    # A kernel runs on its own major version, from its minor version on; PTX ("compute") runs on all newer ones.
     fitting = [v for kind, *v in built if tuple(v) <= mine and (kind == "compute" or v[0] == mine[0])]
     if fitting or not built:
         return
@@ -93,9 +92,9 @@ def require_kernels(device):
 
 
 def set_device(device, limit_bytes=None):
-    """Make device the current one, and let the process keep its memory. On CUDA this takes some, for its context.
+    """Make device the current one. On a CPU, let the process keep freed memory. On CUDA, its context takes memory.
 
-    limit_bytes: what tensors may take of a GPU; more raises torch.OutOfMemoryError, where some drivers would crawl on.
+    limit_bytes: what tensors may take of a GPU. More raises torch.OutOfMemoryError; some drivers would crawl instead.
     """
     if device.type == "cuda":
         require_kernels(device)
@@ -112,7 +111,7 @@ def set_device(device, limit_bytes=None):
 def autocast(device, dtype, keep_weights=False):
     """A reusable context in which products run in dtype ('float32', 'bfloat16' or 'float16').
 
-    keep_weights: keep the converted weights until the context ends, for many passes in one; training has one.
+    keep_weights: keep the converted weights until the context ends, for many passes in one context.
     """
     if dtype == "float32":
         return contextlib.nullcontext()
@@ -120,7 +119,7 @@ def autocast(device, dtype, keep_weights=False):
 
 
 def grad_scaler(device, dtype):
-    """Loss scaling against float16's underflow: at work on CUDA with float16 alone, else it does nothing."""
+    """Loss scaling against float16's underflow; it does nothing except on CUDA with float16."""
     return torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and dtype == "float16")
 
 
@@ -140,7 +139,7 @@ def capability(device):
 
 
 def device_info(device):
-    """What an answer about memory and speed depends on: the device, its memory, driver and torch, as a dict."""
+    """What memory and speed depend on: the device, its memory, driver and torch, as a dict."""
     return {
         "device": device_name(device),
         "memory": total_memory_bytes(device),
@@ -150,7 +149,7 @@ def device_info(device):
 
 
 def gpu_processes(device):
-    """Other processes that hold memory of this GPU, as far as nvidia-smi sees them: [(pid, name, MiB)]."""
+    """Other processes that hold memory of this GPU, according to nvidia-smi: [(pid, name, MiB)]."""
     if device.type != "cuda":
         return []
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -163,9 +162,9 @@ def gpu_processes(device):
 
 
 def peak_flops(device, dtype):
-    """(FLOP/s, note) that a device can do in dtype; note says where that isn't from a table.
+    """(peak FLOP/s of a device in dtype, note). note: a line if it isn't from the table of cards.
 
-    A GPU's are those of dense 16-bit products, an A100's where it isn't known; a CPU's those of a large product here.
+    GPU: dense 16-bit products; an unknown one counts as an A100. CPU: measured with a large product.
     """
     if device.type == "cpu":
         a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
@@ -181,12 +180,12 @@ def peak_flops(device, dtype):
 
 
 def synchronize(device):
-    """Wait until the device has done all that was asked of it, so that a clock tells the truth."""
+    """Wait until the device has done all its work."""
     getattr(torch, device.type).synchronize()
 
 
 def seconds_of(act, device):
-    """(seconds that act() and all that it asks of the device take, seconds until it has returned)."""
+    """(seconds of act() and all its work on the device, seconds until act() returned)."""
     synchronize(device)
     start = time.perf_counter()
     act()
@@ -205,7 +204,7 @@ def total_memory_bytes(device):
 
 
 def free_memory_bytes(device):
-    """Memory that nobody holds now; on a CPU, what the system or the container can still give."""
+    """Free memory of the device; on a CPU, what the system or the container can still give."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -214,7 +213,7 @@ def free_memory_bytes(device):
 
 
 def memory_now(device):
-    """A few words on the device's memory as it is now, for messages."""
+    """A few words about the device's memory now, for messages."""
     if device.type != "cuda":
         return f"on {device.type}"
     free, total = map(gib, torch.cuda.mem_get_info(device))
@@ -229,7 +228,7 @@ def cap_memory(device, limit_bytes):
 
 
 def empty_cache(device):
-    """Give back to the device what the allocator keeps without need."""
+    """Give the device back the free memory that the allocator keeps."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -239,15 +238,15 @@ def empty_cache(device):
 
 
 def reset_peak_memory(device):
-    """Count peaks from here on. A CPU's process keeps the highest since it began."""
+    """Count peaks from here on. (On a CPU, the peak counts from the start of the process.)"""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_reserved_bytes(device):
-    """Most bytes that the allocator has held of a GPU, what fragmentation wastes included.
+    """Most bytes of a GPU that the allocator has reserved, fragmentation included.
 
-    On a CPU, the most that was resident of this process (VmHWM); on mps, what the driver has given by now.
+    On a CPU, the most that was resident of this process (VmHWM); on mps, what the driver has given so far.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
@@ -255,19 +254,19 @@ def peak_reserved_bytes(device):
 
 
 def peak_allocated_bytes(device):
-    """Most bytes that tensors have held of a GPU; 0 where torch doesn't count them."""
+    """Most bytes of a GPU that tensors have held; 0 if torch doesn't count them."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def allocator_retries(device):
-    """How often the allocator had to give up its cache to find memory: a sign that it is full."""
+    """How often the allocator had to free its cache to find memory."""
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
 def memory_in_use(device):
-    """(bytes that tensors have held at most so far, bytes that the allocator holds now, with what it keeps in reserve).
+    """(most bytes that tensors have held so far, bytes that the allocator holds now), each None if unknown.
 
-    On a CPU both are what is resident of this process. None where the system doesn't tell.
+    On a CPU: what is resident of this process.
     """
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)  # once: it takes longer than all else here
@@ -281,7 +280,7 @@ def memory_in_use(device):
 
 
 def rng_state(device):
-    """States of the generators that a model may draw from, torch's, Python's and numpy's: tensors and plain values."""
+    """States of torch's, Python's and numpy's random generators, as tensors and plain values."""
     kind, words, *rest = np.random.get_state()
     own = {} if device.type == "cpu" else {device.type: getattr(torch, device.type).get_rng_state()}
     state = {"cpu": torch.get_rng_state(), **own}
@@ -289,7 +288,7 @@ def rng_state(device):
 
 
 def set_rng_state(state, device):
-    """Put back what rng_state gave; a generator that it lacks, or of a device that isn't used now, is left alone."""
+    """Restore what rng_state gave. A generator that is missing there, or of another device, is left alone."""
     torch.set_rng_state(state["cpu"])
     if "python" in state:
         random.setstate(state["python"])

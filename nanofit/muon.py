@@ -1,7 +1,7 @@
-"""Muon for the matrices of a model's blocks, AdamW for the rest.
+"""Muon for the matrices of a model's blocks, and AdamW for the rest.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is torch's own. An update has the size of AdamW's, by which
-both take one learning rate and one weight decay (Liu et al. 2025, arXiv:2502.16982).
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is torch's own. Its updates are scaled to the size of
+AdamW's, so that both use the same learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982).
 """
 
 import torch
@@ -13,7 +13,7 @@ MOMENTUM = 0.95
 
 
 def with_muon(model, adamw, learning_rate, weight_decay, betas):
-    """[Muon, AdamW]. adamw: what configure_optimizers gave. Its groups, without what Muon moves, become AdamW's."""
+    """[Muon, AdamW]. adamw: what configure_optimizers gave. Its groups, without Muon's matrices, become AdamW's."""
     matrices = [p for block in blocks_of(model) for p in block.parameters() if p.dim() == 2 and p.requires_grad]
     if not matrices:
         raise UsageError("optimizer='muon' is for the matrices of model.py's transformer.h, and there are none")

@@ -1,7 +1,7 @@
-"""The optimizer that a model configures, whatever it is; and AdamW with its state elsewhere than on the device.
+"""The optimizer that a model configures; and AdamW with its state in 8 bits or in the machine's memory.
 
-These are AdamW in 8 bits and AdamW in the machine's memory. Their state_dict() is that of torch.optim.AdamW with
-float32 moments: a checkpoint can be resumed with another optimizer_state, and by nanoGPT.
+The state_dict() of these two is that of torch.optim.AdamW with float32 moments. So a checkpoint can be resumed with
+another optimizer_state, and by nanoGPT.
 """
 
 import importlib.util
@@ -17,12 +17,12 @@ OPTIMIZERS = ("adamw", "muon")
 OPTIMIZER_STATES = ("float32", "8bit", "offload")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
 IMPLEMENTATION = ("fused", "foreach", "capturable")  # how this machine computes a step
-SHARE = "lr_share"  # a group's key: its learning rate over the schedule's
-OF_THIS_RUN = (*IMPLEMENTATION, SHARE)  # a group's keys that no checkpoint brings
+SHARE = "lr_share"  # a key of a group: its learning rate divided by the schedule's
+OF_THIS_RUN = (*IMPLEMENTATION, SHARE)  # a group's keys that are not taken from a checkpoint
 
 
 def require(name, kind):
-    """Raise a UsageError if what this optimizer and its kind of state need is not installed."""
+    """Raise a UsageError if a package for this optimizer and this kind of state is missing."""
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UsageError(f"optimizer='muon' needs torch 2.9 or newer, not {torch.__version__}: use 'adamw'")
     if kind == "8bit" and importlib.util.find_spec("torchao") is None:
@@ -30,7 +30,7 @@ def require(name, kind):
 
 
 def configured(model, name, weight_decay, learning_rate, betas, device_type):
-    """What a model's configure_optimizers gives; where name is 'muon', with Muon for what that is for.
+    """What a model's configure_optimizers gives; with name 'muon', Muon takes over the matrices of its blocks.
 
     A list of optimizers becomes one.
     """
@@ -69,14 +69,14 @@ class Together:
 
 
 def make_optimizer(model, kind, weight_decay, learning_rate, betas, device, name="adamw"):
-    """What configured gives for a model that is on its device already.
+    """The optimizer of a model that is already on its device.
 
-    kind: how AdamW keeps its state, if that is what it is. 'float32'; '8bit' (two bytes a parameter instead of eight;
-    Dettmers et al. 2022, arXiv:2110.02861), which needs torchao: see require; or 'offload' (none on the device).
+    kind: how AdamW keeps its state. 'float32'; '8bit' (two bytes a parameter instead of eight; Dettmers et al. 2022,
+    arXiv:2110.02861), which needs torchao; or 'offload' (none on the device). Other optimizers stay as they are.
     """
     optimizer = configured(model, name, weight_decay, learning_rate, betas, device.type)
     rates = [group.get("lr") for group in optimizer.param_groups]
-    rates = [learning_rate if rate is None else float(rate) for rate in rates]  # some leave it to the schedule
+    rates = [learning_rate if rate is None else float(rate) for rate in rates]  # no rate: the schedule gives it
     differ = len(set(rates)) > 1 and learning_rate > 0
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group[SHARE] = rate / learning_rate if differ else 1.0
@@ -98,33 +98,32 @@ def _is_plain_adamw(optimizer):
 
 
 def set_learning_rate(optimizer, lr):
-    """Give each group the schedule's learning rate, as nanoGPT does; or its share of it, where groups' rates differ."""
+    """Give each group the schedule's learning rate, as nanoGPT does, or its share of it if the groups' rates differ."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get(SHARE, 1.0)
-    # An object that holds optimizers may list groups that are theirs no more, since load_state_dict made new ones. A
-    # group that it never listed has a rate of its own.
+    # An object that holds optimizers may list old groups: load_state_dict makes new ones. A group without SHARE was
+    # never listed, and keeps its own rate.
     for group in (group for one in _torch_optimizers(optimizer) for group in one.param_groups if SHARE in group):
         group["lr"] = lr * group[SHARE]
 
 
 def parameters_of(optimizer):
-    """The weights that an optimizer moves, those of optimizers within it too, as a set."""
+    """The weights that an optimizer, and optimizers within it, update, as a set."""
     return {
         p for one in (optimizer, *_torch_optimizers(optimizer)) for group in one.param_groups for p in group["params"]
     }
 
 
 def leaves_out_by_tensor(optimizer):
-    """Whether a step is left out where the optimizer's found_inf, a tensor on the device, is 1: nobody waits for it."""
+    """Whether step() does nothing if the optimizer's found_inf, a tensor on the device, is 1, without waiting."""
     of_torch = type(optimizer).__module__.startswith("torch.optim.")
     return of_torch and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def allocate_state(optimizer):
-    """Make the state of torch's AdamW at once, as its first step would: after that, a step takes no memory.
+    """Make the state of torch's AdamW now, as its first step would, so that a step takes no more memory.
 
-    Each parameter's state is there whole or not at all, so that it can be called again after running out of memory.
-    Of another optimizer, the first step makes it.
+    It can be called again after memory ran out. The state of another optimizer is made by its first step.
     """
     for part in getattr(optimizer, "parts", [optimizer]):
         for group in part.param_groups if type(part) is torch.optim.AdamW else ():
@@ -140,16 +139,16 @@ def allocate_state(optimizer):
 
 
 def load(optimizer, state, cropped=False):
-    """Let an optimizer go on from a checkpoint's state, what its state_dict gave, in tensors of its own.
+    """Load a checkpoint's state, as state_dict gave it, into an optimizer. Tensors are copied.
 
-    cropped: a smaller block_size has cropped weights since, and so is their state. State is shared out where weights
-    are. How a step is computed stays as it is on this machine. Raises UsageError where load_state_dict refuses it.
+    cropped: block_size has become smaller, and the state of cropped weights is cropped as well. The state of sharded
+    weights is sharded. This machine's way to compute a step stays. Raises UsageError if load_state_dict refuses it.
     """
     parts = _torch_optimizers(optimizer)
     adapted = {}
     hooks = [part.register_load_state_dict_pre_hook(partial(_adapt, adapted, cropped)) for part in parts]
     try:
-        # An optimizer that isn't torch's may keep what it is given: that must not be the checkpoint's file.
+        # An optimizer that isn't torch's may keep the tensors that it gets, which are mapped from the file.
         optimizer.load_state_dict(state if optimizer in parts else _changed(state, torch.clone))
     except Exception as e:
         if is_out_of_memory(e):
@@ -165,7 +164,7 @@ def load(optimizer, state, cropped=False):
 
 
 def _torch_optimizers(whole):
-    """torch's optimizers in what configure_optimizers returned: itself, and those that it holds."""
+    """All torch optimizers in what configure_optimizers returned: itself, and those that it holds."""
     found, looking = [], [whole]
     for held in looking:
         if held is whole or isinstance(held, torch.optim.Optimizer):
@@ -179,7 +178,7 @@ def _torch_optimizers(whole):
 
 
 def _changed(value, change):
-    """A copy of dicts in lists in dicts, in which each tensor is changed."""
+    """A copy of nested dicts and lists in which each tensor is replaced by change(tensor)."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -188,27 +187,27 @@ def _changed(value, change):
 
 
 def _with_parameters(optimizer, saved):
-    """[(parameter, its index, its state)] of what an optimizer's state_dict gave."""
+    """[(parameter, its index, its state)] for an optimizer and a saved state_dict."""
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    pairs = zip(params, indices, strict=False)  # load_state_dict refuses other numbers
+    pairs = zip(params, indices, strict=False)  # load_state_dict refuses another length
     return [(p, index, saved["state"][index]) for p, index in pairs if index in saved["state"]]
 
 
 def _adapt(adapted, cropped, optimizer, saved):
-    """A saved state as this run needs it, for load_state_dict, which looks whether groups and weights are as many."""
+    """A saved state, adapted to this run, for load_state_dict, which checks the numbers of groups and weights."""
     state = dict(saved["state"])
     for p, index, values in _with_parameters(optimizer, saved):
         state[index] = _changed(values, partial(_share_of, p, cropped))
     groups = [{k: v for k, v in group.items() if k not in OF_THIS_RUN} for group in saved["param_groups"]]
-    if len(groups) == len(optimizer.param_groups):  # what a group has now that it lacked then stays
+    if len(groups) == len(optimizer.param_groups):  # keys that a saved group lacks stay
         groups = [{**ours, **theirs} for ours, theirs in zip(optimizer.param_groups, groups, strict=True)]
     adapted[optimizer] = {**saved, "state": state, "param_groups": groups}
     return adapted[optimizer]
 
 
 def _share_of(p, cropped, value):
-    """A copy of a tensor of p's state: of a cropped p the rows that it has, of a sharded p this rank's share."""
+    """A copy of a tensor of p's state: if p is cropped, its rows; if p is sharded, this rank's share."""
     of_rows = value.dim() == p.dim() > 0 and all(n in (1, m) for n, m in zip(value.shape[1:], p.shape[1:], strict=True))
     if cropped and of_rows:
         value = value[: len(p)]
@@ -216,7 +215,7 @@ def _share_of(p, cropped, value):
 
 
 def _keep_precision(optimizer, saved):
-    """Give back its dtype to state that load_state_dict has made its weight's: ASGD's eta, weights kept in float32."""
+    """Restore the dtypes of state, which load_state_dict casts to the weight's: ASGD's eta, float32 weights."""
     for p, _, values in _with_parameters(optimizer, saved):
         for name, value in values.items():
             loaded = optimizer.state[p].get(name)
@@ -230,8 +229,8 @@ def _keep_precision(optimizer, saved):
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW in the machine's memory: 12 bytes a parameter there, and 4 more during a step; none on the device.
 
-    Gradients travel to the host and weights back once a step, after clipping and unscaling: more accumulation makes
-    that cheaper. (torchao's CPUOffloadOptimizer copies gradients in the backward pass, before they are clipped.)
+    Once a step, after unscaling and clipping, gradients are copied to the host and weights back. (torchao's
+    CPUOffloadOptimizer copies gradients in the backward pass, before they are clipped.)
     """
 
     def __init__(self, groups, lr, betas):
@@ -241,7 +240,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _to_host(tensor):
-        """A copy in the machine's memory, pinned if it comes from a GPU, so that copies to there don't wait."""
+        """A copy in the machine's memory; pinned if it comes from a GPU, for fast copies back."""
         return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor.detach())
 
     def _pairs(self):
@@ -277,18 +276,18 @@ def _eight_bit(groups, lr, betas):
     class EightBitAdamW(AdamW8bit):
         def step(self, closure=None):
             for group in self.param_groups:
-                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)  # a number would compile anew
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)  # a number would be compiled anew
             return super().step(closure)
 
         def state_dict(self):
             plain, scales = super().state_dict(), {}
             for index, state in plain["state"].items():
                 compact = {name: state[name] for name in MOMENTS if hasattr(state[name], "codes")}
-                # On the CPU: on the device, there is no room for them.
+                # On the CPU: float32 moments don't fit the device.
                 plain["state"][index] = {**state, **{name: v.cpu().dequantize() for name, v in compact.items()}}
                 scales[index] = {name: v.scale.cpu() for name, v in compact.items()}
             plain["param_groups"] = [{**group, "lr": float(group["lr"])} for group in plain["param_groups"]]
-            return {**plain, "scales": scales}  # with which the same codes come out again
+            return {**plain, "scales": scales}  # with them, loading gives the same codes
 
         @torch.no_grad()
         def load_state_dict(self, state_dict):

@@ -1,4 +1,4 @@
-"""What shows that long work goes on: on a terminal alone, and nothing in a file."""
+"""Progress of long work, shown only on a terminal."""
 
 import contextlib
 import math
@@ -11,17 +11,14 @@ from nanofit.errors import PatientOutput
 
 
 def _screen():
-    """Standard error, where that is a terminal, else None; of a machine's ranks, one speaks."""
+    """Standard error if it is a terminal and this is the first rank of the machine, else None."""
     shown = sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
-    return PatientOutput(sys.stderr) if shown else None  # a terminal that is closed ends no run
+    return PatientOutput(sys.stderr) if shown else None  # closing the terminal doesn't end the run
 
 
 @contextlib.contextmanager
 def waiting(what, seconds_left=math.inf):
-    """Count the seconds of work that can't be counted otherwise; what is done is told as 'compiling'.
-
-    seconds_left: what it may take, if there is a limit; below 0 where that is used up already.
-    """
+    """Show the seconds that some work takes. what: a word for it, such as 'compiling'. seconds_left: its limit."""
     if not (screen := _screen()):
         yield
         return
@@ -31,7 +28,7 @@ def waiting(what, seconds_left=math.inf):
 
     def tick():
         while not done.wait(1.0):
-            # At the beginning of the line again, where whatever is printed meanwhile takes its place.
+            # \r: the next print, of whoever, replaces this line.
             print(f"{what}: {time.perf_counter() - start:.0f}{of} s \033[K\r", end="", file=screen, flush=True)
 
     ticker = threading.Thread(target=tick, daemon=True)
@@ -45,7 +42,7 @@ def waiting(what, seconds_left=math.inf):
 
 
 def bar(items, what, total):
-    """items, counted as they are asked for."""
+    """The items, counted as they are taken."""
     if not (screen := _screen()):
         yield from items
         return

@@ -1,8 +1,8 @@
-"""A model that no device holds: each rank keeps a share of every weight, its gradient and AdamW's state.
+"""A model that is too large for one device: each rank keeps a share of every weight, its gradient and AdamW's state.
 
-By torch's FSDP2 (fully_shard): a block's weights are gathered while it computes, or once for all of an iteration, and
-its gradients are reduced to the shares right after its backward pass, in every micro-step. All ranks must call what is
-here, and call the same blocks in the same order in each pass.
+torch's FSDP2 (fully_shard) gathers a block's weights while it computes, or once for an iteration, and reduces its
+gradients to the shares right after its backward pass, in every micro-step. All ranks must call these functions, and
+the same blocks in the same order in each pass.
 """
 
 import torch
@@ -14,10 +14,10 @@ from nanofit.models import blocks_of
 
 
 def place(model, world, device, dtype, levers):
-    """Bring a model onto this rank's device, with rank 0's weights and buffers; with levers.shard, this rank's share.
+    """Bring a model onto this rank's device, with rank 0's weights and buffers; with levers.shard, only a share.
 
-    Other ranks' models may then come empty (models.build): one machine holds one model, however many ranks it has.
-    dtype: what products run in, and so, on a GPU, what a block's weights travel in; all else stays float32.
+    Then the models of other ranks may be empty (models.build), so that a machine holds only one whole model. dtype: of
+    products, and on a GPU of a block's gathered weights; all else stays float32.
     """
     world.sharded = levers.shard and world.size > 1
     if not world.sharded:
@@ -33,17 +33,17 @@ def place(model, world, device, dtype, levers):
     for weights in (*of_blocks, set(model.parameters()).difference(*of_blocks)):
         if len({p.dtype for p in weights}) > 1 or not all(p.dim() for p in weights):
             raise UsageError("shard=True: FSDP2 shares out no weights of mixed dtypes, and none of no dimensions")
-    whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host: it may not fit the device
+    whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host
     mesh = init_device_mesh(device.type, (world.size,))
-    # On a CPU, norms don't take weights of another precision than their input's.
+    # On a CPU, norms need weights in the precision of their input.
     reduced = DTYPES[dtype] if device.type == "cuda" and dtype != "float32" else None
     of_block = MixedPrecisionPolicy(
         param_dtype=reduced, reduce_dtype=torch.float32 if reduced else None, cast_forward_inputs=False
     )
     for block in blocks_of(model):
-        # What stays gathered after a forward pass, gradients.ShardedGradients gives up after the last backward pass.
+        # With gather_once, gradients.ShardedGradients frees the gathered weights after the last backward pass.
         fully_shard(block, mesh=mesh, mp_policy=of_block, reshard_after_forward=not levers.gather_once)
-    # Embeddings and the head in float32, in which the residual stream begins and the loss is computed.
+    # Embeddings and the head stay float32.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     _deal(model, whole, world, device)
 
@@ -57,22 +57,22 @@ def _deal(model, whole, world, device):
     if empty:
         model.to_empty(device=device)
     for name, p in model.named_parameters():
-        if empty and world.is_main:  # of a trial, in which values mean nothing and no other rank is real
+        if empty and world.is_main:  # in a trial, where values mean nothing and the other ranks don't exist
             p.zero_()
             continue
         sent = whole[name].to(device) if world.is_main else torch.empty_like(whole[name], device=device)
         share = distribute_tensor(sent, p.device_mesh, p.placements)
-        if not world.is_main:  # which has its own
+        if not world.is_main:  # rank 0 has its share already
             p.copy_(share)
     world.broadcast(model.buffers())
 
 
 def whole_model(model, world):
-    """model.state_dict(); of a sharded one with whole tensors on the host, gathered one by one. Rank 0 alone has them.
+    """model.state_dict(). For a sharded model, rank 0 gets whole tensors on the host, gathered one by one.
 
-    Tensors that are tied are one.
+    Tied tensors stay one.
     """
-    plain = model.state_dict()  # which leaves each rank its shares alone, whatever was gathered
+    plain = model.state_dict()  # which frees gathered weights
     if not world.sharded:
         return plain
     whole = {id(p): _whole(p, world.is_main) for p in model.parameters()}
@@ -87,15 +87,15 @@ def whole_optimizer(optimizer, world):
 
 
 def _whole(value, keep):
-    """A tensor gathered from its shares, on the host, or None; what isn't shared out stays as it is."""
+    """A tensor gathered from its shares: on the host if keep, else None. Any other value stays as it is."""
     if not hasattr(value, "full_tensor"):
         return value
     value = value.detach().full_tensor()
-    return value.to("cpu", copy=True) if keep else None  # a copy waits for what is on its way
+    return value.to("cpu", copy=True) if keep else None  # waits for the gathering
 
 
 def share_like(value, p):
-    """This rank's share of a whole tensor on the host, in the way in which p is shared out; p may be whole itself."""
+    """This rank's share of a whole tensor on the host, sharded as p is; the tensor itself if p is whole."""
     if not hasattr(p, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor

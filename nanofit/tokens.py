@@ -1,7 +1,7 @@
 """Files of token ids.
 
-A data set is a folder with train.bin and val.bin: token ids, little-endian, without a header. nanoGPT's are uint16;
-ids of other widths are read as what they are.
+A data set is a folder with train.bin and val.bin: little-endian token ids without a header. nanoGPT's are uint16, but
+other widths are read as well.
 """
 
 import difflib
@@ -16,16 +16,16 @@ from nanofit.codec import load_meta
 from nanofit.errors import UsageError, usage_errors
 
 SPLITS = ("train", "val")
-ENDS = 2**16  # bytes at each end of a file that are looked at
+ENDS = 2**16  # bytes at each end of a file that are examined
 NANOGPTS = np.dtype("<u2")  # how nanoGPT stores ids
-WIDER = (np.dtype("<i8"), np.dtype("<u4"))  # and how other tokenizers' files may
-ENOUGH_IDS = 16  # other than 0, to tell a type by
-FEW_SYMBOLS = 256  # a vocabulary of characters, mostly: there, a space may well be every second token
-LARGEST_VOCABULARY = 2**18  # that tokenizers have
+WIDER = (np.dtype("<i8"), np.dtype("<u4"))  # how others store them
+ENOUGH_IDS = 16  # other than 0, to recognise a type
+FEW_SYMBOLS = 256  # up to here, a vocabulary is of characters, and every second one may be the same
+LARGEST_VOCABULARY = 2**18  # of tokenizers
 
 
 def _missing(folder):
-    """The sentence for a data set that isn't there: what to run, or what the name may have meant."""
+    """What to do about a missing data set: the command that makes it, or a similar name."""
     prepare = os.path.join(folder, "prepare.py")
     if os.path.exists(prepare):
         return f"run: python {prepare}"
@@ -39,14 +39,14 @@ def _missing(folder):
 
 
 def _stat(path):
-    """os.stat of a .bin file; a UsageError where there is none."""
+    """os.stat of a .bin file; UsageError if there is none."""
     if not os.path.exists(path):
         raise UsageError(f"{path} does not exist: {_missing(os.path.dirname(path))}")
     return os.stat(path)
 
 
 def _ends(path):
-    """(the first bytes of a file, the last ones, where these begin), at most ENDS of each."""
+    """(the first bytes of a file, its last bytes, the position of these), at most ENDS of each."""
     place = max(0, _stat(path).st_size - ENDS)
     with usage_errors(OSError, prefix=f"{path} can't be read: "), open(path, "rb") as f:
         head = f.read(ENDS)
@@ -61,7 +61,7 @@ def _fingerprint(path):
 
 
 def _ids_at_ends(path, kind):
-    """The ids at both ends of a file, read as this type; none where the file's size doesn't fit it."""
+    """The ids at both ends of a file, read as this type; none if the file's size doesn't fit it."""
     head, tail, place = _ends(path)
     tail, width = tail[-place % kind.itemsize :], kind.itemsize
     if len(head) % width or len(tail) % width:
@@ -70,7 +70,7 @@ def _ids_at_ends(path, kind):
 
 
 def _are_of(ids, vocab_size):
-    """Whether ids, enough to tell, are all in a vocabulary."""
+    """Whether there are enough ids to judge by, and all are in the vocabulary."""
     return np.count_nonzero(ids) >= ENOUGH_IDS and ids.min() >= 0 and ids.max() < vocab_size
 
 
@@ -94,9 +94,9 @@ def _named_type(folder):
 
 
 def token_type(path, vocab_size):
-    """The type of ids in a .bin file, a numpy dtype: what meta.pkl or prepared.json beside it names, or how it looks.
+    """The numpy dtype of the ids in a .bin file: named in meta.pkl or prepared.json beside it, or recognised.
 
-    A file of uint32 shows: read as uint16, every second id would be 0, or next to it where the vocabulary is large.
+    A file of uint32 can be recognised: read as uint16, every second id would be 0, or small.
     """
     if (named := _named_type(os.path.dirname(path))) is not None:
         return named
@@ -106,17 +106,17 @@ def token_type(path, vocab_size):
             continue
         if kind.itemsize == 8 or vocab_size > FEW_SYMBOLS or not ids.all():
             return kind
-        # As uint16, symbol 0 would be every second one, and nowhere else: as likely, and how nanoGPT reads it.
+        # It may also be uint16 with symbol 0 in every second place, as nanoGPT would read it.
         print(f'warning: every second id in {path} is 0; if they are {kind} ids, say "dtype": "{kind}" in meta.pkl')
     if vocab_size > 2**16 and _are_of(_ids_at_ends(path, WIDER[-1]), LARGEST_VOCABULARY):
-        return WIDER[-1]  # ids that are too large for the vocabulary: reading them tells which
+        return WIDER[-1]  # some ids are not in the vocabulary; reading them will tell
     return NANOGPTS
 
 
 class TokenFile:
-    """A .bin file, of which sequences of T tokens and one more are read.
+    """A .bin file, from which sequences of block_size + 1 tokens are read.
 
-    Raises UsageError where it isn't one, has changed since, or holds an id that is not in the vocabulary.
+    Raises UsageError if it isn't such a file, has changed since, or holds an id that is not in the vocabulary.
     """
 
     def __init__(self, path, block_size, vocab_size):
@@ -142,7 +142,7 @@ class TokenFile:
         return tokens, found.st_mtime_ns
 
     def _hint(self):
-        """What the file looks like, where that is another type than the one as which it is read."""
+        """A hint if the file looks like another type of ids, else ''."""
         candidates = [(kind, self.vocab_size) for kind in (*WIDER, NANOGPTS)]
         candidates += [(kind, LARGEST_VOCABULARY) for kind in WIDER]
         for kind, vocab_size in candidates:
@@ -151,7 +151,7 @@ class TokenFile:
         return ""
 
     def _look_again(self):
-        """Raise a UsageError where the file has changed."""
+        """Raise a UsageError if the file has changed."""
         tokens, changed = self._look()
         if tokens != self.tokens or (changed != self._changed and _fingerprint(self.path) != self.checksum):
             raise UsageError(
@@ -161,14 +161,14 @@ class TokenFile:
         self._changed = changed
 
     def draw(self, count, generator):
-        """Where so many sequences begin, at random, int64 (count,)."""
+        """Random starts of sequences, int64 (count,)."""
         return torch.randint(self.tokens - self.block_size, (count,), generator=generator)
 
     def read(self, starts):
         """The sequences that begin at starts, int64 (len(starts), T + 1)."""
         self._look_again()
         rows = np.empty((len(starts), self.block_size + 1), self.kind)
-        # Read, not mapped: a mapping keeps the pages that it touched, and kills the process if the file shrinks.
+        # Read, not mapped: a mapping keeps its pages in memory, and kills the process if the file shrinks.
         with usage_errors(OSError, prefix=f"{self.path} can't be read: "), open(self.path, "rb", buffering=0) as f:
             for row, start in zip(rows, starts.tolist(), strict=True):
                 f.seek(start * self.kind.itemsize)

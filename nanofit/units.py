@@ -1,19 +1,18 @@
-"""Values that many rooms share: units, GPT-2's sizes, memory levers. Nothing of the project is imported here."""
+"""Values that many modules share: units, GPT-2's sizes, memory levers. Nothing of the project is imported here."""
 
 import math
 from dataclasses import dataclass, fields, replace
 
 GIB = 2**30
-CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, where there is no card to ask
-LIKES_SMALL_CHUNKS = ("cpu",)  # of logits, as its caches hold them; elsewhere, large ones are faster
-FRAGMENTED = 1.03  # what an allocator reserves for what tensors hold, where only the latter is simulated
+CONTEXT_BYTES = GIB // 2  # what CUDA itself takes of a card, as assumed in plans
+FRAGMENTED = 1.03  # reserved bytes for each byte that tensors hold, as assumed in simulations
 GPT2_SIZES = {  # what OpenAI released, by the name on the Hugging Face hub
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
-PADDED_VOCAB_SIZE = 50304  # GPT-2's 50257, to a multiple of 64: faster matrix products
+PADDED_VOCAB_SIZE = 50304  # GPT-2's 50257, rounded up to a multiple of 64: faster matrix products
 
 
 def gib(size):
@@ -28,7 +27,7 @@ def divisors(n):
 
 
 def micro_batch_sizes(batch_size, per_iter):
-    """The sizes that a micro-batch may have, ascending: parts of a batch, or several of a rank's per_iter batches."""
+    """The possible sizes of a micro-batch, ascending: parts of a batch, or several of a rank's per_iter batches."""
     return divisors(batch_size) + [batch_size * several for several in divisors(per_iter)[1:]]
 
 
@@ -60,27 +59,28 @@ class MemoryLevers:
     gather_once: bool = False  # with shard: weights are gathered once an iteration, not for each use
 
     def within(self, limit_bytes, device_type="cuda"):
-        """These levers with what is left open settled for a device of so much memory (0: unknown)."""
+        """These levers with loss_chunk_mb set for a device of so much memory (0: unknown)."""
         if self.loss_chunk_mb:
             return self
-        # In 16 bits this is 2% of a GPU's memory; below 128 MiB a chunk saves nothing that counts.
-        large = max(128, limit_bytes // 25 // 2**20 // 128 * 128)
-        return replace(self, loss_chunk_mb=64 if device_type in LIKES_SMALL_CHUNKS else large)
+        if device_type == "cpu":
+            return replace(self, loss_chunk_mb=64)  # a CPU's caches prefer small chunks
+        # In 16 bits this is 2% of a GPU's memory; a chunk below 128 MiB saves little.
+        return replace(self, loss_chunk_mb=max(128, limit_bytes // 25 // 2**20 // 128 * 128))
 
     def __str__(self):
-        """The levers that are moved, for messages: ', recompute'; nothing where none is."""
+        """The levers that are not at their default, for messages: ', recompute'."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        moved.pop("loss_chunk_mb", None)  # it is settled everywhere, and says little
+        moved.pop("loss_chunk_mb", None)  # within() sets it everywhere
         if not self.shard:
             moved.pop("gather_once", None)
         return "".join(f", {name}" if value is True else f", {name} {value}" for name, value in moved.items())
 
 
-FITTED = ("recompute", "loss_chunk_mb", "shard")  # levers that auto-fit may move, where the user doesn't
+FITTED = ("recompute", "loss_chunk_mb", "shard")  # levers that auto-fit may move if the user doesn't set them
 
 
 def memory_limit(free_bytes, memory_limit_gb):
-    """Bytes that training may reserve: what is free less a margin, or memory_limit_gb (GiB) if that is less.
+    """Bytes that training may reserve: free memory less a margin, or memory_limit_gb (GiB) if that is less.
 
     The margin, 5% and at most 1 GiB, is for what the allocator doesn't count: libraries' workspaces, loaded kernels.
     """
