@@ -21,7 +21,7 @@ import symtable
 import sys
 import traceback
 
-if __name__ != "configurator":  # run by exec, from a script that may lie elsewhere; this file was opened from here
+if __name__ != "configurator":  # run by exec, by a script that may lie in another folder
     sys.path.append(os.getcwd())
 
 try:
@@ -33,16 +33,9 @@ except ModuleNotFoundError as e:
         "error: configurator.py uses nanofit/, which lies beside it: start there, or add that folder to PYTHONPATH"
     )
 
-PATHS = (
-    "out_dir",
-    "init_from",
-    "dataset",
-    "to",
-    "weights_only_to",
-    "hellaswag",
-)  # a ~ at their beginning is the home folder
+PATHS = ("out_dir", "init_from", "dataset", "to", "weights_only_to", "hellaswag")  # a leading ~ is the home folder
 SCRIPTS = ("train.py", "sample.py", "bench.py", "export.py", "report.py", "doctor.py", "model.py", "configurator.py")
-NEAR = 0.8  # how alike two names are, of which one may be the other misspelt; scripts share config files
+NEAR = 0.8  # how similar a misspelt key is; less similar ones may be another script's keys
 
 
 def keys_of(namespace):
@@ -51,16 +44,16 @@ def keys_of(namespace):
 
 
 def coerce(key, value, kind, default, source, text=None):
-    """value as a kind (bool, int, float or str), where nothing is lost on the way; else a UsageError.
+    """value as a kind (bool, int, float or str) if nothing is lost by that; else a UsageError.
 
-    default, and source, where the value stands, are for the message. text: the value as typed, which a str key takes
-    as it is. Numbers of numpy and torch become Python's, which every checkpoint may hold.
+    default and source (where the value comes from) are for the message. text: the value as typed, which a str key
+    takes as it is. Numbers of numpy and torch become Python's, which a checkpoint can hold.
     """
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
-    # nanoGPT only compares the two with iterations, and W&B makes a name where it is given None.
+    # nanoGPT only compares these two with iterations. W&B invents a name for None.
     if (key in ("warmup_iters", "lr_decay_iters") and type(value) is float) or (
         key == "wandb_run_name" and value is None
     ):
@@ -81,13 +74,13 @@ def coerce(key, value, kind, default, source, text=None):
 
 
 def _nearest(word, words, cutoff=0.6):
-    """'did you mean ...?', or '' where no word is so much alike."""
+    """'did you mean ...?', or '' if no word is similar enough."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
     return f"did you mean '{near[0]}'?" if near else ""
 
 
 def _run_config_file(path, namespace):
-    """The names that a config file assigns, as a dict; it sees the script's names, as in nanoGPT."""
+    """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT."""
     if not os.path.isfile(path):
         near = _nearest(path, [file for file in glob.glob("config/*.py") + glob.glob("*.py") if file not in SCRIPTS])
         what = "is not a file" if os.path.exists(path) else "does not exist"
@@ -95,9 +88,9 @@ def _run_config_file(path, namespace):
     after = dict(namespace)
     try:
         with open(path, "rb") as f:
-            text = f.read()  # bytes: Python knows how a source tells its encoding
+            text = f.read()  # bytes: Python finds the encoding of a source by itself
         symbols = symtable.symtable(text, path, "exec").get_symbols()
-        exec(builtins.compile(text, path, "exec"), after)  # run by exec, compile is the script's key
+        exec(builtins.compile(text, path, "exec"), after)  # in a script that uses exec, compile is a key
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
@@ -106,12 +99,12 @@ def _run_config_file(path, namespace):
         raise UsageError(f"{where}: {type(e).__name__}: {said}: a config file is Python that assigns keys") from e
     names = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
     unset = object()
-    names |= {name for name, value in after.items() if namespace.get(name, unset) is not value}  # by an exec inside
+    names |= {name for name, value in after.items() if namespace.get(name, unset) is not value}  # assigned by exec
     return {name: value for name, value in after.items() if name in names and not name.startswith("_")}
 
 
 def _print_help(namespace, defaults):
-    """List the keys with their values so far, in the groups and with the comments of the script's source."""
+    """List the keys with their current values, in the groups and with the comments of the script's source."""
     script = namespace.get("__file__") or ""
     print(f"usage: python {os.path.basename(script) or 'this script'} [config/file.py ...] [--key=value ...]")
     lines = []
@@ -134,7 +127,7 @@ def _print_help(namespace, defaults):
 
 
 class _Keys:
-    """The keys of a script, while they are overridden."""
+    """The keys of a script and how they are overridden."""
 
     def __init__(self, namespace, more):
         self.namespace = namespace
@@ -158,14 +151,14 @@ class _Keys:
         self.given.add(key)
 
     def read_file(self, path):
-        # An argument that isn't UTF-8 holds lone surrogates, which can't be printed.
+        # An argument that isn't UTF-8 can't be printed as it is.
         _say(f"Overriding config with {path.encode(errors='backslashreplace').decode()}:")
         for key, value in _run_config_file(path, self.namespace).items():
             if key in self.defaults:
                 self.override(key, value, path)
                 _say(f"  {key} = {self.namespace[key]!r}")
                 continue
-            # A helper of the file's own is kept, as in nanoGPT, but may not replace a name that the script uses.
+            # The file's helpers become globals, as in nanoGPT, but don't replace a name that the script uses.
             if not hasattr(builtins, key):
                 self.namespace.setdefault(key, value)
             if near := isinstance(value, (bool, int, float, str)) and _nearest(key, self.defaults, NEAR):
@@ -192,7 +185,7 @@ def configure(namespace, argv=None, more=None):
     """Override the keys in namespace (a script's globals()) by config files and --key=value.
 
     more: {key: (type, default)} of further keys, which are put into namespace; a default may be None.
-    Returns (config, given): all keys with their final values, and the set of those that were named.
+    Returns (config, given): all keys with their final values, and the set of those that were given.
     Raises UsageError, a ValueError, for an unknown key, a value of the wrong type or a missing file.
     """
     argv = sys.argv[1:] if argv is None else argv

@@ -1,10 +1,9 @@
-"""What stands in the way of a run on this machine, and what to do: to read, or to paste into an issue.
+"""What would stop a run on this machine, and what to do: to read, or to paste into an issue.
 
     python doctor.py [config/file.py ...] [--key=value ...] [--json]
 
-The keys are train.py's, and those of the run that is asked about. Nothing is trained, and what is there stays as it
-is; whether the batch fits is simulated. Exit code 1 if something would stop the run. The answer names no user, host
-or home folder.
+The keys are train.py's: give those of your run. Nothing is trained, and no file changes; whether the batch fits is
+simulated. The exit code is 1 if something would stop the run. The answer names no user, host or home folder.
 """
 
 import json
@@ -12,10 +11,10 @@ import os
 import sys
 from dataclasses import asdict
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 import nanofit
 
-AS_SET = dict(os.environ)  # before anything adds to it
+AS_SET = dict(os.environ)  # before start() adds to it
 nanofit.start()
 from nanofit.tools.doctor.checks import STOP, facts, verdicts_on
 from nanofit.tools.doctor.private import private

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 import nanofit
 
 nanofit.start()
@@ -26,11 +26,11 @@ out_dir = "out"  # the checkpoint
 to = ""  # a new folder, for Hugging Face's transformers
 push_to = ""  # 'user/name': the same folder as a model on the Hugging Face hub
 weights_only_to = ""  # a new file, 'name.pt': the checkpoint without its optimizer, a third of the size
-keep_padding = False  # keep the symbols that pad the vocabulary, which stand for nothing
+keep_padding = False  # keep the rows that pad the vocabulary
 config, given = configure(globals())
 
 KEPT = ("model", "model_args", "activation", "config", "iter_num", "best_val_loss")  # without the optimizer
-NOT_FOR_OTHERS = ("out_dir", "device", "backend", "init_from")  # keys that tell of the machine that trained
+NOT_FOR_OTHERS = ("out_dir", "device", "backend", "init_from")  # keys about the machine that trained
 if not (to or push_to or weights_only_to):
     raise UsageError("nothing to do: name a new folder, --to=my-gpt, or a new file, --weights_only_to=my-gpt.pt")
 if weights_only_to and not weights_only_to.endswith(".pt"):

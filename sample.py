@@ -13,7 +13,7 @@ import sys
 from collections import Counter, deque
 from pathlib import Path
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 import nanofit
 
 nanofit.start()
@@ -62,7 +62,7 @@ if start.startswith("FILE:"):
 if not start:
     raise UsageError("start is empty: a sample goes on from at least one token, for example --start='\\n'")
 
-# ---- the model and its alphabet ----------------------------------------------------------------------------
+# ---- the model and its tokenizer ---------------------------------------------------------------------------
 torch.manual_seed(seed)
 data_dir = None
 path = checkpoint.path_of_model(init_from)
@@ -91,19 +91,18 @@ elif stops:
 
 
 def rows_that_fit(prompt):
-    """How many samples half of the free memory holds, at least one: so many can be drawn in one batch."""
+    """How many samples can be drawn in one batch: those that half of the free memory holds, at least one."""
     sizes = model.config
     width = machine.DTYPES[dtype].itemsize
     positions = min(sizes.block_size, prompt.shape[1] + max_new_tokens)
     try:
         free = machine.free_memory_bytes(device)
-    except UsageError:  # this system can't be asked
+    except UsageError:  # unknown on this system
         return 1
     if dtype != "float32":
         free -= model.get_num_params() * width  # autocast will keep a copy of the weights
     keys_values = 2 * sizes.n_layer * sizes.n_embd * positions * width
-    # A block's temporary tensors, about 12 times as wide as what enters it, and copies of the logits matter
-    # beside these where there are few layers or few positions.
+    # A block's temporary tensors, about 12 times as wide as its input, and copies of the logits.
     others = 4 * (12 * sizes.n_embd * positions + 6 * sizes.vocab_size)
     return max(1, free // 2 // (keys_values + others))
 
@@ -112,7 +111,7 @@ def rows_that_fit(prompt):
 
 
 class Texts:
-    """The texts of a batch while their tokens come. Each ends before a stop; a single one is printed meanwhile."""
+    """The texts of a batch while their tokens come. Each ends before a stop. A single one is printed as it grows."""
 
     def __init__(self, prompt, count):
         self.begin = len(decode(prompt))
@@ -120,7 +119,7 @@ class Texts:
         self.unfinished, self.printed = set(range(count)), 0
 
     def on_token(self, drawn):
-        """Take the next token of each text, int64 (count, 1). Returns whether all have come to a stop."""
+        """Add the next token to each text, int64 (count, 1). Returns whether all texts have ended."""
         for row, token in enumerate(drawn[:, 0].tolist()):
             if row in self.unfinished:
                 self.tokens[row].append(token)
@@ -137,7 +136,7 @@ class Texts:
         return text
 
     def show(self, is_last=False):
-        """Print what is new of the first text, but for what may be a part of a character or of a stop."""
+        """Print what is new in the first text, except what may be part of a character or of a stop."""
         text = self.text(0).rstrip("\ufffd")
         if self.unfinished and not is_last:
             may_begin = (n for end in stops for n in range(1, len(end)) if text.endswith(end[:n], self.begin))
@@ -147,21 +146,21 @@ class Texts:
 
 
 generate = type(model).generate
-is_ours = "on_token" in inspect.signature(generate).parameters  # others may take one sequence alone, as nanoGPT's
+is_ours = "on_token" in inspect.signature(generate).parameters  # another model's may take only one sequence
 streams = is_ours and num_samples == 1 and sys.stdout.isatty()
-last_texts = deque(maxlen=10)  # which the report shows
+last_texts = deque(maxlen=10)  # for the report
 drawn_ids = Counter()
 
 
 def check_numbers(prompt):
-    """Raise a UsageError where the model computes what no token can be drawn from."""
+    """Raise a UsageError if no token can be drawn from the model's logits."""
     logits, _ = model(prompt[:, -model.config.block_size :])
     if logits.isnan().any() or logits.isposinf().any():
         raise UsageError("the model's numbers are not finite: its weights are spoilt, or too large for this dtype")
 
 
 def draw(text):
-    """Print num_samples texts that go on from this one."""
+    """Print num_samples continuations of a text."""
     tokens = encode(text)
     if not tokens:  # a tokenizer may drop white space
         raise UsageError(f"{codec.name} makes no tokens of the prompt {text!r}: give another, such as --start=The")
@@ -177,12 +176,12 @@ def draw(text):
         batch = prompt.expand(min(rows, left), -1)
         texts = Texts(tokens, len(batch))
         options = dict(on_token=texts.on_token) if is_ours and (streams or stops) else {}
-        # Called on the class, so that a compiled model runs compiled: its own attributes are the original's.
+        # Called on the class: a compiled model's own generate would run the original model.
         drawn = generate(model, batch, max_new_tokens, temperature=temperature, top_k=top_k or None, **options)
         for column in drawn[:, len(tokens) :].split(1, dim=1) if not options else ():
             texts.on_token(column)
         for _ in range(len(tokens) + max_new_tokens - drawn.shape[1]):
-            # What comes next is drawn from the same random numbers as without a stop.
+            # Draw as many random numbers as without a stop, so that the next samples are the same.
             torch.multinomial(torch.ones(len(batch), vocab_size, device=device), num_samples=1)
         for row, ids in enumerate(texts.tokens):
             drawn_ids.update(ids[len(tokens) :])
@@ -199,7 +198,7 @@ def lines_of_standard_input():
             yield line.rstrip("\r\n")
 
 
-# Every token is a pass in this one context, for which each weight is converted once.
+# One context for all tokens, so that each weight is converted only once.
 with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
     if compile:
         trial = torch.zeros(min(num_samples, 2), min(8, model.config.block_size), dtype=torch.long, device=device)
@@ -209,10 +208,10 @@ with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
     for line in lines_of_standard_input() if start == "-" else [start]:
         if line:
             draw(line)
-if left_out := sum(count for i, count in drawn_ids.items() if not decode([i, i])):  # of one, a space is lost
+if left_out := sum(count for i, count in drawn_ids.items() if not decode([i, i])):  # a single token may lose its space
     print(f"warning: {left_out:,} of {drawn_ids.total():,} tokens stand for nothing in {codec.name}, and are left out")
 if init_from == "resume":
     kept = os.path.join(out_dir, "sample.txt")
-    with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be somebody else's
+    with contextlib.suppress(OSError), replacing(kept) as file:  # the folder may be read-only
         file.write(f"run {run_id_of(saved)}, iteration {saved.get('iter_num', 'unknown')}\n")
         file.write("\n---------------\n".join(last_texts))

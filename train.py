@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # which PYTHONSAFEPATH leaves out
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 import nanofit
 
 nanofit.start(ctrl_c_ends_at_once=True)
@@ -42,13 +42,13 @@ eval_interval = 2000  # iterations between evaluations; a checkpoint is written 
 log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
-hellaswag = ""  # a hellaswag_val.jsonl: the accuracy on it with each evaluation; a pass of four sequences a line
+hellaswag = ""  # path of a hellaswag_val.jsonl: its accuracy is told with each evaluation
 always_save_checkpoint = True  # False: only when the validation loss is the best so far
-save_minutes = 0.0  # after which a checkpoint is written between evaluations, 0 for never
-keep = 0  # so many of the last checkpoints stay, as ckpt-ITERATION.pt, beside ckpt.pt
-patience = 0  # so many evaluations in a row without a better validation loss end the run, 0 for never
+save_minutes = 0.0  # minutes between checkpoints that are written between evaluations; 0: none
+keep = 0  # how many of the last checkpoints stay as ckpt-ITERATION.pt, beside ckpt.pt
+patience = 0  # how many evaluations in a row without a better validation loss end the run; 0: none do
 init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a .pt; a folder
-# who gets the figures beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
+# where figures go beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
 wandb_project = "owt"
 wandb_run_name = "gpt2"
@@ -80,7 +80,7 @@ lr_decay_iters = 600000  # about max_iters, after Chinchilla
 min_lr = 6e-5  # about learning_rate / 10, after Chinchilla
 # machine
 backend = "nccl"  # or 'gloo': how the ranks of a multi-GPU run talk
-wait_minutes = 180.0  # after which a rank that doesn't answer is lost
+wait_minutes = 180.0  # how long ranks wait for one that doesn't answer
 device = machine.best_device()  # 'cuda', 'cuda:1', 'mps', 'cpu'
 dtype = machine.best_dtype(device)  # 'float32', 'bfloat16', 'float16'
 compile = True
@@ -95,15 +95,15 @@ loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there 
 auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
-dry_run = False  # print auto_fit's plan, which takes seconds, and stop
-gpu = ""  # print it for a card that need not be here: 'RTX 3060', 'A100 80GB'; any other by its memory, '12GB'
-ranks = 1  # in a plan for gpu: how many of them
-sys.stdout = output = PatientOutput(sys.stdout)  # where it can't be written, training goes on
+dry_run = False  # print auto_fit's plan and stop; it takes seconds
+gpu = ""  # print the plan for a card that need not be here: 'RTX 3060', 'A100 80GB', or by its memory '12GB'
+ranks = 1  # with gpu: how many of these cards
+sys.stdout = output = PatientOutput(sys.stdout)  # if it can't be written, training goes on
 defaults = keys_of(globals())
 own_fields = models.own_fields(GPTConfig, but=defaults)  # those that nanoGPT's lacks are keys too
 config, given = configure(globals(), more=own_fields)
 
-# ---- what was asked for: all that can fail cheaply is tried here, before anything is written ----------------
+# ---- checks: all that can fail quickly is tried here, before anything is written -----------------------------
 world = World.of_torchrun()
 folder = RunFolder(out_dir, world)
 init_from = config["init_from"] = folder.settle(init_from)
@@ -136,18 +136,18 @@ if not dry_run:  # which needs no data and writes nothing
         folder.take()
     if block_size < trained_with:
         folder.begin_anew()  # a cropped model is another run
-    # functions of the model that return more figures for an evaluation: {name: number}
+    # functions of the model that return {name: number}: more figures for an evaluation
     at_evaluation = [HellaSwag(hellaswag, data_dir, model_args, world, device, dtype)] if hellaswag else []
     readers = open_readers(config, folder, iter_num) if world.is_main else []
 
-# ---- fit the device, before there is a weight that takes memory of it --------------------------------------
+# ---- fit the device, before weights take its memory --------------------------------------------------------
 plan = autofit.choose(world, device, config, given, model_args, (GPT, GPTConfig), iter_num, saved)
 if dry_run:
     world.leave()
 machine.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or machine.total_memory_bytes(device), device.type)
 
-# ---- model, optimizer, and the place in the data where a run goes on ---------------------------------------
+# ---- model, optimizer, and the place in the data -----------------------------------------------------------
 torch.manual_seed(1337 + world.rank)
 if origin or init_from == "scratch":
     model = models.build(GPT, GPTConfig, {**model_args, "block_size": trained_with}, empty=levers.shard and world.rank)
@@ -174,7 +174,7 @@ mfu_of = models.mfu_of(model, batch_size * per_rank, device, dtype)
 metrics = Metrics(device, iter_num, max_iters, eval_interval, tokens_per_iter, mfu_of, saved)
 run = Run(folder, world, device, config, model_args, levers, model, optimizer, scaler, batches, metrics)
 run.restore(saved)
-saved = origin = None  # its tensors are a whole second model
+saved = origin = None  # frees a whole second model
 machine.empty_cache(device)
 
 # ---- what a run survives -----------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ with signals.listening():
                         with attempt:
                             own = evaluate(model, batches, eval_iters, autocast, world, signals.check)
                 except StopRequested:
-                    continue  # to the beginning of the loop, where it is looked at
+                    continue  # the beginning of the loop stops the run
                 losses = mean_losses(own, world)
                 metrics.evaluated(it, lr, losses, **more_figures(raw_model, at_evaluation, world))
                 if eval_only or run.evaluated(losses["val"], always_save_checkpoint):

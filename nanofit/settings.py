@@ -42,19 +42,15 @@ def dtype(config, given):
     return config["dtype"]
 
 
-def of_a_plan(config, given):
+def of_a_plan(config):
     """{key: value} that a plan for the card in the key gpu implies. UsageError if a plan has no card."""
     if config["gpu"]:
         cards.named(config["gpu"])
         return {"dry_run": True, "device": "cuda"}
-    # On a machine without a GPU, a limit alone may be meant as the size of a card.
     device = config["device"]
-    no_card = device.startswith("cuda") and not machine.is_here(device)
-    unclear = "memory_limit_gb" in given and "device" not in given and device == "cpu"
-    if config["dry_run"] and (no_card or unclear):
-        here = "; memory_limit_gb is a limit for the device that is here: --device=cpu" if unclear else ""
+    if config["dry_run"] and device.startswith("cuda") and not machine.is_here(device):
         raise UsageError(
-            f"there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060' or --gpu=12GB{here}"
+            "there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060' or --gpu=12GB"
         )
     return {}
 
@@ -176,7 +172,7 @@ def go_on_with(saved, config, given, ranks=1):
     plan implies are added.
     """
     if not saved:
-        return of_a_plan(config, given)
+        return of_a_plan(config)
     was = saved["config"].get("optimizer", "adamw")
     if "optimizer" in given and config["optimizer"] != was:
         raise UsageError(
@@ -192,7 +188,7 @@ def go_on_with(saved, config, given, ranks=1):
     device = taken.get("device", config["device"])
     if config["gpu"] or not machine.is_here(device) or device != saved["config"].get("device"):
         taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
-    return taken | of_a_plan(config | taken, given)
+    return taken | of_a_plan(config | taken)
 
 
 def beginning(init_from, saved, config, given):

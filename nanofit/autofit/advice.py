@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import islice
 
 from nanofit import cards, machine, models
-from nanofit.autofit.simulate import PARTS, STATE, STATE_SHARES, quietly
+from nanofit.autofit.simulate import STATE, STATE_SHARES, quietly
 from nanofit.optimizers import OPTIMIZER_STATES
 from nanofit.units import FRAGMENTED, GIB, GPT2_SIZES, duration
 
@@ -83,9 +83,7 @@ def what_would_fit(job, facts, run_trial, may_shrink):
     own = parts_of({}, asked)
     lines = [where_it_goes(own)] if own else []
     options = [_flags({}, state, asked) for state in others if fits(parts_of({}, state))]
-    # No block is short enough if weights, gradients and state are too much.
-    may_do = [s for s in (asked, *others) if fits({part: parts_of({}, s).get(part, 0) for part in PARTS[:3]})]
-    options += first(shorter, may_do[:1] if asked in may_do else []) or (first(shorter, may_do) if not options else [])
+    options += first(shorter, [asked]) or ([] if options else first(shorter, others))
     options += first(smaller, [asked, *others])
     if not options:
         tried = [*(_flags({}, state, asked) for state in others), *(_flags(s, asked, asked) for s in shorter[-1:])]

@@ -1,7 +1,7 @@
 """Checks of this machine. torch may be missing here, or fail.
 
-A check is a function of what facts() gives and of the keys of the run that is asked about; None where it has nothing
-to look at. TROUBLES.md has a row for each.
+A check is a function of facts() and of the run's keys. It returns a Verdict, or None if it doesn't apply. TROUBLES.md
+has a row for each.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from nanofit.errors import UsageError, first_line, is_out_of_memory
 from nanofit.units import GIB, gib
 
 OK, WARNING, STOP = "ok", "warning", "stop"
-MOSTLY_FREE = 0.9  # of a GPU's memory, where nobody else holds much of it
-LEAST_MEMORY = 2 * GIB  # of the machine, that Python, torch and a compiler take
+MOSTLY_FREE = 0.9  # of a GPU's memory; if less is free, another process holds much of it
+LEAST_MEMORY = 2 * GIB  # of the machine, for Python, torch and a compiler
 PACKAGES = (
     "numpy", "triton", "tiktoken", "datasets", "safetensors", "transformers", "torchao", "wandb", "tensorboard", "bokeh"
 )  # fmt: skip
@@ -28,7 +28,7 @@ TORCHS = ("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_")  # how torch's
 
 @dataclass(frozen=True)
 class Verdict:
-    """level: OK, WARNING or STOP, which ends the run or keeps it from beginning. do: a line to type, or what to do."""
+    """level: OK, WARNING, or STOP for what would stop the run. do: a command, or what to do."""
 
     level: str
     says: str
@@ -36,10 +36,10 @@ class Verdict:
 
 
 def facts(environment):
-    """What there is here, as a dict; bytes, or None where the system doesn't tell.
+    """Facts about this machine, as a dict. Memory is in bytes, or None if unknown.
 
     environment: variables as the user set them, before a script or torch adds its own. Call it before anything else
-    asks torch for GPUs: what torch warns of then, it tells once in a process.
+    asks torch for GPUs: torch warns only the first time.
     """
     known = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -71,7 +71,7 @@ def facts(environment):
 
 
 def _facts_of(device):
-    """What there is to know of a GPU. To ask for free memory takes some of it, as training does: CUDA's context."""
+    """Facts about a GPU. Asking for free memory takes some of it, for CUDA's context, as training does."""
     from nanofit import machine
 
     try:
@@ -93,7 +93,7 @@ def _capability(gpu):
 
 
 def _gpu(facts, config):
-    """The GPU that the run would use, as facts() tells of it; None where it is another device."""
+    """The GPU that the run would use, from facts(); None if it is another device."""
     kind, _, index = config.get("device", "cpu").partition(":")
     at = int(index) if index.isdigit() else 0
     gpus = facts.get("gpus", ())
@@ -205,6 +205,6 @@ CHECKS = {  # in the order in which they are told
 
 
 def verdicts_on(facts, config):
-    """{name of a check: its Verdict}, of those that have one. config: {} where the keys aren't known."""
+    """{name of a check: its Verdict} for the checks that apply. config: {} if the keys aren't known."""
     found = {name: check(facts, config) for name, check in CHECKS.items()}
     return {name: verdict for name, verdict in found.items() if verdict}

@@ -1,4 +1,4 @@
-"""Takes out of a text what a person wouldn't paste into a public issue: who they are, their machine, their folders."""
+"""Removes from a text the names of the user, the host and their folders, so that it can be made public."""
 
 import getpass
 import os
@@ -7,9 +7,9 @@ import socket
 
 
 def private(value, root):
-    """value, whose texts name no user, no host and no path but those below root, which become relative.
+    """value without names of users and hosts, and without paths, except those below root, which become relative.
 
-    value: a text, or a dict, list or tuple that holds some; anything else is given back as it is.
+    value: a text, or a dict, list or tuple of texts; anything else is returned as it is.
     """
     if isinstance(value, dict):
         return {name: private(inner, root) for name, inner in value.items()}
@@ -23,9 +23,9 @@ def _private_text(text, root):
         text = text.replace(folder + os.sep, "")
     if len(home := os.path.expanduser("~")) > 1:
         text = text.replace(home, "~")
-    # Of other absolute paths only the last name is kept. Neither 1 / 2 nor a URL is a path.
+    # Of other absolute paths only the last part is kept. 1 / 2 and URLs are no paths.
     text = re.sub(r"(?:(?<![\w.…/])/(?!/)|~/|\b[A-Za-z]:\\)(?:[^\s'\":,;()]*[/\\])+", "…/", text)
-    text = re.sub(r"(process \d+) on [^,\s]+", r"\1", text)  # as run.lock names a holder, maybe on another host
+    text = re.sub(r"(process \d+) on [^,\s]+", r"\1", text)  # from run.lock, maybe of another host
     for name in {_user(), socket.gethostname(), socket.gethostname().split(".")[0]} - {""}:
         text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", "…", text)
     return text

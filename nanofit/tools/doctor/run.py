@@ -1,6 +1,6 @@
-"""What would stop the run that is asked about: train.py's own first lines, run here, and what it tries after them.
+"""What would stop a run: runs train.py's own first lines, and then the functions that train.py calls next.
 
-The sentence with which a function refuses is what train.py would end with. What is found stays as it is.
+An error's sentence is the one that train.py would end with. No file changes.
 """
 
 import ast
@@ -23,14 +23,14 @@ from nanofit.tokens import open_data
 from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict
 from nanofit.units import GPT2_SIZES, gib
 
-LOOKED_AT = 8  # batches of each split whose tokens are looked at
-OF_RANKS = ("--shard", "--gather_once")  # which need torchrun's ranks, and this is one process
+LOOKED_AT = 8  # batches of each split whose tokens are checked
+OF_RANKS = ("--shard", "--gather_once")  # they need torchrun's ranks, and this is one process
 
 
 def look(train, argv):
-    """(the keys as the run would have them, {name of a check: its Verdict}). train: the path of train.py.
+    """(the run's final keys, {name of a check: its Verdict}). train: the path of train.py.
 
-    Each check is taken, whatever others have found, but for the first and the last one.
+    If the first check fails, there are no others. The last one is left out if any before it has failed.
     """
     try:
         run = begin(train, [argument for argument in argv if argument.partition("=")[0] not in OF_RANKS])
@@ -53,13 +53,13 @@ def look(train, argv):
 
 
 def begin(train, argv):
-    """train.py's names after its first lines, which set and check the keys, and write nothing."""
+    """train.py's globals after its first lines, which set and check the keys, and write nothing."""
     names, before = {"__name__": "__main__", "__file__": train}, sys.argv
     with open(train, encoding="utf-8") as file:
         body = ast.parse(file.read()).body
     first = itertools.takewhile(lambda statement: "folder.take" not in ast.unparse(statement), body)
     sys.argv = [train, *argv]
-    os.environ.pop("RANK", None)  # torchrun's others aren't here to be met
+    os.environ.pop("RANK", None)  # there are no other ranks to meet
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(ast.Module([*first], []), train, "exec"), names)
@@ -84,8 +84,8 @@ def _kernels(run):
 
 
 def _data(run):
-    """Whether the tokens of some batches are the model's, by the look that a run takes at each."""
-    if run.dry_run:  # which reads none
+    """Check the tokens of some batches, as a run checks each batch."""
+    if run.dry_run:  # which reads no data
         return None
     files = open_data(run.data_dir, run.block_size, run.model_args["vocab_size"])
     for file in files.values():
@@ -95,7 +95,7 @@ def _data(run):
 
 
 def _weights(run):
-    """Whether the weights that a run starts from, where they aren't a checkpoint's, are here."""
+    """Whether pretrained weights that a run starts from are on this machine."""
     name = run.init_from
     if name == "scratch" or run.origin:
         return None
@@ -117,7 +117,7 @@ def _readers(run):
 
 
 def _folder(run):
-    """Take the folder as a run does, and give it back as it was."""
+    """Take the folder as a run does, and leave it as it was."""
     if run.eval_only or run.dry_run:  # which write nothing there
         return None
     path = Path(os.path.abspath(run.out_dir))
@@ -127,7 +127,7 @@ def _folder(run):
         run.folder.take()
     finally:
         run.folder.release()
-        with contextlib.suppress(OSError):  # it was never made, or somebody else uses it by now
+        with contextlib.suppress(OSError):  # it wasn't made, or another run uses it now
             for file in lock:
                 os.remove(file)
             for place in made:
@@ -160,7 +160,7 @@ def _fit(run):
     classes = run.GPT, run.GPTConfig
     try:
         plan = autofit.fit(run.world, run.device, asked, run.given, run.model_args, classes, run.max_iters)
-    except Exception as e:  # a model that can't be simulated, a device in distress
+    except Exception as e:  # a model that can't be simulated, a device that fails
         nothing_fits = isinstance(e, UsageError) and "nothing fits" in str(e)
         return Verdict(STOP, str(e)) if nothing_fits else Verdict(WARNING, f"whether it fits can't be simulated: {e}")
     size, limit = run.batch_size, f"{gib(plan.limit_bytes)} may be taken, simulated"
