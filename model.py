@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32: what training holds of them at a time, see head_loss
-LOSS_CHUNKS = 32  # at most: torch.compile unrolls them, and so many hold little of a batch already
-ADDED_ROWS = 4096  # of a product that is added to a matrix of another dtype: what exists of it at a time
-SOFTMAX_BYTES = 32 * 2**20  # of probabilities in float32: what eager training holds of them at a time
+LOSS_CHUNK_BYTES = 128 * 2**20  # of logits in float32 that exist at a time in training, see head_loss
+LOSS_CHUNKS = 32  # at most, as torch.compile unrolls the loop over them
+ADDED_ROWS = 4096  # rows that exist at a time of a product that is added to a matrix of another dtype
+SOFTMAX_BYTES = 32 * 2**20  # of probabilities in float32 that exist at a time in eager training
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA A100 data sheet
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, on the Hugging Face hub
@@ -28,7 +28,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_py
 
 @dataclass
 class GPTConfig:
-    """Sizes of a GPT. Raises ValueError where they can't make a model."""
+    """Sizes of a GPT. Raises ValueError if they are not possible."""
 
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: faster matrix products
@@ -87,12 +87,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, nh, T, hs)
-        if cached is not None:  # (2, B, nh, positions, hs), of which so many are seen
+        if cached is not None:  # (2, B, nh, positions, hs), of which the first `seen` are filled
             cached[0, :, :, seen : seen + T] = k
             cached[1, :, :, seen : seen + T] = v
             k, v = cached[:, :, :, : seen + T].unbind(0)  # each (B, nh, seen + T, hs)
         dropout = self.dropout if self.training else 0.0
-        causal = seen == 0  # else T is 1, which may see all before it
+        causal = seen == 0  # else T is 1, and the token sees all before it
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)  # (B, nh, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 def not_computed_here(theirs):
-    """What a transformers config asks for that GPT doesn't compute, for a message; '' where there is nothing."""
+    """What a transformers config asks for and GPT doesn't compute, for a message; '' if nothing."""
     possible = {
         "model_type": ("gpt2",),
         "activation_function": tuple(ACTIVATIONS),
@@ -148,8 +148,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_chunk_mb = 0  # MiB of logits that exist at a time where they aren't returned; 0: LOSS_CHUNK_BYTES
-        # Random numbers are drawn in this order: changing it changes the weights that a seed stands for.
+        self.loss_chunk_mb = 0  # MiB of logits that exist at a time if they aren't returned; 0: LOSS_CHUNK_BYTES
+        # Weights are drawn in this order: changing it changes the weights that a seed gives.
         parts = dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -175,7 +175,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; non_embedding leaves out the positions', but not the tokens': that is the head too."""
+        """Number of parameters; non_embedding leaves out positions. Token embeddings count: they are the head."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
@@ -184,8 +184,8 @@ class GPT(nn.Module):
 
         idx: int64 (B, T), T at most block_size. targets: int64 (B, T), -1 where no loss is wanted, or None.
         Returns (logits, loss): with targets, logits (B, T, V) and the mean cross-entropy in nats; without, logits
-        (B, 1, V) of the last position alone, and None. return_logits=False: (None, loss), in a fraction of the memory.
-        cache: a KeyValueCache, to which idx is added: one token at a time, where it isn't empty.
+        (B, 1, V) of the last position, and None. return_logits=False: (None, loss), in a fraction of the memory.
+        cache: a KeyValueCache, to which idx is added. If it isn't empty, T must be 1.
         """
         T = idx.shape[1]
         seen = cache.seen if cache else 0
@@ -206,11 +206,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size):
-        """Shorten the longest sequence that the model takes, dropping the positions behind it."""
+        """Shorten the longest sequence that the model takes, dropping the positions after it."""
         if block_size > self.config.block_size:
             raise ValueError(f"block_size can be cropped to at most {self.config.block_size}, not {block_size}")
         self.config.block_size = block_size
-        # A copy: a slice would keep the whole table alive, and in every checkpoint.
+        # A copy: a slice would keep the whole table in memory and in every checkpoint.
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     @classmethod
@@ -242,7 +242,7 @@ class GPT(nn.Module):
         sizes = {name: getattr(their_config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(block_size=their_config.n_positions, **sizes, bias=True, **(override_args or {})))
         weights = theirs.state_dict()
-        del theirs  # each weight is let go of as soon as it is copied
+        del theirs  # so that each weight is freed as soon as it is copied
         for name, ours in model.state_dict().items():
             weight = weights.pop(name)
             ours.copy_(weight.t() if name.endswith(CONV1D) else weight)
@@ -277,9 +277,9 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, on_token=lambda tokens: None):
         """Continue idx, int64 (B, T), by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
 
-        temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. on_token is given each new
-        token of the sequences, int64 (B, 1), and may return True to end them. Call model.eval() first. Only the last
-        block_size tokens are seen; where there are more, each token gives all new positions: they are computed again.
+        temperature above 0 divides the logits; top_k keeps only the k likeliest tokens. on_token is called with each
+        new token of the sequences, int64 (B, 1), and may return True to stop. Call model.eval() first. The model sees
+        only the last block_size tokens. Beyond that, each new token shifts all positions: all are computed again.
         """
         block_size = self.config.block_size
         positions = min(block_size, idx.shape[1] + max_new_tokens)
@@ -324,7 +324,7 @@ def cuda_adds_products(dtype):
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, without a second tensor of total's size.
 
-    torch.compile doesn't look into it: it would add all chunks' products at the end, and keep them until then.
+    An operator of its own, because torch.compile would keep all chunks' products and add them at the end.
     """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
@@ -336,12 +336,12 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def softmax_less_one_hot(logits, target, exact, lift, with_gradients):
-    """What a chunk's loss and gradients are made of.
+    """(log-probabilities of the targets in the dtype exact, (rows, 1); lift * (softmax - one-hot), (rows, V)).
 
-    logits: (rows, V), which may be overwritten. target: int64 (rows, 1). Returns the targets' log-probabilities in
-    the dtype exact, (rows, 1), and lift * (softmax - one-hot) in the logits' dtype, (rows, V), if with_gradients.
+    logits: (rows, V), which may be overwritten. target: int64 (rows, 1). The second is in the logits' dtype, and
+    without meaning unless with_gradients.
     """
-    if torch.compiler.is_compiling():  # one kernel reads the logits, one more reads them and writes the gradient
+    if torch.compiler.is_compiling():  # one kernel reads the logits; a second reads them and writes the gradient
         x = logits.to(exact)
         is_target = torch.arange(x.shape[1], device=x.device) == target  # (rows, V)
         log_sum = x.logsumexp(-1, keepdim=True)
@@ -357,22 +357,22 @@ def softmax_less_one_hot(logits, target, exact, lift, with_gradients):
                 log_p += math.log(lift)
             torch.exp(log_p, out=part)
             part.scatter_(1, at, (lift * torch.expm1(found[-1])).to(part.dtype))
-        del log_p  # before there is the next
+        del log_p  # before the next one is made
     return torch.cat(found), logits
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the logits h @ weight.T, of which only a chunk of rows exists at a time.
+    """Mean cross-entropy of the logits h @ weight.T, of which only a chunk of rows exists at a time. Use head_loss.
 
-    A chunk's gradients are computed at once, while its logits are there, and take their place: three matrix products
-    in all, as without chunks, and nothing is computed twice. The backward pass only scales them. Use head_loss.
+    A chunk's gradients are computed in the forward pass and overwrite its logits. So there are three matrix products,
+    as without chunks, and nothing is computed twice. The backward pass only scales the gradients.
     """
 
     @staticmethod
     def forward(ctx, h, weight, targets, rows, dtype, with_gradients):
         exact = torch.promote_types(dtype, torch.float32)
-        # float16 would lose most of softmax: it is as small as 1/V. So that is lifted, and h lowered, by powers of two,
-        # which cost no precision, as far as a sum over a chunk's rows can't overflow.
+        # In float16, most of softmax would underflow: it is about 1/V. So it is multiplied, and h divided, by powers of
+        # two, which cost no precision; `lift` is small enough that a sum over a chunk's rows can't overflow.
         lift, lower = 1.0, 1.0
         if dtype == torch.float16:
             lift, lower = 2.0 ** min(10, 17 - math.ceil(math.log2(rows))), 2.0**-7
@@ -395,7 +395,7 @@ class HeadLoss(torch.autograd.Function):
                     grad_weight = g.t() @ lowered  # (V, C)
                     if rows < len(h):
                         grad_weight = grad_weight.to(exact)  # others will be added
-            del logits, g  # before there are the next
+            del logits, g  # before the next ones are made
         count = counts.sum()
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_h), grad_weight, counts, count)
@@ -409,7 +409,7 @@ class HeadLoss(torch.autograd.Function):
         scale = torch.where(count > 0, grad / count, 0.0) / ctx.lift
         h_dtype, weight_dtype = ctx.dtypes
         grad_h = grad_h.to(scale.dtype) * torch.where(counts, scale, 0.0)
-        # In place where nothing is converted: torch refuses a second backward pass, which would find it changed.
+        # In place if the dtype stays: torch refuses a second backward pass, so nobody reads it again.
         grad_weight = grad_weight.to(scale.dtype).mul_(scale / ctx.lower)
         return grad_h.to(h_dtype), grad_weight.to(weight_dtype), *[None] * 4
 
@@ -418,8 +418,8 @@ def head_loss(h, weight, targets, chunk_bytes=None):
     """Mean cross-entropy in nats of predicting targets from h by a linear head, without holding the logits.
 
     h: (N, C). weight: (V, C). targets: int64 (N,), -1 where no loss is wanted. A scalar in float32 or better. Under
-    autocast, products run in its dtype. chunk_bytes (0 or None: LOSS_CHUNK_BYTES): of logits, were they float32, that
-    may exist at a time; where that is less, 1/LOSS_CHUNKS of all. The more, the faster.
+    autocast, products run in its dtype. chunk_bytes (0 or None: LOSS_CHUNK_BYTES): of logits, counted as float32, that
+    may exist at a time, but at least 1/LOSS_CHUNKS of all. Larger is faster.
     """
     logits_bytes = 4 * len(h) * len(weight)
     chunks = min(LOSS_CHUNKS, math.ceil(logits_bytes / (chunk_bytes or LOSS_CHUNK_BYTES)))

@@ -1,4 +1,4 @@
-"""A trained GPT as a folder that transformers opens without this project: its GPT-2, a tokenizer, a model card."""
+"""Export a trained GPT as a folder for transformers: its GPT-2, a tokenizer, a model card."""
 
 import contextlib
 import itertools
@@ -18,8 +18,8 @@ from nanofit.errors import UsageError, first_line, usage_errors
 from nanofit.files import whole_or_not_at_all
 from nanofit.models import activation_of
 
-PROBE = "Hello  world's 12345 (x)=y;//\n\n\tÀÉé 日本語 🙂\r\n  YOU'LL end \n "  # cut by every rule that patterns have
-CLOSE = 1e-4  # logits that differ by less, beside the largest of them, differ by rounding
+PROBE = "Hello  world's 12345 (x)=y;//\n\n\tÀÉé 日本語 🙂\r\n  YOU'LL end \n "  # every rule of the patterns cuts it
+CLOSE = 1e-4  # largest difference of logits, relative to the largest logit, that is rounding
 NOT_GPT2 = "this model is no GPT-2, and transformers' GPT-2 can't express it: "
 
 
@@ -27,7 +27,7 @@ NOT_GPT2 = "this model is no GPT-2, and transformers' GPT-2 can't express it: "
 
 
 def tokenizer_of(codec):
-    """A Codec that isn't a file yet, as a tokenizers.Tokenizer. UsageError for what that can't express."""
+    """The tokenizers.Tokenizer for a Codec that isn't a file. UsageError if that library can't express it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     if isinstance(codec.by, tuple):
@@ -41,13 +41,13 @@ def tokenizer_of(codec):
         tokenizer = Tokenizer(models.WordLevel(stoi, unk_token=""))
         symbols = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(symbols), "isolated")
-        tokenizer.decoder = decoders.Fuse()  # without spaces between them
+        tokenizer.decoder = decoders.Fuse()  # without spaces between symbols
         return tokenizer
     bpe = codec.by
     special = {text: bpe.encode_single_token(text) for text in bpe.special_tokens_set}
     vocabulary, merges = _vocabulary_and_merges(bpe)
     tokenizer = Tokenizer(models.BPE({**vocabulary, **special}, merges, ignore_merges=True))
-    # Where tiktoken takes {1,3}+ for a repeat that gives nothing back, this library takes it for two repeats.
+    # {1,3}+ is a possessive quantifier to tiktoken, and two quantifiers to this library.
     pattern = Regex(re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", bpe._pat_str))
     by_words, by_bytes = pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_words, by_bytes])
@@ -59,16 +59,16 @@ def tokenizer_of(codec):
 
 
 def _vocabulary_and_merges(bpe):
-    """What the tokenizers library asks of a byte-pair encoding, from a tiktoken.Encoding, which keeps only ranks."""
+    """({token: id}, merges) of a tiktoken.Encoding for the tokenizers library. tiktoken keeps only the ranks."""
     ranks = {token: bpe.encode_single_token(token) for token in bpe.token_byte_values()}
-    # tokenizers spells bytes in letters: those that can't be printed, in order, by the ones from chr(256) on.
+    # tokenizers writes bytes as letters; for those that can't be printed, it uses chr(256) and the following ones.
     others = iter(range(256, 512))
     letter = {b: chr(b) if chr(b).isprintable() and b != ord(" ") else chr(next(others)) for b in range(256)}
     spelled = {token: "".join(map(letter.get, token)) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = [bytes([b]) for b in token]
-        while len(parts) > 2:  # merged by rank until the two are left that the token is merged from
+        while len(parts) > 2:  # merge by rank until two parts are left: those the token is merged from
             pairs = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
             if (rank := min(pairs)) == math.inf:
                 break
@@ -80,7 +80,7 @@ def _vocabulary_and_merges(bpe):
 
 
 def ends_of(folder, decode):
-    """The texts of the tokens at which a Hugging Face folder's generation_config.json lets a text end."""
+    """The texts of the tokens that end a text, by a Hugging Face folder's generation_config.json."""
     from transformers import GenerationConfig
 
     if not os.path.isfile(os.path.join(folder, "generation_config.json")):
@@ -90,7 +90,7 @@ def ends_of(folder, decode):
 
 
 def write_tokenizer(codec, folder, block_size):
-    """Put a Codec's tokenizer into a folder: its own file, or a tokenizer.json, with what transformers asks for."""
+    """Write a Codec's tokenizer to a folder for transformers: its own file, or a new tokenizer.json."""
     kept = os.path.join(folder, "tokenizer" + os.path.splitext(codec.name)[1])
     if os.path.basename(kept) in TOKENIZER_FILES:
         shutil.copyfile(codec.name, kept)
@@ -114,9 +114,9 @@ def write_tokenizer(codec, folder, block_size):
 
 
 def as_gpt2(model, vocab_size, end):
-    """transformers' GPT-2 with a model's weights, cut to so many symbols. end: the end of a text, an id or None.
+    """transformers' GPT-2 with a model's weights, cut to vocab_size symbols. end: the id of the end of a text, or None.
 
-    Biases are zeros where the model has none. Raises UsageError where the weights are not of GPT-2's shape.
+    Missing biases become zeros. Raises UsageError if the weights don't have GPT-2's shapes.
     """
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
     from transformers.pytorch_utils import Conv1D
@@ -131,7 +131,7 @@ def as_gpt2(model, vocab_size, end):
         activation_function=activation_of(model) or "gelu",
         vocab_size=vocab_size,
         n_positions=c.block_size,
-        n_ctx=c.block_size,  # which llama.cpp reads
+        n_ctx=c.block_size,  # for llama.cpp
         n_embd=c.n_embd,
         n_layer=c.n_layer,
         n_head=c.n_head,
@@ -140,17 +140,17 @@ def as_gpt2(model, vocab_size, end):
         **ids,
     )
     theirs = GPT2LMHeadModel(config)
-    # As sample.py draws, until there are as many tokens as the model has positions.
+    # As sample.py draws, up to as many tokens as the model has positions.
     theirs.generation_config = GenerationConfig(
         do_sample=True, temperature=0.8, top_k=200, max_length=c.block_size, **ids
     )
     for name, part in theirs.named_modules():
         if isinstance(part, Conv1D) and f"{name}.weight" in weights:
-            weights[f"{name}.weight"] = weights[f"{name}.weight"].t()  # which it keeps transposed
+            weights[f"{name}.weight"] = weights[f"{name}.weight"].t()  # Conv1D keeps it transposed
     zeros = {name: torch.zeros_like(w) for name, w in theirs.state_dict().items() if name.endswith(".bias")}
     try:
         theirs.load_state_dict({**zeros, **weights})
-    except RuntimeError as e:  # which lists everything that differs, one line each
+    except RuntimeError as e:  # torch lists everything that differs, one line each
         raise UsageError(NOT_GPT2 + str(e).splitlines()[1:][0].strip()[:200]) from e
     return theirs.eval()
 
@@ -170,9 +170,9 @@ def without_warnings():
 def export(model, saved, folder, title, data_dir, keep_padding):
     """Write a model to a new folder for transformers, read it back, and compare the two.
 
-    saved: its checkpoint, for the figures of the model card. title: what the card calls it. data_dir: the data set that
-    it was trained with, for its symbols; None for GPT-2's BPE. Returns the largest difference of a logit. It takes the
-    memory of three models. Raises UsageError where transformers' GPT-2 can't express the model.
+    saved: its checkpoint, for the model card. title: the card's title. data_dir: the data set with its tokenizer; None
+    for GPT-2's BPE. Returns the largest difference of a logit. It takes the memory of three models. Raises UsageError
+    if transformers' GPT-2 can't express the model.
     """
     if sys.flags.optimize > 1:
         raise UsageError("transformers needs its docstrings, which python -OO leaves out: use python, or python -O")
@@ -186,7 +186,7 @@ def export(model, saved, folder, title, data_dir, keep_padding):
     with whole_or_not_at_all(folder) as part:
         os.mkdir(part)
         write_tokenizer(codec, part, model.config.block_size)
-        # From within: safetensors takes no path that isn't UTF-8.
+        # In the folder itself: safetensors needs a UTF-8 path.
         with contextlib.chdir(part), usage_errors(SafetensorError, prefix=f"{folder} can't be written: "):
             Path("README.md").write_text(model_card(model, saved, title, prompt), encoding="utf-8", errors="replace")
             vocab_size = model.config.vocab_size if keep_padding else codec.symbols
@@ -196,9 +196,9 @@ def export(model, saved, folder, title, data_dir, keep_padding):
 
 @torch.no_grad()
 def compare(model, theirs):
-    """The largest difference between logits of a model and of transformers', over block_size tokens.
+    """The largest difference between a model's logits and those of transformers', over block_size tokens.
 
-    Raises UsageError where it is more than rounding.
+    Raises UsageError if it is more than rounding.
     """
     V, T = theirs.config.vocab_size, theirs.config.n_positions
     idx = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
@@ -212,7 +212,7 @@ def compare(model, theirs):
 
 
 def model_card(model, saved, title, prompt):
-    """README.md of the folder: how to use it, and the figures of the run."""
+    """The folder's README.md: how to use the model, and the figures of the run."""
     c, config, loss = model.config, saved.get("config", {}), float(saved.get("best_val_loss", 1e9))
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
@@ -220,7 +220,7 @@ def model_card(model, saved, title, prompt):
         "positions": f"{c.block_size:,}",
         "data set": config.get("dataset", "not recorded"),
         "iteration": saved.get("iter_num", "not recorded"),
-        "validation loss": f"{loss:.4f}" if loss < 1e9 else "not recorded",  # which stands for none
+        "validation loss": f"{loss:.4f}" if loss < 1e9 else "not recorded",  # 1e9: none yet
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     keys = "\n".join(f"{key} = {value!r}" for key, value in config.items())
@@ -260,7 +260,7 @@ def push(folder, name):
     try:
         url = HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="A GPT-2")
-    except Exception as e:  # its own errors, and those of the HTTP library that it uses
+    except Exception as e:  # the hub's own errors, and those of its HTTP library
         raise UsageError(
             f"push_to={name!r} failed ({first_line(e)}): expected 'user/name' on the Hugging Face hub, and a token "
             "that may write there: hf auth login"

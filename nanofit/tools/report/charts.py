@@ -1,4 +1,4 @@
-"""The report's charts, as Bokeh models: each run has a colour, and each kind of figure a stroke."""
+"""The report's charts, as Bokeh models. Each run has a colour, and each kind of figure a line style."""
 
 import html
 
@@ -18,17 +18,17 @@ from bokeh.plotting import figure
 from nanofit.metrics import OURS
 from nanofit.units import GIB
 
-# Far enough from white and from black, and from each other for colour-blind eyes as well (after Okabe and Ito).
+# Distinct from white, from black and from each other, for colour-blind readers as well (after Okabe and Ito).
 COLOURS = ("#1a80c4", "#d9730d", "#129a6b", "#c2528f", "#8a74d6", "#8f7f10", "#4f8fa8", "#b5564a")
 LIMIT = "#d03b3b"
-OUT_OF_SIGHT = 3  # a limit so many times the highest peak is told and not drawn
+OUT_OF_SIGHT = 3  # a limit of more than this times the highest peak is not drawn
 DERIVED = {"smoothed", "peak_gib", "memory_gib"}
 STEP = "iteration @iter{0,0}, @tokens{0.00a} tokens: "
 ITERATIONS, EVALUATIONS = 0, 1  # places of a run's sources
 
 
 def charts_of(runs):
-    """{name: figure}: loss, lr, speed, norm, memory, and figures of one's own by their names."""
+    """{name: figure}: loss, lr, speed, norm, memory, and the users' own figures by name."""
     sources = [[ColumnDataSource(rows) for rows in run.drawn(len(runs))] for run in runs]
     across = DataRange1d(range_padding=0.01)  # all charts zoom together
     charts = {
@@ -73,7 +73,7 @@ def _figure(runs, across, **options):
 
 
 def _draw(chart, source, name, ink, marks=False, **stroke):
-    """A curve's renderers: a line, with markers where it should have them or is a single figure."""
+    """A curve's renderers: a line, and markers if asked for or if there is only one value."""
     drawn = [chart.line("iter", name, source=source, color=ink, **stroke)]
     if marks or np.isfinite(source.data[name]).sum() == 1:
         drawn.append(chart.scatter("iter", name, source=source, color=ink, size=5))
@@ -103,13 +103,13 @@ def _loss(runs, sources, across):
 
 
 def _curves(runs, sources, across, names, told, place=ITERATIONS, marks=False, **options):
-    """A chart of columns. names: {column: what the legend calls it, '' where there is one}; of several runs, runs."""
+    """A chart of columns. names: {column: its name in the legend, '' if it is the only one}."""
     chart, entries = _figure(runs, across, height=280, **options), []
     for i, (run, of_run) in enumerate(zip(runs, sources, strict=True)):
         of_names = {}
         for k, (name, word) in enumerate(names.items()):
             if name not in of_run[place].data:
-                continue  # another run's own
+                continue  # only another run has it
             ink = COLOURS[(i if len(runs) > 1 else k) % len(COLOURS)]
             stroke = dict(line_width=1.5, line_dash="dashed" if k else "solid")
             drawn = _draw(chart, of_run[place], name, ink, marks, **stroke)
@@ -126,7 +126,7 @@ def _curves(runs, sources, across, names, told, place=ITERATIONS, marks=False, *
 
 
 def _hover(chart, renderer, run, told):
-    label = html.escape(run.label).replace("@", "&#64;")  # of a folder, which may be called anything
+    label = html.escape(run.label).replace("@", "&#64;")  # a folder's name may hold anything
     chart.add_tools(HoverTool(renderers=[renderer], tooltips=f"{label}, {STEP}{told}", mode="mouse", visible=False))
 
 

@@ -22,7 +22,7 @@ TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(__
 
 
 def page_of(runs):
-    """The whole page, a str that needs nothing beside it."""
+    """The whole page as a str, with everything that it needs."""
     charts, document, several = charts_of(runs), Document(), len(runs) > 1
     for chart in charts.values():
         document.add_root(chart)
@@ -55,7 +55,7 @@ def _summary(run):
         words.append(f"best validation loss {best[-1]:.4f}")
     if len(speed := _known(run.iterations["tokens_per_second"])):
         words.append(f"{np.median(speed[-100:]):,.0f} tokens/s on {run.facts.get('device', 'a device')}")
-    if (left := run.iterations["seconds_left"][-1]) > 0:  # which nan isn't
+    if (left := run.iterations["seconds_left"][-1]) > 0:  # false for nan
         words.append(f"{duration(left)} left when this was written")
     return ", ".join(words) + "."
 
@@ -64,7 +64,7 @@ def _summary(run):
 
 
 def tables_of(run):
-    """What the part of the page on one run shows beside its charts."""
+    """What the page shows about one run besides its charts."""
     facts, plan, config = run.facts, run.plan, run.facts.get("config", {})
     trials = filter(None, (from_dict(Trial, told) for told in (plan.trials if plan else ())))
     about = {
@@ -81,7 +81,7 @@ def tables_of(run):
     }
     changed = {name: config.get(name) for name in facts.get("changed", [])}
     if changed.get("init_from") in ("resume", "auto"):
-        del changed["init_from"]  # how it went on, and no setting
+        del changed["init_from"]  # not a setting of the run
     return {
         "about": {name: value for name, value in about.items() if value},
         "changed": changed,

@@ -1,4 +1,4 @@
-"""A run's folder as the report sees it: metrics.jsonl as columns of numbers, the last sample, checkpoints."""
+"""What the report reads from a run's folder: metrics.jsonl as columns of numbers, the last sample, checkpoints."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from nanofit.errors import UsageError
 from nanofit.metrics import FILE, OURS, record_of
 from nanofit.units import GIB
 
-MOST_ROWS = 8000  # of a run that are drawn; a screen has fewer columns of pixels
-ROWS_OF_ALL = 16000  # of all runs together
+MOST_ROWS = 8000  # that are drawn of a run; a screen has fewer pixels
+ROWS_OF_ALL = 16000  # that are drawn of all runs together
 ITERATION = (
     "loss", "iter", "tokens", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_bytes", "memory_bytes",
     "seconds_left",
@@ -22,10 +22,10 @@ EVALUATION = ("val_loss", "iter", "tokens", "train_loss", "best_val_loss")
 
 
 class Run:
-    """label: how the report calls it.
+    """A run's figures. label: its name in the report.
 
-    iterations, evaluations: {name: float64 (n,)}, nan where a figure isn't known or isn't finite. starts: [(iteration,
-    date, facts)] for each time that it began or went on. seconds: that it took, pauses between its parts left out.
+    iterations, evaluations: {name: float64 (n,)}, nan for what is unknown or not finite. starts: [(iteration, date,
+    facts)] for the start and each resume. seconds: its duration, without the pauses before it was resumed.
     """
 
     def __init__(self, folder, label):
@@ -54,21 +54,21 @@ class Run:
 
     @property
     def facts(self):
-        """What the last start tells, see metrics.run_facts."""
+        """The facts of the last start, see metrics.run_facts."""
         return self.starts[-1][2] if self.starts else {}
 
     @property
     def plan(self):
-        """The run's Plan, or None where it isn't told."""
+        """The run's Plan, or None if unknown."""
         return from_dict(Plan, self.facts.get("plan"))
 
     @property
     def limit_bytes(self):
-        """What training may take: the limit, or else all memory of the device; 0 where neither is known."""
+        """What training may take: the limit, else all memory of the device; 0 if neither is known."""
         return (self.plan and self.plan.limit_bytes) or self.facts.get("memory") or 0
 
     def drawn(self, runs):
-        """(iterations, evaluations) with as many rows as a report of so many runs draws, and what is derived."""
+        """(iterations, evaluations), thinned for a report of so many runs, with derived columns."""
         most = min(MOST_ROWS, ROWS_OF_ALL // runs)
         columns = {**self.iterations, "smoothed": smoothed(self.iterations["loss"])}
         columns.pop("seconds_left")
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def sample(self):
-        """(iteration, text) that sample.py drew last, None where it drew none of this run."""
+        """(iteration, text) of the last sample of this run, or None."""
         try:
             with open(os.path.join(self.folder, "sample.txt"), encoding="utf-8", errors="replace") as file:
                 told, text = re.fullmatch(r"run (\w+), iteration (\d+)", file.readline().rstrip()), file.read(20_000)
@@ -103,7 +103,7 @@ def _number(value):
 
 
 def _append(columns, record):
-    """Add a record's numbers to columns; a name that is new there is unknown before."""
+    """Add a record's numbers to columns. A new column gets nan in the rows before."""
     rows = len(columns["iter"])
     for name in record.keys() - columns.keys() - OURS:
         columns[name] = array("d", [np.nan]) * rows
@@ -112,22 +112,19 @@ def _append(columns, record):
 
 
 def date_of(seconds):
-    """Seconds since 1970 for people, '' for nan."""
+    """Seconds since 1970 as a date, '' for nan."""
     return "" if np.isnan(seconds) else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def labels_of(folders):
-    """A short name for each folder, and no two alike."""
+    """A short name for each folder, all different."""
     short = [os.path.basename(os.path.normpath(os.path.abspath(folder))) for folder in folders]
     names = [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
-    return [name.encode(errors="replace").decode() for name in names]  # a name may be no UTF-8
+    return [name.encode(errors="replace").decode() for name in names]  # a name may not be UTF-8
 
 
 def smoothed(values, share=0.02):
-    """The mean of a stretch around each value, which is this share of them wide; nans are left out.
-
-    values: float64 (n,).
-    """
+    """Running mean of values, float64 (n,), over a window of this share of them; nans are left out."""
     half = int(len(values) * share / 2)
     known = np.concatenate([[0], np.cumsum(~np.isnan(values))])  # (n + 1,)
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])  # (n + 1,)
@@ -138,10 +135,7 @@ def smoothed(values, share=0.02):
 
 
 def thinned(columns, most):
-    """columns with at most `most` rows: in each stretch of rows, those with a column's lowest or highest figure.
-
-    columns: {name: float64 (n,)}.
-    """
+    """columns, {name: float64 (n,)}, with at most `most` rows: from each stretch, each column's minimum and maximum."""
     n = len(columns["iter"])
     if n <= most:
         return columns
