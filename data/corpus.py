@@ -32,24 +32,24 @@ DATA = os.path.dirname(os.path.abspath(__file__))
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-SEED = 2357  # nanoGPT's, for the order of the documents and so for which of them are val
-VAL_SHARE = 0.0005  # of the documents: nanoGPT's too
-SMALL_VAL_BLOCKS = 16  # what val should hold where that share of the documents is shorter than one block
-MOST_SPACES = 500_000  # white space in a row that tiktoken's regular expression surely takes: at a million it panics
-MOST_VAL = 10_000_000  # tokens, where val is 10% of a text
-BATCH_CHARACTERS = 1_000_000  # what is tokenised at a time
-MULTIPLE = 64  # a vocab_size of whole tiles of a matrix product is faster
-COPIED_TOKENS = 2**21  # what is copied at a time
+SEED = 2357  # nanoGPT's, for the order of the documents, which decides which of them are val
+VAL_SHARE = 0.0005  # of the documents, as nanoGPT
+SMALL_VAL_BLOCKS = 16  # size of val if that share of the documents is shorter than one block
+MOST_SPACES = 500_000  # white space in a row that tiktoken's regular expression takes; at a million it panics
+MOST_VAL = 10_000_000  # tokens, if val is 10% of a text
+BATCH_CHARACTERS = 1_000_000  # tokenised at a time
+MULTIPLE = 64  # of vocab_size: whole tiles of a matrix product are faster
+COPIED_TOKENS = 2**21  # copied at a time
 
-# A data set's files. They change together: val.bin is the first to go and the first to come, train.bin the last to
-# come. So wherever the change is interrupted, there is never something old and something new to train on.
+# A data set's files, in the order in which old ones are removed and new ones come. Wherever that is interrupted, there
+# is no mixture of old and new files to train on.
 FILES = ("val.bin", "prepared.json", "meta.pkl", *codec.TOKENIZER_FILES, "train.bin")
-READY = "ready.part"  # the folder in which they wait while the old ones go
+READY = "ready.part"  # the folder of the new files while the old ones are removed
 
 
 # ---- talking to a person -----------------------------------------------------------------------------------
 def say(text, to="stdout"):
-    """Print a line. Where that fails (a closed pipe, a full disk under a log) the data still come first."""
+    """Print a line. If that fails (a closed pipe, a full disk), preparing the data goes on."""
     try:
         print(text, file=getattr(sys, to), flush=True)
     except OSError:
@@ -65,7 +65,7 @@ def counted(documents):
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a prepare.py, --force among them; a mistake ends in a sentence, as everywhere."""
+    """The arguments of a prepare.py, --force among them. A mistake is a UsageError."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text):
-    """A whole number above zero; 100_000_000 and 1e8 are ways to write one."""
+    """A whole number above zero, such as 100_000_000 or 1e8."""
     try:
         number = float(text) if re.search(r"[.eE]", text) else int(text)
     except ValueError:
@@ -95,7 +95,7 @@ def whole_number(text):
 
 
 def run(main):
-    """main(); Ctrl-C and SIGTERM end it with a line, the signal's exit code and nothing left behind."""
+    """Run main(). Ctrl-C and SIGTERM end it with a line and the signal's exit code, and leave nothing behind."""
 
     def stop(number, frame):
         raise KeyboardInterrupt(number)
@@ -110,21 +110,21 @@ def run(main):
 
 # ---- a data set's files ------------------------------------------------------------------------------------
 def block_sizes(dataset):
-    """The block sizes with which config/ trains on a data set, ascending; of all its files where none names it."""
+    """The block sizes with which config/ trains on a data set, ascending; all of config/ if none names it."""
     found = {}
     for path in Path(DATA).parent.glob("config/*.py"):
         text = path.read_text(encoding="utf-8", errors="replace")
         name = re.search(r"^dataset\s*=\s*[\"'](.+?)[\"']", text, re.MULTILINE)
         size = re.search(r"^block_size\s*=\s*(\d+)", text, re.MULTILINE)
-        # What a file doesn't say is train.py's default.
+        # Else train.py's default.
         found.setdefault(name[1] if name else "openwebtext", set()).add(int(size[1]) if size else 1024)
     return sorted(found.get(dataset) or set().union(*found.values())) or [1024]
 
 
 def folder_named(name, own=""):
-    """The folder of the data set that --out names. own: the one that the prepare.py which asks may write to.
+    """The folder of the data set that --out names. own: the data set whose prepare.py this is.
 
-    Raises UsageError for a name that is none, and for a data set that has a prepare.py of its own.
+    Raises UsageError for an impossible name, and for another data set that has a prepare.py.
     """
     folder, root = Path(DATA, name), Path(DATA).resolve()
     if folder.resolve() in (root, *root.parents):
@@ -135,7 +135,7 @@ def folder_named(name, own=""):
 
 
 def each_once(paths):
-    """The paths, sorted, without those that lead by links to a file that is among them already."""
+    """The paths, sorted, each file once, whatever links lead to it."""
     found = {}
     for path in sorted(paths):
         found.setdefault(os.path.realpath(path), path)
@@ -143,11 +143,11 @@ def each_once(paths):
 
 
 class DataSet:
-    """A data set in the making, whose files take the places of the old ones together when the with block ends well.
+    """A data set in the making. When its with block ends without an error, its files replace the old ones together.
 
-    Until then they lie in a folder of their own beside them. One prepare.py at a time may work on a data set.
+    Until then they are in a temporary folder. Only one prepare.py at a time may work on a data set.
 
-    vocab_size: of the tokenizer. kind: the numpy dtype of its ids, uint16 as nanoGPT's or, for a larger one, uint32.
+    vocab_size: the tokenizer's. kind: the numpy dtype of ids, uint16 as in nanoGPT, or uint32 if that is too small.
     """
 
     def __init__(self, folder, force=False, vocab_size=codec.GPT2_SYMBOLS):
@@ -155,7 +155,7 @@ class DataSet:
         self.kind = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.name = self.folder.resolve().name
         self.record = {}  # goes into prepared.json, with the tokens
-        self.open = ExitStack()  # what is closed however it ends
+        self.open = ExitStack()  # closed at the end in any case
 
     def __enter__(self):
         with self.writing():
@@ -171,7 +171,7 @@ class DataSet:
         return self
 
     def _make_room(self):
-        """End what a prepare.py that was killed had begun, and see that nothing is in the way."""
+        """Clean up after a prepare.py that was killed, and check that nothing is in the way."""
         for left in self.folder.glob("prepare-*.part"):
             shutil.rmtree(left, ignore_errors=True)
         ready = self.folder / READY
@@ -187,7 +187,7 @@ class DataSet:
 
     def __exit__(self, kind, error, trace):
         try:
-            with self.writing():  # what waits to be written may fail here
+            with self.writing():  # closing writes buffers
                 self.open.close()
             if kind is None:
                 self._finish()
@@ -199,7 +199,7 @@ class DataSet:
 
     @contextmanager
     def writing(self):
-        """Where this data set's files are written, whatever the disk says against it ends in a sentence."""
+        """Turns errors of the disk, while this data set's files are written, into a UsageError."""
         try:
             yield
         except OSError as e:
@@ -209,7 +209,7 @@ class DataSet:
             ) from e
 
     def part(self, name):
-        """The path under which a file is written until all are there."""
+        """The temporary path of a file."""
         return self._parts / name
 
     def write(self, split, ids):
@@ -218,12 +218,12 @@ class DataSet:
             f.write(np.ascontiguousarray(ids, dtype=self.kind))
 
     def write_meta(self, vocab_size, **more):
-        """Write meta.pkl. more: stoi and itos, without which there is training, but no sampling."""
+        """Write meta.pkl. more: such as stoi and itos, which sampling needs and training doesn't."""
         with self.writing(), open(self.part("meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": vocab_size, **more}, f)
 
     def keep_tokenizer(self, tokenizer):
-        """Write what sample.py and export.py know the data's Codec by: nothing for GPT-2's BPE, as nanoGPT."""
+        """Write the tokenizer, or its name, for sample.py and export.py; nothing for GPT-2's BPE, as nanoGPT."""
         name, kind = tokenizer.name, os.path.splitext(tokenizer.name)[1]
         self.record["encoding"] = os.path.basename(name)
         if name == codec.GPT2:
@@ -241,7 +241,7 @@ class DataSet:
             say("it names no end of a text: documents follow each other without one")
 
     def _finish(self):
-        """Check what was made, and let it take the place of what was there."""
+        """Check the new files, and replace the old ones."""
         sizes = {split: os.path.getsize(self.part(f"{split}.bin")) for split in ("train", "val")}
         self.tokens = {split: size // self.kind.itemsize for split, size in sizes.items()}
         self._check_lengths()
@@ -264,7 +264,7 @@ class DataSet:
                     signal.signal(number, handler)
 
     def _check_lengths(self):
-        """Warn of splits too short for config/, and keep a larger data set from one that none of it can train on."""
+        """Warn of splits too short for config/. One too short for all of config/ may not replace a larger data set."""
         sizes = block_sizes(self.name)
         split, shortest = min(self.tokens.items(), key=lambda item: item[1])
         too_long = [size for size in sizes if shortest <= size]
@@ -282,7 +282,7 @@ class DataSet:
 
 
 def _lock(folder):
-    """A descriptor that holds folder for this process, until it ends; None where there are no locks."""
+    """A descriptor that holds a lock on folder for this process; None if the system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -300,11 +300,11 @@ def _lock(folder):
 
 
 def _replace(folder):
-    """Let the files in folder/READY take the places of the old ones; where a kill stopped that, end it."""
+    """Replace the old files by those in folder/READY, or finish that if it was interrupted."""
     ready = folder / READY
     if ready.is_symlink() or not ready.is_dir():
         return
-    if (ready / FILES[0]).exists():  # nothing has come yet, so whatever is there is old
+    if (ready / FILES[0]).exists():  # no new file has been moved yet, so all others are old
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
     for name in FILES:
@@ -315,7 +315,7 @@ def _replace(folder):
 
 # ---- a text, cut once --------------------------------------------------------------------------------------
 def read_or_fetch(path, folder, url, sha256):
-    """The text of path; without a path, of folder/input.txt, which is fetched from url where it is missing."""
+    """The text of path; without a path, of folder/input.txt, which is fetched from url if it is missing."""
     if path is None:
         path = os.path.join(folder, "input.txt")
         if not os.path.exists(path):
@@ -364,7 +364,7 @@ def write_bpe(made, text):
 
 
 def characters(made, symbols, count):
-    """Write meta.pkl for a set of characters, of a text of so many; returns what turns text into ids."""
+    """Write meta.pkl for a set of characters, and return the function from text to ids. count: the text's length."""
     symbols = sorted(symbols)
     made.kind = np.dtype("<u2" if len(symbols) <= 2**16 else "<u4")
     shown = "".join(symbols[:200])
@@ -387,7 +387,7 @@ def characters(made, symbols, count):
 
 # ---- many documents ----------------------------------------------------------------------------------------
 def check_spaces(text, name):
-    """Refuse what makes tiktoken panic."""
+    """Raise a UsageError for a text that makes tiktoken panic."""
     if len(text) > MOST_SPACES:
         longest = max((len(m[0]) for m in re.finditer(r"\s+", text)), default=0)
         if longest > MOST_SPACES:
@@ -398,9 +398,9 @@ def check_spaces(text, name):
 
 
 def tokenised(made, tokenizer, pieces, threads):
-    """(text, whether a document ends with it) to (ids, the same), by a Codec, many at a time.
+    """Turn (text, whether a document ends with it) into (ids, the same), by a Codec, many at a time.
 
-    A document's end is followed by the tokenizer's token for it, such as <|endoftext|>.
+    At the end of a document the tokenizer's end-of-text token is added, such as <|endoftext|>.
     """
     end = [] if tokenizer.end is None else [tokenizer.end]
 
@@ -423,10 +423,10 @@ def tokenised(made, tokenizer, pieces, threads):
 
 
 def share_for_val(lengths, block_size):
-    """How many of the shuffled documents, of these lengths in tokens, are val: as nanoGPT, 0.05%, at least one.
+    """How many of the shuffled documents are val: as in nanoGPT 0.05%, at least one. lengths: theirs, in tokens.
 
-    Where these are too short for a block, as many as make 10% of the tokens, or SMALL_VAL_BLOCKS blocks; without the
-    last of them, if that one would leave train with less than val.
+    If these are too short for a block: as many as have 10% of the tokens, at most SMALL_VAL_BLOCKS blocks; one less if
+    val would be larger than train.
     """
     count = math.ceil(len(lengths) * VAL_SHARE)
     tokens = np.cumsum(lengths)
@@ -445,9 +445,9 @@ def _progress(what, total=None):
 
 
 class Documents:
-    """Tokenised documents on the disk in the order in which they come, until all are there and can be split.
+    """Tokenised documents, kept on the disk until all are there and can be split.
 
-    In memory are 8 bytes a document, and some 40 while they are split.
+    It takes 8 bytes of memory a document, and about 40 while they are split.
     """
 
     def __init__(self, made, expected=None):
@@ -463,7 +463,7 @@ class Documents:
         return len(self._ends)
 
     def add(self, ids, ends=True):
-        """Append ids, of the data set's kind, to the document that is open; ends: it ends with them."""
+        """Append ids, of the data set's kind, to the current document. ends: it ends with them."""
         with self._made.writing():
             self._file.write(ids)
         self.tokens += len(ids)
@@ -489,7 +489,7 @@ class Documents:
         self._write(starts, lengths, {"val": int(lengths[:count].sum()), "train": int(lengths[count:].sum())})
 
     def split_by_tokens(self):
-        """Write train.bin and val.bin: in the seed's order the last 10% of the tokens are val, at most MOST_VAL."""
+        """Write train.bin and val.bin. Of the shuffled documents, the last 10% of tokens are val, at most MOST_VAL."""
         starts, lengths = self._shuffled()
         train = max(int(self.tokens * 0.9), self.tokens - MOST_VAL)
         if train == 0:
@@ -497,7 +497,7 @@ class Documents:
         self._write(starts, lengths, {"train": train, "val": self.tokens - train})
 
     def _shuffled(self):
-        """(where each document starts, how long it is), int64 tokens (documents,), in the seed's order."""
+        """(where each document starts, its length), int64 (documents,) in tokens, shuffled by the seed."""
         seconds = time.perf_counter() - self._began
         self._bar.close()
         speed = self.tokens / seconds
@@ -510,10 +510,10 @@ class Documents:
         return (ends - lengths)[order], lengths[order]
 
     def _write(self, starts, lengths, tokens):
-        """Deal the documents, one after the other, to a file for each split of so many tokens."""
+        """Copy the documents, one after the other, to the files of the splits. tokens: {split: how many}."""
         path, width = self._made.part("documents"), self._made.kind.itemsize
         documents = zip(starts, lengths, strict=True)
-        start = left = 0  # where the rest of a document is, and how long
+        start = left = 0  # the rest of a document: its position and its length
         with self._made.writing(), open(path, "rb", buffering=0) as file, _progress("writing", self.tokens) as bar:
             for split, room in tokens.items():
                 with open(self._made.part(f"{split}.bin"), "wb") as out:
