@@ -18,7 +18,6 @@ from model import GPT, GPTConfig
 from nanofit import machine, models, settings
 from nanofit.batches import Batches, RandomBatch
 from nanofit.compiling import compiled
-from nanofit.errors import first_line
 from nanofit.optimizers import configured
 from nanofit.step import train_step
 from nanofit.tokens import open_data
@@ -97,10 +96,6 @@ else:
     run(10)  # warm up
     seconds = run(20)
 
-try:
-    mfu = models.mfu_of(raw_model, batch_size, device, dtype)(seconds)
-except Exception as e:  # of a model.py that can't tell
-    print(f"MFU is not known: the model's estimate_mfu can't tell ({first_line(e)})")
-    mfu = -1.0
+mfu = models.mfu_of(raw_model, batch_size, device, dtype)(seconds)
 print(f"{batch_size * block_size / seconds:,.0f} tokens per second")
 print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu * 100:.2f}%")

@@ -175,14 +175,9 @@ def mend_standard_streams():
 
     Otherwise the next file that is opened would get a stream's number, and with it what libraries print.
     """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the process ends
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # it gets the lowest free number
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -62,7 +62,7 @@ class Buffers:
     """
 
     def __init__(self, model, world):
-        self.model, self.world, self._told = model, world, False
+        self.model, self.world = model, world
         self._seen = self._state()
 
     def _state(self):
@@ -74,9 +74,6 @@ class Buffers:
             return
         self.world.broadcast(self.model.buffers())
         self._seen = self._state()
-        if not self._told:
-            self._told = True
-            print("training changes buffers: rank 0's become all ranks' after each iteration, and are saved")
 
 
 class AveragedGradients(Gradients):

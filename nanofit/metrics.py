@@ -100,21 +100,13 @@ class Metrics:
         now = time.perf_counter()
         seconds = (now - self._clock) / (iter_num - self._last)  # of an iteration, since the last line
         self._clock, self._last = now, iter_num
-        self._mfu, self._seconds = self._mean(self._mfu, self._mfu_now(seconds)), self._mean(self._seconds, seconds)
+        self._mfu, self._seconds = self._mean(self._mfu, self.mfu_of(seconds)), self._mean(self._seconds, seconds)
         peak_bytes, memory_bytes = machine.memory_in_use(self.device)
         self._tell(dict(
             iter=iter_num, tokens=self._tokens_before(iter_num + 1), lr=lr, loss=loss, grad_norm=norm, seconds=seconds,
             tokens_per_second=self.tokens_per_iter / seconds, mfu=self._mfu, peak_bytes=peak_bytes,
             memory_bytes=memory_bytes, seconds_left=self._seconds_left(iter_num), **_numbers(more),
         ))  # fmt: skip
-
-    def _mfu_now(self, seconds):
-        try:
-            return self.mfu_of(seconds)
-        except Exception as e:  # a model.py of the user's may raise anything
-            print(f"mfu is not known: the model's estimate_mfu can't tell ({reason(e)})")
-            self.mfu_of = lambda seconds: -1.0  # nanoGPT prints this while it is unknown
-        return -1.0
 
     @property
     def _warms_up(self):

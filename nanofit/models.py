@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.overrides import TorchFunctionMode
 
 from nanofit import cards, machine
-from nanofit.errors import UsageError, first_line, is_out_of_memory, usage_errors
+from nanofit.errors import UsageError, first_line, is_out_of_memory, reason, usage_errors
 from nanofit.recompute import recomputed
 from nanofit.units import GPT2_SIZES, PADDED_VOCAB_SIZE
 
@@ -293,14 +293,21 @@ def share_of_peak(model, sequences, seconds, peak_flops):
 
 
 def mfu_of(model, sequences, device, dtype):
-    """A function of the seconds that these sequences take: share_of_peak on this device."""
+    """A function of the seconds that these sequences take: share_of_peak on this device, -1 if the model can't tell."""
     peak_flops, note = machine.peak_flops(device, dtype)
     if note:
         print(note)
 
     def mfu(seconds):
         nonlocal peak_flops
-        share = share_of_peak(model, sequences, seconds, peak_flops)
+        if not peak_flops:
+            return -1.0  # as nanoGPT while it is unknown
+        try:
+            share = share_of_peak(model, sequences, seconds, peak_flops)
+        except Exception as e:  # a model.py of the user's may raise anything
+            print(f"mfu is not known: the model's estimate_mfu can't tell ({reason(e)})")
+            peak_flops = 0.0
+            return -1.0
         if share > 1 and device.type == "cpu":  # the machine was busy while its peak was measured
             peak_flops, share = share * peak_flops, 1.0
         return share

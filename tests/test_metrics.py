@@ -16,6 +16,7 @@ import torch
 from conftest import TOY, train
 
 from nanofit import metrics as figures_of
+from nanofit import models
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
 from nanofit.metrics import Metrics, open_readers, print_line, require_readers
@@ -138,7 +139,7 @@ def test_figures_of_ones_own_are_printed_and_kept(capsys):
 
 def test_a_model_that_cannot_tell_its_mfu_costs_that_figure(capsys):
     metrics = metrics_of()
-    metrics.mfu_of = lambda seconds: object().estimate_mfu(seconds)
+    metrics.mfu_of = models.mfu_of(object(), 1, torch.device("cpu"), "float32")
     iterate(metrics, range(2))
     printed = capsys.readouterr().out
     assert printed.count("mfu is not known") == 1

@@ -110,7 +110,6 @@ def test_ranks_learn_like_one_process_whatever_a_model_leaves_out_or_changes(mon
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "model", uneven)
         train(**{**KEYS, **keys}, out_dir="whole")
-    told = run(ranks=2, model="uneven", shard=shard, **keys).text
-    assert ("training changes buffers: " in told) == (kind == "running")
+    run(ranks=2, model="uneven", shard=shard, **keys)
     assert_same("out", "whole", buffers_apart=kind == "running")
     assert shard or len({weights["digest"] for weights in weights_of_ranks()}) == 1
