@@ -87,7 +87,7 @@ class Metrics:
 
         more: your own figures, numbers or scalar tensors.
         """
-        if losses["val"] <= self.best_val_loss:  # equal when resuming repeats the best evaluation
+        if losses["val"] < self.best_val_loss:
             self.best_val_loss, self._best_iter = losses["val"], iter_num
         self._tell(dict(
             iter=iter_num, tokens=self._tokens_before(iter_num), lr=lr, train_loss=losses["train"],

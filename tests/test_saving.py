@@ -143,6 +143,11 @@ def test_patience_ends_a_run_and_resuming_keeps_the_count():
     assert min(again.eval_loss) == best + 6
 
 
+def test_a_loss_that_stays_the_same_is_not_better(monkeypatch):
+    monkeypatch.setattr(step, "mean_losses", lambda own, world: {"train": 1.0, "val": 1.0})
+    assert max(train(**KEYS, max_iters=100, patience=2).eval_loss) == 8
+
+
 def test_a_disk_that_is_nearly_full_is_told_at_the_start(monkeypatch):
     assert "left, and a checkpoint takes" not in train(**KEYS, max_iters=0).text
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
