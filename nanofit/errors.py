@@ -49,7 +49,7 @@ def usage_errors(*kinds, prefix=""):
 
 
 def first_line(error):
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if there is no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -61,13 +61,13 @@ def system_error(error):
 
 
 def reason(error):
-    """What the system said, where it is the cause of an error, else the error's type and first line."""
+    """The system's words if an OSError is behind an error, else the error's type and first line."""
     inner = system_error(error)
     return (inner is not None and inner.strerror) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def shown(value, form=repr):
-    """value as text for a message, cut where it is long."""
+    """value as text for a message, cut if it is long."""
     try:
         text = form(value)
     except (ValueError, RecursionError):  # an int of more than 4,300 digits; lists in lists in lists

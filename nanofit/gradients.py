@@ -200,8 +200,8 @@ class ShardedGradients(Gradients):
         super().__init__(model)
         self.world, self.gather_once = world, gather_once
         self._buffers = Buffers(model, world)
-        numbers = {}  # of shares: a module has them as its parameters only while they aren't gathered
-        self._parts = {part: [] for part in (*blocks_of(model), model)}  # what is gathered at a time
+        numbers = {}  # {share: its number}; while weights are gathered, a module's parameters are others
+        self._parts = {part: [] for part in (*blocks_of(model), model)}  # modules that are gathered one at a time
         for part, members in self._parts.items():
             for module in part.modules():
                 for name, p in module.named_parameters(recurse=False):
@@ -210,7 +210,7 @@ class ShardedGradients(Gradients):
         self._shares = list(numbers)
         self._filled = set()
         self.begin(0)
-        # FSDP2's own hooks are there already: what enters a block leaves its hook before it enters this one.
+        # FSDP2 registered its hooks before, so that its hook on a block runs first.
         for block in blocks_of(model):
             block.register_forward_pre_hook(self._entered, with_kwargs=True)
         model.register_forward_hook(self._computed, prepend=True)
@@ -225,13 +225,13 @@ class ShardedGradients(Gradients):
 
     @torch.compiler.disable
     def _entered(self, block, args, kwargs):
-        """Fill a block's gradients once that of what entered it is known, which is when FSDP2 sends them."""
-        if torch.is_grad_enabled() and not self._in_backward:  # where a checkpoint computes the block again
+        """Fill a block's gradients as soon as its input has a gradient, as FSDP2 sends them then."""
+        if torch.is_grad_enabled() and not self._in_backward:  # a checkpoint calls the block in the backward pass
             self._at_gradients_of((args, kwargs), lambda _: self._fill(block))
 
     @torch.compiler.disable
     def _computed(self, model, args, outputs):
-        """Fill what is left at the end of the backward pass that begins at these outputs."""
+        """Fill the rest at the end of the backward pass that begins at these outputs."""
         self._at_gradients_of(outputs, self._begin_pass)
 
     @staticmethod
@@ -247,7 +247,7 @@ class ShardedGradients(Gradients):
 
     def _end_pass(self):
         for part in self._parts:
-            if part not in self._filled:  # what is outside of the blocks, and blocks of which no gradient is asked
+            if part not in self._filled:  # weights outside the blocks, and blocks whose input needs no gradient
                 self._fill(part)
         self._in_backward = False
         self._missing_passes -= 1
@@ -257,7 +257,7 @@ class ShardedGradients(Gradients):
         for number, module, name in self._parts[part]:
             p = module._parameters[name]
             if hasattr(p, "device_mesh"):
-                continue  # a share: in this pass, no rank has gathered it
+                continue  # a share, so no rank has gathered this weight in this pass
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             else:
@@ -265,7 +265,7 @@ class ShardedGradients(Gradients):
 
     def end(self):
         if self._missing_passes > 0:
-            return  # this rank failed, and ends: the others are waiting for its shares, and not for what follows
+            return  # this rank failed and will end; the others wait for its shares, not for the next lines
         for p, used in zip(self._shares, self.world.any_of(self._used), strict=True):
             if not used:
                 p.grad = None

@@ -28,7 +28,7 @@ def waiting(what, seconds_left=math.inf):
 
     def tick():
         while not done.wait(1.0):
-            # \r: the next print, of whoever, replaces this line.
+            # \r: whatever is printed next replaces this line.
             print(f"{what}: {time.perf_counter() - start:.0f}{of} s \033[K\r", end="", file=screen, flush=True)
 
     ticker = threading.Thread(target=tick, daemon=True)

@@ -25,7 +25,7 @@ ENOUGH_FOR_GPT2 = 10_000_000  # tokens
 
 
 def text_files(path, out):
-    """The files that path names or has below it, sorted by their paths, without hidden ones and out's own."""
+    """The file at path, or all files below it, sorted, without hidden ones and those of out."""
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
@@ -45,7 +45,7 @@ def _raise(error):
 
 
 def pieces(path):
-    """(text, whether the file ends with it): a file in pieces, cut where GPT-2's BPE never joins two characters."""
+    """Pieces of a file, (text, whether it is the last), cut where GPT-2's BPE never joins two characters."""
     held = []
     with open(path, encoding="utf-8-sig") as file:
         while chunk := file.read(PIECE):
@@ -59,7 +59,7 @@ def pieces(path):
 
 
 def _safe_cut(text):
-    """The place after the last line end that has no other white space at either side; 0 where there is none."""
+    """The position after the last line end without other white space beside it; 0 if there is none."""
     place = len(text) - 1
     while (place := text.rfind("\n", 1, place)) > 0:
         if not text[place - 1].isspace() and not text[place + 1].isspace():
@@ -68,7 +68,7 @@ def _safe_cut(text):
 
 
 def survey(paths):
-    """(the files that hold text, their characters as a set, how many there are), told of those that are no text."""
+    """(the files that are text, the set of their characters, how many characters), with a line for the other files."""
     found, symbols, count, left_out = [], set(), 0, []
     for path in paths:
         here, length, is_blank = set(), 0, True
@@ -91,7 +91,7 @@ def survey(paths):
 
 
 def train_command(made, name, by_characters):
-    """The command that trains on a data set: a small model, GPT-2 where there is enough for it."""
+    """The command that trains on a data set: a small model, or GPT-2 if there are enough tokens."""
     block_size = min(256, min(made.tokens.values()) - 1)
     if not by_characters and made.tokens["train"] > ENOUGH_FOR_GPT2:
         config, more = "train_openwebtext", " --auto_fit=True"

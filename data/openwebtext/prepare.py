@@ -35,7 +35,7 @@ def read_parquet(path, column):
 
     if os.path.getsize(path) == 0:
         return
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # it gives back what is freed
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the one that returns freed memory to the system
     with (
         usage_errors(OSError, pyarrow.ArrowException, prefix=f"{path} can't be read as parquet: "),
         # Without pre_buffer, because a file may be a single group of rows that is larger than memory.
@@ -104,12 +104,12 @@ def require(column, columns, source):
 
 # ---- sources -----------------------------------------------------------------------------------------------
 def kind_of(path):
-    """The part of a file's name that tells how it is read: .jsonl of a.jsonl and of a.jsonl.gz."""
+    """The file type in a name: .jsonl for a.jsonl and a.jsonl.gz."""
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
 def local_files(source):
-    """The files that source names, sorted; None where it can only be a name on the hub."""
+    """The files that source names, sorted; None if it can only be a name on the hub."""
     if not source:
         raise UsageError("--source is empty: expected a hub name, files or a folder")
     if os.path.isdir(source):
@@ -137,7 +137,7 @@ def local_files(source):
 
 
 def on_the_hub(source, name, column, streaming, processes):
-    """The documents of a data set on the Hugging Face hub. Streaming fetches what is read, else all is kept."""
+    """The documents of a data set on the Hugging Face hub. Streaming fetches only what is read, and keeps nothing."""
     import datasets
 
     datasets.logging.set_verbosity_error()
@@ -210,7 +210,7 @@ def main():
     )
     args = parser.parse_args()
 
-    tokenizer = corpus.codec.codec_named(args.tokenizer)  # if it can't be had, that is told before anything is fetched
+    tokenizer = corpus.codec.codec_named(args.tokenizer)  # before anything is fetched, as it may fail
     with corpus.DataSet(corpus.folder_named(args.out, own="openwebtext"), args.force, tokenizer.symbols) as made:
         made.keep_tokenizer(tokenizer)
         given = {"source": args.source, "name": args.name, "max_tokens": args.max_tokens}
@@ -220,7 +220,7 @@ def main():
             documents.add(ids)
             if args.max_tokens and documents.tokens >= args.max_tokens and len(documents) > 1:
                 break
-        if documents.tokens <= len(documents) * (tokenizer.end is not None):  # of nothing, each is <|endoftext|>
+        if documents.tokens <= len(documents) * (tokenizer.end is not None):  # an empty document is only <|endoftext|>
             raise UsageError(f"--source {args.source} is empty: no document holds text")
         if len(documents) < 2:
             raise UsageError(f"--source {args.source} has 1 document: at least two are needed, one of them for val")

@@ -172,7 +172,7 @@ def _fit(run):
     return Verdict(WARNING, says, "--auto_fit=True")
 
 
-STEPS = {  # in train.py's order, but for what takes longest
+STEPS = {  # in train.py's order, except that the longest comes last
     "no effect": _no_effect,
     "vocabulary": _vocabulary,
     "kernels": _kernels,
