@@ -42,11 +42,11 @@ eval_interval = 2000  # iterations between evaluations; a checkpoint is written 
 log_interval = 1  # iterations between lines
 eval_iters = 200  # batches of each split in an evaluation
 eval_only = False  # evaluate once and stop
-hellaswag = ""  # path of a hellaswag_val.jsonl: its accuracy is told with each evaluation
-always_save_checkpoint = True  # False: only when the validation loss is the best so far
+hellaswag = ""  # path of a hellaswag_val.jsonl: each evaluation measures the accuracy on it, too
+always_save_checkpoint = True  # False: save only if the validation loss is the best so far
 save_minutes = 0.0  # minutes between checkpoints that are written between evaluations; 0: none
 keep = 0  # how many of the last checkpoints stay as ckpt-ITERATION.pt, beside ckpt.pt
-patience = 0  # how many evaluations in a row without a better validation loss end the run; 0: none do
+patience = 0  # how many evaluations in a row without a better validation loss end the run; 0: never
 init_from = "scratch"  # or 'resume'; 'auto' (resume if there is a checkpoint); 'gpt2' to 'gpt2-xl'; a .pt; a folder
 # where figures go beside out_dir/metrics.jsonl: Weights & Biases, TensorBoard
 wandb_log = False
@@ -67,7 +67,7 @@ dropout = 0.0  # 0 for pretraining; finetuning may want 0.1 or more
 bias = False  # in LayerNorm and Linear
 # optimizer
 optimizer = "adamw"  # as model.py configures it; or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # the largest of the schedule
 max_iters = 600000
 weight_decay = 1e-1
 beta1 = 0.9
@@ -88,11 +88,11 @@ compile_mode = "auto"  # the faster of 'default' and 'reduce-overhead'; or a mod
 # speed for memory
 recompute = False  # blocks compute their activations again in the backward pass: less memory, slower
 optimizer_state = "float32"  # '8bit' (torchao; changes the numbers a little), 'offload' (to the machine's memory)
-shard = False  # several ranks hold one model together (FSDP2), for one that no GPU holds
-gather_once = False  # with shard: its weights are gathered once an iteration: faster, more memory
+shard = False  # several ranks share one model (FSDP2), if it is too large for one GPU
+gather_once = False  # with shard: gather weights once an iteration: faster, more memory
 loss_chunk_mb = 0  # MiB of logits that exist at a time, 0: by the memory there is
 # fitting the GPU
-auto_fit = False  # split batch_size x gradient_accumulation_steps again, so that it fits; the product stays
+auto_fit = False  # split batch_size x gradient_accumulation_steps so that it fits; the product stays the same
 memory_limit_gb = 0.0  # GiB that training may take, 0 for all that is free
 compile_min_sms = 68  # under auto_fit, a GPU with fewer SMs compiles only if that pays
 dry_run = False  # print auto_fit's plan and stop; it takes seconds

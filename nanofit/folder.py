@@ -25,7 +25,6 @@ from nanofit.errors import UsageError, usage_errors
 from nanofit.ranks import ALONE
 
 LOCK = "run.lock"
-HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what the system says of a lock that another process has
 
 
 def run_id_of(saved):
@@ -113,7 +112,7 @@ class RunFolder:
         except ImportError:
             return  # Windows: nothing keeps two runs out of one folder
         except OSError as e:
-            if e.errno in HELD:
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES):  # another process holds it
                 lock.seek(0)
                 holder = lock.read(200).strip() or "another process"
                 raise UsageError(

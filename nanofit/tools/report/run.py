@@ -123,9 +123,9 @@ def labels_of(folders):
     return [name.encode(errors="replace").decode() for name in names]  # a name may not be UTF-8
 
 
-def smoothed(values, share=0.02):
-    """Running mean of values, float64 (n,), over a window of this share of them; nans are left out."""
-    half = int(len(values) * share / 2)
+def smoothed(values):
+    """Running mean of values, float64 (n,), over a window of 2% of them; nans are left out."""
+    half = len(values) // 100
     known = np.concatenate([[0], np.cumsum(~np.isnan(values))])  # (n + 1,)
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])  # (n + 1,)
     low = np.maximum(np.arange(len(values)) - half, 0)
