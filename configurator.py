@@ -81,10 +81,9 @@ def _nearest(word, words, cutoff=0.6):
 
 def _run_config_file(path, namespace):
     """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         near = _nearest(path, [file for file in glob.glob("config/*.py") + glob.glob("*.py") if file not in SCRIPTS])
-        what = "is not a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"config file '{path}' {what}{near and '; '}{near} (a key is set by --key=value)")
+        raise UsageError(f"config file '{path}' does not exist{near and '; '}{near} (a key is set by --key=value)")
     after = dict(namespace)
     try:
         with open(path, "rb") as f:

@@ -55,8 +55,6 @@ device = machine.find_device(device)
 machine.set_device(device)
 torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper, cuDNN's attention plans anew for every length
 if start.startswith("FILE:"):
-    if os.path.exists(start[5:]) and not os.path.isfile(start[5:]):
-        raise UsageError(f"the prompt can't be read: {start[5:]} is not a file")
     with usage_errors(OSError, ValueError, prefix="the prompt can't be read: "):
         start = Path(start[5:]).read_text(encoding="utf-8-sig")
 if not start:

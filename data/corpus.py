@@ -331,8 +331,6 @@ def read_or_fetch(path, folder, url, sha256):
                 ) from e
             except OSError as e:
                 raise UsageError(f"{path} can't be written ({e.strerror}): make room or mend its permissions") from e
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(f"{path} is not a file: give a text file with --input FILE")
     with usage_errors(OSError, UnicodeDecodeError, prefix=f"{path} can't be read as UTF-8 text: "):
         text = Path(path).read_text(encoding="utf-8-sig")
     if not text.strip():
