@@ -43,10 +43,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, min(self.n_embd, 1024) + 1) if self.n_embd % n == 0]
-            nearest = " or ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:2])))
-            what = f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal share"
-            raise ValueError(f"{what}; set n_head to {nearest}, or n_embd to a multiple of {self.n_head}")
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 

@@ -89,10 +89,9 @@ def check(config, world):
         raise UsageError("a plan for a card that isn't here is simulated in one process: start without torchrun")
     ranks = config["ranks"] if config["gpu"] else world.size
     if (steps := config["gradient_accumulation_steps"]) % ranks:
-        nearest = [str(n) for n in (steps // ranks * ranks, steps // ranks * ranks + ranks) if n]
         raise UsageError(
-            f"gradient_accumulation_steps={steps} can't be shared equally by {ranks} ranks: "
-            f"set it to {' or '.join(nearest)}"
+            f"gradient_accumulation_steps={steps} can't be shared equally by {ranks} ranks: set it to a multiple of "
+            f"{ranks}"
         )
     if config["shard"]:
         check_shard(config, ranks)
