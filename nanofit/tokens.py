@@ -5,6 +5,7 @@ other widths are read as well.
 """
 
 import difflib
+import glob
 import json
 import os
 import zlib
@@ -29,12 +30,8 @@ def _missing(folder):
     prepare = os.path.join(folder, "prepare.py")
     if os.path.exists(prepare):
         return f"run: python {prepare}"
-    parent, name = os.path.split(folder)
-    while parent and not os.path.isdir(parent):  # --dataset=data/mine asks for data/data/mine
-        parent = os.path.dirname(parent)
-    there = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
-    whole = [n for n in there if all(os.path.isfile(os.path.join(parent, n, f"{split}.bin")) for split in SPLITS)]
-    near = difflib.get_close_matches(name, whole, n=1)
+    there = [os.path.basename(os.path.dirname(path)) for path in sorted(glob.glob("data/*/val.bin"))]
+    near = difflib.get_close_matches(os.path.basename(folder), there, n=1)
     return f"did you mean --dataset={near[0]}?" if near else f"there is no {prepare} that could make it"
 
 
