@@ -42,15 +42,17 @@ def dtype(config, given):
     return config["dtype"]
 
 
-def of_a_plan(config):
+def of_a_plan(config, given):
     """{key: value} that a plan for the card in the key gpu implies. UsageError if a plan has no card."""
     if config["gpu"]:
         cards.named(config["gpu"])
         return {"dry_run": True, "device": "cuda"}
     device = config["device"]
-    if config["dry_run"] and device.startswith("cuda") and not machine.is_here(device):
+    meant = device == "cpu" and "device" not in given and "memory_limit_gb" in given  # a card, most likely
+    if config["dry_run"] and (meant or (device.startswith("cuda") and not machine.is_here(device))):
         raise UsageError(
-            "there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060' or --gpu=12GB"
+            "there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060' or --gpu=12GB; "
+            "--device=cpu plans for this machine"
         )
     return {}
 
@@ -171,7 +173,7 @@ def go_on_with(saved, config, given, ranks=1):
     plan implies are added.
     """
     if not saved:
-        return of_a_plan(config)
+        return of_a_plan(config, given)
     was = saved["config"].get("optimizer", "adamw")
     if "optimizer" in given and config["optimizer"] != was:
         raise UsageError(
@@ -187,7 +189,7 @@ def go_on_with(saved, config, given, ranks=1):
     device = taken.get("device", config["device"])
     if config["gpu"] or not machine.is_here(device) or device != saved["config"].get("device"):
         taken = {key: value for key, value in taken.items() if key not in ("device", "dtype")}
-    return taken | of_a_plan(config | taken)
+    return taken | of_a_plan(config | taken, given)
 
 
 def beginning(init_from, saved, config, given):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanofit import cards
+from nanofit import cards, settings
 from nanofit.errors import UsageError
 
 
@@ -48,3 +48,11 @@ def test_a_card_that_is_not_known(gpu, says):
     with pytest.raises(UsageError) as told:
         cards.named(gpu)
     assert says in str(told.value)
+
+
+def test_a_plan_by_memory_alone_asks_for_the_card():
+    config = dict(gpu="", device="cpu", dry_run=True, memory_limit_gb=12.0)
+    with pytest.raises(UsageError, match="name the card that the plan is for"):
+        settings.of_a_plan(config, {"dry_run", "memory_limit_gb"})
+    assert settings.of_a_plan(config, {"dry_run", "memory_limit_gb", "device"}) == {}
+    assert settings.of_a_plan(config, {"dry_run"}) == {}

@@ -112,6 +112,15 @@ def test_what_is_no_answer_is_ignored(workplace, text):
     assert recalled()[0] is None
 
 
+def test_a_size_that_no_memory_has_is_no_answer(workplace):
+    remember("out", KEY, FOUND)
+    path = workplace / "out" / "auto_fit.json"
+    told = json.loads(path.read_text())
+    told["plan"]["limit_bytes"] = 10**400
+    path.write_text(json.dumps(told))
+    assert recalled()[0] is None
+
+
 def test_a_sharded_run_that_ran_out_of_memory_begins_smaller_whatever_is_kept(workplace):
     sharded = Plan(64, 4, 64, MemoryLevers(shard=True))
     autofit.note_smaller("out", 64, 8)

@@ -205,6 +205,8 @@ def _made(kind, told):
         return kind(**{name: _made(kinds[name], value) for name, value in told.items()})
     if kind is tuple:
         return tuple(tuple(inner) if type(inner) is list else inner for inner in told)
+    if kind is int and abs(told) >= 2**63:
+        raise OverflowError
     return kind(told)
 
 
