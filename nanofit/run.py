@@ -10,6 +10,8 @@ from dataclasses import asdict
 from nanofit import autofit, checkpoint, machine, models, optimizers, sharding
 from nanofit.errors import first_line, usage_errors
 
+WAIT_FOR_FILES = ("cpu",)  # devices on which a copy and its writer would take memory and cores from training
+
 
 class Run:
     """A run between two iterations, in its folder. All ranks must call each of its methods.
@@ -115,7 +117,7 @@ class Run:
             return
         snapshot = self.snapshot()
         if self.world.is_main:
-            copy = checkpoint.on_host(snapshot) if goes_on else None
+            copy = checkpoint.on_host(snapshot) if goes_on and self.device.type not in WAIT_FOR_FILES else None
             self._writer = threading.Thread(
                 target=self._write, args=(copy or snapshot, name, goes_on), name="checkpoint"
             )

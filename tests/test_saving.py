@@ -20,6 +20,12 @@ KEYS = dict(n_layer=1, n_embd=32, block_size=16, batch_size=4, eval_interval=4, 
 EACH_ITERATION = 1e-9  # minutes
 
 
+@pytest.fixture
+def in_the_background(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr("nanofit.run.WAIT_FOR_FILES", ())
+
+
 def held(name="ckpt.pt"):
     return torch.load(f"out/{name}", weights_only=True)
 
@@ -48,6 +54,7 @@ def test_the_clock_leaves_the_best_checkpoint_alone():
     assert min(train(**KEYS, max_iters=7, init_from="resume").iter_loss) == 6
 
 
+@pytest.mark.usefixtures("in_the_background")
 def test_a_best_that_is_still_being_written_stays(monkeypatch):
     losses, real = iter([3.0, 2.0, 9.0]), checkpoint.save
     monkeypatch.setattr(step, "mean_losses", lambda own, world: {"train": 1.0, "val": next(losses)})
@@ -91,6 +98,13 @@ def test_on_a_full_disk_the_oldest_kept_make_room(monkeypatch):
     assert held()["iter_num"] == 20
 
 
+def test_a_run_on_a_cpu_takes_no_copy(monkeypatch):
+    monkeypatch.setattr(checkpoint, "on_host", lambda _: pytest.fail("a copy"))
+    train(**KEYS, max_iters=4)
+    assert held()["iter_num"] == 4
+
+
+@pytest.mark.usefixtures("in_the_background")
 @pytest.mark.parametrize("room", [True, False])
 def test_what_is_written_late_is_the_run_as_it_was(monkeypatch, room):
     """The thread waits until three more iterations are done; without room for a copy, the run waits for it."""
@@ -117,7 +131,8 @@ def test_what_is_written_late_is_the_run_as_it_was(monkeypatch, room):
     assert alike(held("ckpt.prev.pt"), torch.load("peace/ckpt.pt", weights_only=True))
 
 
-def test_a_write_that_fails_in_the_background_is_told_and_ends_with_an_error(monkeypatch, capsys):
+@pytest.mark.usefixtures("in_the_background")
+def test_a_write_that_fails_in_the_background_is_told_and_ends_with_an_error(monkeypatch):
     def fail(*_):
         raise ValueError("odd")
 
