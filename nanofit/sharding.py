@@ -5,6 +5,9 @@ gradients to the shares right after its backward pass, in every micro-step. All 
 the same blocks in the same order in each pass.
 """
 
+import contextlib
+import random
+
 import torch
 from torch.utils._pytree import tree_map
 
@@ -33,6 +36,7 @@ def place(model, world, device, dtype, levers):
     for weights in (*of_blocks, set(model.parameters()).difference(*of_blocks)):
         if len({p.dtype for p in weights}) > 1 or not all(p.dim() for p in weights):
             raise UsageError("shard=True: FSDP2 shares out no weights of mixed dtypes, and none of no dimensions")
+    _require_fixed_order(model)
     whole = {name: p.detach() for name, p in model.named_parameters()}  # on the host
     mesh = init_device_mesh(device.type, (world.size,))
     # On a CPU, norms need weights in the precision of their input.
@@ -46,6 +50,55 @@ def place(model, world, device, dtype, levers):
     # Embeddings and the head stay float32.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     _deal(model, whole, world, device)
+
+
+PASSES = 64  # in which a layer that is left out at random should show
+
+
+@torch.no_grad()
+def _require_fixed_order(model):
+    """Raise UsageError if passes of training call different blocks: ranks would wait for each other's shares.
+
+    It is tried with a few tokens on the host, where the whole model is. Each block computes once, and then returns the
+    same again. A model that can't compute there isn't tried.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    called, outputs, orders = [], {}, set()
+
+    def recorded(block, forward):
+        def call(*args, **options):
+            called.append(block)
+            if block not in outputs:
+                outputs[block] = forward(*args, **options)
+            return outputs[block]
+
+        return call
+
+    instead = {block: recorded(block, block.forward) for block in blocks_of(model)}
+    of_their_own = {block: vars(block).get("forward") for block in instead}
+    drawn = random.getstate()
+    try:
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+            for block, forward in instead.items():
+                block.forward = forward
+            for _ in range(PASSES):
+                tokens = torch.randint(model.config.vocab_size, (1, min(4, model.config.block_size)))
+                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # which stay as they are
+                torch.func.functional_call(model, buffers, (tokens, tokens))
+                orders.add(tuple(map(id, called)))
+                called.clear()
+    finally:
+        random.setstate(drawn)
+        for block, forward in of_their_own.items():
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+    if len(orders) > 1:
+        raise UsageError(
+            "shard=True: model.py doesn't call the same blocks in each pass (layer drop?), so that ranks would wait "
+            "for each other's shares: train it with --shard=False"
+        )
 
 
 @torch.no_grad()

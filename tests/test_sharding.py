@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import uneven
 from conftest import RANK, environment, train, train_on_ranks
 
+from nanofit import models, sharding
 from nanofit.errors import UsageError
 
 GATHERS = """
@@ -74,6 +77,17 @@ def test_weights_are_gathered_for_each_use_or_once_an_iteration_and_refused_if_b
     assert each == 2 * [[28, True]], "a block twice in a micro-step, what is outside once; then it holds its share"
     assert [one, again] == 2 * [[4, True]]
     assert [evaluation_of_each, evaluation] == [13, 4], "of four batches"
+
+
+def test_trying_the_order_of_blocks_changes_nothing():
+    running, drops = (models.build(uneven.GPT, uneven.GPTConfig, dict(kind=kind)) for kind in ("running", "layer_drop"))
+    before, drawn = {name: t.clone() for name, t in running.state_dict().items()}, torch.get_rng_state()
+    sharding._require_fixed_order(running)
+    assert all(torch.equal(t, before[name]) for name, t in running.state_dict().items())
+    with pytest.raises(UsageError, match="doesn't call the same blocks in each pass"):
+        sharding._require_fixed_order(drops)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not any("forward" in vars(block) for model in (running, drops) for block in model.transformer.h)
 
 
 SCRIPT = """
