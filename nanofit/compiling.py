@@ -28,9 +28,11 @@ def dry_step(model, batch, autocast):
         loss.backward()
     model.zero_grad(set_to_none=True)
     model.eval()
-    with torch.no_grad(), autocast:
-        loss_of(model, *batch)
-    model.train()
+    try:
+        with torch.no_grad(), autocast:
+            loss_of(model, *batch)
+    finally:
+        model.train()
 
 
 def compiled(model, *how):
