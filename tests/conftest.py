@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,21 +107,54 @@ def train(*argv, **keys):
     return run_script("train.py", *argv, *flags(**{**TOY, **keys}))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
 def torchrun(*arguments, check=True):
     """What follows the word torchrun, run in the current folder: (Run, what went to standard error, exit code).
 
     check: let the test fail where a rank did.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+    done = subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=240, env=environment())
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return Run(done.stdout), done.stderr, done.returncode
 
 
-def train_on_ranks(count, script=RANK, check=True, **keys):
-    """train.py at toy size on so many processes of this machine's CPU, as torchrun."""
-    keys = {**TOY, "backend": "gloo", **keys}
-    return torchrun("--standalone", f"--nproc_per_node={count}", str(script), *flags(**keys), check=check)
+def ranks_of(count, *options, first="", then="", **keys):
+    """What torchrun is given for so many processes of this machine's CPU: train.py at toy size in each.
+
+    first, then: Python that each of them runs before and after it.
+    """
+    lines = ("import os, runpy, sys", f"sys.path += {[str(ROOT / 'tests'), str(ROOT / 'tests' / 'models')]}", first)
+    Path("ranks.py").write_text("\n".join((*lines, f"runpy.run_path({str(RANK)!r}, run_name='__main__')", then)))
+    options = ("--standalone", f"--nproc_per_node={count}", *options)
+    return [*options, "ranks.py", *flags(**{**TOY, "backend": "gloo", **keys})]
+
+
+def train_on_ranks(count, *options, check=True, **more):
+    """As torchrun() of ranks_of()."""
+    return torchrun(*ranks_of(count, *options, **more), check=check)
+
+
+@contextlib.contextmanager
+def started(*command, until, **more):
+    """A process whose output, in the file log, has come to these words; it is killed at the end if it hasn't ended."""
+    # A shell that starts tests in the background lets them ignore SIGINT, and what they start would go on doing so.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with open("log", "w") as log:
+        options = dict(env=environment(PYTHONUNBUFFERED="1", **more), preexec_fn=heard)
+        child = subprocess.Popen(command, stdout=log, stderr=log, **options)
+    try:
+        end = time.monotonic() + 240
+        while until not in Path("log").read_text():
+            assert child.poll() is None, Path("log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, flags
+from conftest import ROOT, TORCHRUN, environment, flags, ranks_of, started
 from test_cases import KEYS
 
 TRAIN = [sys.executable, str(ROOT / "train.py"), *flags(**KEYS["train.py"])]
@@ -24,27 +23,6 @@ def shell(command, **more):
     env = environment(RUN=" ".join(TRAIN), ROOT=str(ROOT), PATH=path, **more)
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=240)
     return done.returncode, (done.stdout + done.stderr).decode(errors="replace")
-
-
-@contextlib.contextmanager
-def started(command=LONG, until="saving checkpoint to", **more):
-    """A process that has printed this much; it is killed at the end if it hasn't ended."""
-    # A shell that starts tests in the background lets them ignore SIGINT, and what they start would go on doing so.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with open("log", "w") as log:
-        options = dict(env=environment(PYTHONUNBUFFERED="1", **more), preexec_fn=heard)
-        child = subprocess.Popen(command, stdout=log, stderr=log, **options)
-    try:
-        end = time.monotonic() + 240
-        while until not in Path("log").read_text():
-            assert child.poll() is None, Path("log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        yield child
-    finally:
-        if child.poll() is None:
-            child.kill()
-        child.wait()
 
 
 def saved():
@@ -61,11 +39,7 @@ def saved():
         ("env -i PATH=$PATH $RUN", 0, "saving checkpoint"),
         ("umask 0; $RUN; stat -c %a out/ckpt.pt", 0, "666"),
         ("ulimit -f 20; $RUN", 1, "not saved: out/ckpt.pt can't be written (File too large)"),
-        (
-            "$RUN; (ulimit -f 20; python $ROOT/export.py --weights_only_to=w.pt)",
-            1,
-            "w.pt can't be written (File too large",
-        ),
+        ("$RUN; (ulimit -f 20; python $ROOT/export.py --weights_only_to=w.pt)", 1, "w.pt can't be written (File too"),
     ],
 )
 def test_streams_and_limits(command, code, said):
@@ -101,7 +75,7 @@ def interrupted(script, keys, moments):
     command = [sys.executable, script_of(script, "import nanofit; nanofit.start(); print('begins', flush=True)"), *keys]
     printed = []
     for seconds in moments:
-        with started(command, until="begins") as child:
+        with started(*command, until="begins") as child:
             time.sleep(seconds)
             if child.poll() is not None:
                 break  # it was through
@@ -133,25 +107,15 @@ def test_ctrl_c_at_any_moment_is_a_line(auto_fit):
 # ---- ranks -------------------------------------------------------------------------------------------------
 
 
-def on_ranks(first, *keys):
-    """The command of two ranks, each of which does this line first."""
-    script = script_of("train.py", first)
-    own = flags(**{**KEYS["train.py"], "gradient_accumulation_steps": 2, "backend": "gloo"})
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *own, *keys]
-
-
 TELL_PID = "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))"
-
-
-def pid_of(rank):
-    return int(Path(f"pid{rank}").read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_others_in_words(number, victim):
-    with started(on_ranks(TELL_PID, *LONG[-3:])) as launcher:
-        os.kill(pid_of(victim), number)
+    ranks = ranks_of(2, first=TELL_PID, **{**KEYS["train.py"], "gradient_accumulation_steps": 2})
+    with started(*TORCHRUN, *ranks, *LONG[-3:], until="saving checkpoint to") as launcher:
+        os.kill(int(Path(f"pid{victim}").read_text()), number)
         launcher.wait(timeout=120)
     printed = Path("log").read_text()
     if number == signal.SIGKILL:

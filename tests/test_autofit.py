@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, train
+from conftest import train, train_on_ranks
 
 from model import GPT, GPTConfig
 from nanofit import autofit
@@ -41,9 +40,8 @@ def trials(monkeypatch):
         size, levers = job.micro_batch_size, job.levers.within(5 * GIB)
         peak = size * GIB // (2 if job.levers.recompute else 1)
         speed = (500.0 if job.levers.recompute else 1000.0) * size
-        return Trial(
-            size, levers, job.compile, peak, tokens_per_second=speed, limit_bytes=5 * GIB, parts={"weights": GIB}
-        )
+        figures = dict(tokens_per_second=speed, limit_bytes=5 * GIB, parts={"weights": GIB})
+        return Trial(size, levers, job.compile, peak, **figures)
 
     monkeypatch.setattr(fit_room, "Trials", lambda: nullcontext(run_trial))
     return jobs
@@ -102,13 +100,8 @@ def test_the_plan_of_all_ranks_fits_each_of_them(compiles):
     own = Plan(64, 2, 16, MemoryLevers(loss_chunk_mb=256), compile=True, limit_bytes=9, peak_bytes=7, reasons=("a",))
     others = Plan(64, 2, 4, MemoryLevers(recompute=True, loss_chunk_mb=128), compile=compiles, limit_bytes=5)
     plan = smallest([own, others], own)
-    assert plan == replace(
-        own,
-        micro_batch_size=4,
-        levers=MemoryLevers(recompute=True, loss_chunk_mb=256),
-        compile=compiles,
-        reasons=("what each rank can take",),
-    )
+    both = dict(levers=MemoryLevers(recompute=True, loss_chunk_mb=256), compile=compiles)
+    assert plan == replace(own, micro_batch_size=4, reasons=("what each rank can take",), **both)
 
 
 def test_ranks_of_one_machine_share_the_memory_of_its_cpu(trials):
@@ -196,37 +189,20 @@ def test_a_run_that_was_fitted_goes_on_in_the_same_split_until_it_is_fitted_anew
     assert goes_on(4, init_from="resume", auto_fit=True)[1] == 4
 
 
-RANK = """
-import os, sys, runpy
-sys.argv[0] = "train.py"
+UNLIKE = """
 from nanofit.autofit.fit import Fitter
 from nanofit.autofit.plan import Facts, Trial
-LIMITS = {limits}
 def measure(self, size, levers, compile=False):
-    limit = LIMITS[int(os.environ["RANK"])]
-    if limit is None:
-        return Trial(size, failure="the probe was killed by signal 9")
+    limit = (8, 2)[int(os.environ["RANK"])]
     self.facts = Facts("made up", limit_bytes=limit)
     return Trial(size, levers, peak_bytes=size, tokens_per_second=float(size), limit_bytes=limit)
 Fitter.measure = measure
-runpy.run_path({train!r}, run_name="__main__")
 """
 
 
-def ranks(workplace, limits, **keys):
-    (workplace / "rank.py").write_text(RANK.format(limits=limits, train=str(ROOT / "train.py")))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    keys = {**TOY, "backend": "gloo", "auto_fit": True, "gradient_accumulation_steps": 4, "max_iters": 2, **keys}
-    command = [*launcher, str(workplace / "rank.py"), *flags(**keys)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
-
-
 @pytest.mark.slow
-def test_two_ranks_agree_on_the_smaller_answer(workplace):
-    done = ranks(workplace, limits=[8, 2])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "auto-fit: the ranks chose batch_size 8; 2: all take 2\n" in done.stdout
-    assert (
-        "auto-fit: batch_size 8 -> 2, gradient_accumulation_steps 4 -> 16, effective batch 32, found in " in done.stdout
-    )
-    assert "iter 2: loss" in done.stdout
+def test_two_ranks_agree_on_the_smaller_answer():
+    run, *_ = train_on_ranks(2, first=UNLIKE, auto_fit=True, gradient_accumulation_steps=4, max_iters=2)
+    assert "auto-fit: the ranks chose batch_size 8; 2: all take 2\n" in run.text
+    assert "batch_size 8 -> 2, gradient_accumulation_steps 4 -> 16, effective batch 32" in run.text
+    assert max(run.iter_loss) == 2

@@ -14,10 +14,11 @@ import sys
 import time
 from functools import partial, wraps
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, environment, flags, train
+from conftest import ROOT, TOY, environment, flags, started, train
 
 from model import GPT
 from nanofit import checkpoint as checkpoints
@@ -141,31 +142,6 @@ def test_weights_that_are_not_finite_overwrite_nothing():
 # ---- signals -----------------------------------------------------------------------------------------------
 
 
-def started(*argv, on_ctrl_c=signal.SIG_DFL, **keys):
-    command = [
-        sys.executable,
-        "-u",
-        "-Werror",
-        "-Wignore::ResourceWarning",
-        str(ROOT / "train.py"),
-        *flags(**{**TOY, **keys}),
-        *argv,
-    ]
-    # A shell that starts tests in the background lets them ignore SIGINT, and a run would go on doing so.
-    heard = partial(signal.signal, signal.SIGINT, on_ctrl_c)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, **pipes, env=environment(), preexec_fn=heard)
-
-
-def wait_for(process, word):
-    text = ""
-    for line in process.stdout:
-        text += line
-        if line.startswith(word):
-            return text
-    raise AssertionError(f"no {word!r} in {text}")
-
-
 @pytest.mark.parametrize(
     "name", ["SIGINT", *(pytest.param(name, marks=pytest.mark.proof) for name in ("SIGTERM", "SIGUSR1"))]
 )
@@ -173,18 +149,18 @@ def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     number = getattr(signal, name)
     keys = dict(max_iters=60, eval_interval=25, dropout=0.2, eval_iters=1, n_layer=1)
     whole = train(**keys)
-    process = started(**keys, out_dir="other")
-    text = wait_for(process, "iter 8:")
-    process.send_signal(number)
-    rest, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (128 + number, ""), "no warnings either"
-    assert f"{name} before iteration" in rest
-    assert "checkpoint saved to other; this goes on: python " in rest
-    assert rest.endswith("train.py --out_dir=other --init_from=resume\n")
+    python = [sys.executable, "-Werror", "-Wignore::ResourceWarning"]
+    command = [*python, str(ROOT / "train.py"), *flags(**{**TOY, **keys}), "--out_dir=other"]
+    with started(*command, until="iter 8:") as process:
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+    *before, last = Path("log").read_text().splitlines()
+    assert f"{name} before iteration" in last
+    assert last.endswith("train.py --out_dir=other --init_from=resume"), "no warnings either"
     resumed = train(**keys, out_dir="other", init_from="resume")
     first = min(resumed.iter_loss)
     assert first > 8
-    assert f"iter {first - 1}: " in text + rest
+    assert before[-1].startswith(f"iter {first - 1}: ")
     assert resumed.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= first}
     assert resumed.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= first}
 

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import uneven
-from conftest import RANK, environment, train, train_on_ranks
+from conftest import environment, train, train_on_ranks
 
 from nanofit import models, sharding
 from nanofit.errors import UsageError
@@ -90,24 +89,8 @@ def test_trying_the_order_of_blocks_changes_nothing():
     assert not any("forward" in vars(block) for model in (running, drops) for block in model.transformer.h)
 
 
-SCRIPT = """
-import os, runpy, sys
-import torch
-{patch}
-sys.argv[0] = {rank!r}
-runpy.run_path({rank!r}, run_name="__main__")
-"""
-
-
-def sharded(patch="", check=True, **keys):
-    """A sharded run of two ranks in which this Python was run before: as conftest.torchrun."""
-    Path("patched.py").write_text(SCRIPT.format(patch=patch, rank=str(RANK)))
-    keys = {**dict(gradient_accumulation_steps=2, max_iters=6, shard=True), **keys}
-    return train_on_ranks(2, script="patched.py", check=check, **keys)
-
-
 RUNS_OUT = """
-sys.path.insert(0, os.environ["PYTHONPATH"])
+import torch
 from functools import wraps
 from model import GPT
 forward, calls = GPT.forward, []
@@ -123,32 +106,22 @@ GPT.forward = runs_out
 
 @pytest.mark.proof
 def test_memory_that_runs_out_ends_the_attempt_and_the_next_takes_less():
-    keys = dict(eval_interval=4, max_iters=16, init_from="auto", log_interval=1)
-    _, said, code = sharded(RUNS_OUT, check=False, **keys)
+    keys = dict(gradient_accumulation_steps=2, eval_interval=4, max_iters=16)
+    sharded = dict(keys, first=RUNS_OUT, shard=True, init_from="auto")
+    _, said, code = train_on_ranks(2, check=False, **sharded)
     assert code != 0
-    sentence = (
-        "error: rank 1: memory ran out on asking for 6.14 GiB at batch_size 8, and sharded ranks can't go back one by "
-        "one; the next start takes 4; --init_from=auto goes on from the last checkpoint"
-    )
+    told = "sharded ranks can't go back one by one; the next start takes 4; --init_from=auto goes on"
     ours, torchruns = said.split("Traceback (most recent call last):")  # which tells at its end what it was told
-    assert (ours.count(sentence), torchruns.count(sentence)) == (1, 1), said
-    run, _, _ = sharded(RUNS_OUT, **keys)
+    assert (ours.count(told), torchruns.count(told)) == (1, 1), said
+    run, _, _ = train_on_ranks(2, **sharded)
     assert "resuming from out at iteration 4" in run.text
     assert "batch_size 8 -> 4: memory ran out before" in run.text
-    alone = train(gradient_accumulation_steps=2, eval_interval=4, max_iters=16, out_dir="alone")
+    alone = train(**keys, out_dir="alone")
     assert run.iter_loss == pytest.approx({i: loss for i, loss in alone.iter_loss.items() if i >= 4}, abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        (dict(), "shard=True shares a model out among several ranks: start with torchrun"),
-        (dict(optimizer_state="offload"), "keeps the state of whole weights"),
-    ],
-)
-def test_what_sharding_is_not_combined_with(monkeypatch, keys, sentence):
-    if keys:
-        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
-            monkeypatch.setenv(name, str(value))
-    with pytest.raises(UsageError, match=sentence):
-        train(shard=True, gradient_accumulation_steps=2, **keys)
+def test_sharding_is_not_combined_with_a_state_elsewhere(monkeypatch):
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UsageError, match="keeps the state of whole weights"):
+        train(shard=True, gradient_accumulation_steps=2, optimizer_state="offload")

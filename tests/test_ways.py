@@ -6,12 +6,11 @@ In float64, so that the order of sums is all that is left: AdamW makes much of t
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import uneven
-from conftest import RANK, train, train_on_ranks, weights_of_ranks
+from conftest import train, train_on_ranks, weights_of_ranks
 
 WITHIN = 1e-6
 KEYS = dict(
@@ -19,13 +18,10 @@ KEYS = dict(
     eval_interval=10, eval_iters=3, learning_rate=3e-3, min_lr=3e-4, lr_decay_iters=25, grad_clip=0.7, bias=False,
     dtype="float32",
 )  # fmt: skip
-SCRIPT = """
-import runpy, sys
+FIRST = """
 import torch
 from nanofit import gradients
 from nanofit.batches import Batches
-
-sys.path.append({models!r})
 if {model!r}:
     sys.modules["model"] = __import__({model!r})
 torch.set_default_dtype(torch.float64)
@@ -34,8 +30,6 @@ made = Batches.__init__
 def cut(self, *arguments, **options):
     made(self, *arguments, **{{**options, **{cut}}})
 Batches.__init__ = cut
-sys.argv[0] = {rank!r}
-runpy.run_path({rank!r}, run_name="__main__")
 """
 WAYS = {
     "cut": dict(micro_batch_size=2),
@@ -58,9 +52,7 @@ def in_float64():
 def run(ranks=1, micro_batch_size=0, model="", **keys):
     """A run under torchrun, in the folder out."""
     cut = dict(micro_batch_size=micro_batch_size) if micro_batch_size else {}
-    told = dict(rank=str(RANK), models=str(RANK.parent / "models"), model=model, cut=cut)
-    Path("way.py").write_text(SCRIPT.format(**told))
-    return train_on_ranks(ranks, script="way.py", **{**KEYS, **keys})[0]
+    return train_on_ranks(ranks, first=FIRST.format(model=model, cut=cut), **{**KEYS, **keys})[0]
 
 
 def figures(out_dir):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RANK, ROOT, TOY, environment, flags, torchrun, train, train_on_ranks, weights_of_ranks
+from conftest import environment, torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
@@ -36,9 +36,7 @@ def test_torchruns_variables_tell_which_rank_this_is(monkeypatch):
 
 def test_accumulation_that_the_ranks_cannot_share(monkeypatch):
     pretend(monkeypatch, RANK=0, LOCAL_RANK=0, WORLD_SIZE=3)
-    with pytest.raises(
-        UsageError, match="gradient_accumulation_steps=40 can't be shared equally by 3 ranks: set it to a multiple of 3"
-    ):
+    with pytest.raises(UsageError, match="gradient_accumulation_steps=40 .* a multiple of 3"):
         train(gradient_accumulation_steps=40)
 
 
@@ -60,13 +58,6 @@ def test_ranks_meet_in_a_store_that_an_earlier_attempt_has_left():
 
 AGREE = """
 import json
-import os
-import re
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 import torch
 from nanofit.ranks import World
@@ -117,18 +108,13 @@ def test_what_ranks_tell_each_other(workplace):
 
 
 ROBBED = """
-import os, runpy, sys
 import pytest
-sys.argv[0] = "train.py"
-sys.path.insert(0, {tests!r})
 from test_recovery import Thief
 from nanofit import gradients
 gradients.BUCKET_BYTES = 20_000  # several, which are on their way when memory runs out
-rank = os.environ["RANK"]
-thief = Thief(pytest.MonkeyPatch(), {place!r}, iteration=2, times={times} * (rank == "1"))
-runpy.run_path({rank!r}, run_name="__main__")
-assert thief.taken == thief.times and thief.updates == 5, (thief.taken, thief.updates)
+thief = Thief(pytest.MonkeyPatch(), {place!r}, iteration=2, times={times} * (os.environ["RANK"] == "1"))
 """
+AS_OFTEN = "assert thief.taken == thief.times and thief.updates == 5, (thief.taken, thief.updates)"
 
 
 @pytest.mark.slow
@@ -140,14 +126,13 @@ assert thief.taken == thief.times and thief.updates == 5, (thief.taken, thief.up
         pytest.param("forward 1", 2, marks=pytest.mark.proof),
     ],
 )
-def test_two_ranks_resume_and_go_back_exactly_where_memory_runs_out_on_one(workplace, place, times):
+def test_two_ranks_resume_and_go_back_exactly_where_memory_runs_out_on_one(place, times):
     keys = dict(dropout=0.1, gradient_accumulation_steps=2, max_iters=8, eval_interval=4, eval_iters=2)
     whole, _, _ = train_on_ranks(2, **keys)
     expected = weights_of_ranks()
     os.replace("out/ckpt.prev.pt", "out/ckpt.pt")  # of the evaluation at 4
-    script = workplace / "robbed.py"
-    script.write_text(ROBBED.format(tests=str(ROOT / "tests"), place=place, times=times, rank=str(RANK)))
-    rest, _, _ = train_on_ranks(2, script=script, **keys, init_from="resume")
+    robbed = ROBBED.format(place=place, times=times)
+    rest, _, _ = train_on_ranks(2, first=robbed, then=AS_OFTEN, **keys, init_from="resume")
     assert "rank 1: memory ran out on asking for 6.14 GiB: the same batches again, at the same size" in rest.text
     weights = weights_of_ranks()
     assert weights[0]["digest"] == weights[1]["digest"], "the ranks hold the same weights"
@@ -159,33 +144,27 @@ def test_two_ranks_resume_and_go_back_exactly_where_memory_runs_out_on_one(workp
         assert "batch_size 8 -> 4" in rest.text
 
 
-KILLED_ONCE = """
-import os, runpy, signal, sys
+KILLED_THRICE = """
+import signal
 from nanofit import step
-
 update, rank, attempt = step.update, os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 updates = 0
 def and_dies(*arguments):
     global updates
     updates += 1
-    if (attempt, rank, updates) in ({kills}):
+    if (attempt, rank, updates) in ((0, "1", 3), (1, "1", 7), (2, "0", 6)):  # before there is a checkpoint, and later
         os.kill(os.getpid(), signal.SIGKILL)
     return update(*arguments)
 step.update = and_dies
-sys.argv[0] = {rank!r}
-runpy.run_path({rank!r}, run_name="__main__")
 """
 
 
 @pytest.mark.proof
-def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
+def test_a_run_whose_ranks_are_killed_goes_on_by_itself():
     keys = dict(gradient_accumulation_steps=2, dropout=0.1, max_iters=16, eval_interval=4)
     whole, _, _ = train_on_ranks(2, **keys, out_dir="whole")
     expected = weights_of_ranks()
-    kills = '(0, "1", 3), (1, "1", 7), (2, "0", 6)'  # before there is a checkpoint, and later
-    (workplace / "killed.py").write_text(KILLED_ONCE.format(kills=kills, rank=str(RANK)))
-    keys = flags(**{**TOY, **keys, "backend": "gloo", "init_from": "auto"})
-    run, said, _ = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "killed.py", *keys)
+    run, said, _ = train_on_ranks(2, "--max-restarts=3", first=KILLED_THRICE, **keys, init_from="auto")
     assert "Traceback" not in said
     assert re.findall("^attempt .*", run.text, re.MULTILINE) == [f"attempt {i} of 4" for i in (2, 3, 4)]
     # A checkpoint that was still being written when its rank was killed is none.
@@ -198,16 +177,12 @@ def test_a_run_whose_ranks_are_killed_goes_on_by_itself(workplace):
 def test_an_attempt_after_the_first_says_so_before_anything_else(rank, restarts, said):
     told = dict(RANK=f"{rank}", TORCHELASTIC_RESTART_COUNT=f"{restarts}", TORCHELASTIC_MAX_RESTARTS="3")
     command = [sys.executable, "-c", "import nanofit; nanofit.start(); print('the rest')"]
-    assert (
-        subprocess.run(command, env=environment(**told), capture_output=True, text=True).stdout == f"{said}the rest\n"
-    )
+    assert subprocess.check_output(command, env=environment(**told), text=True) == f"{said}the rest\n"
 
 
 def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
     folder = RunFolder("out", World(rank=0, size=2))
     monkeypatch.setattr(World, "all_gather", lambda world, value: [value, 40])
-    with pytest.raises(
-        UsageError, match=r"\(rank 0 none, rank 1 iteration 40\): it must be a folder that all machines"
-    ):
+    with pytest.raises(UsageError, match=r"\(rank 0 none, rank 1 iteration 40\): it must be a folder that all"):
         folder.take()
     assert not Path("out").exists()
