@@ -160,7 +160,7 @@ def test_a_fork_is_planned_for(fork, large):
 # ---- what is looked for, by itself -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "counter"])  # which no state_dict holds
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_whatever_a_model_holds_a_resumed_run_goes_on_as_the_uninterrupted_one(kind):
     whole, parts = tiny.made(kind), tiny.made(kind)
     losses = tiny.iterations(*whole, 0, 9)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 # Those of the second line draw random numbers or keep state in a block's forward, those of the third are of GPT.
 KINDS = (
     "plain", "infinite mask", "complex", "random", "experts", "tuple", "scalar", "frozen", "unused",
-    "dropout", "layer drop", "running", "counter",
+    "dropout", "layer drop", "running",
     "bfloat16", "double", "extra state", "reads values",
 )  # fmt: skip
 
@@ -73,7 +73,7 @@ class Experts(nn.Module):
 class Block(nanogpt_like.Block):
     def __init__(self, config):
         super().__init__(config)
-        self.kind, self.attn, self.seen = config.kind, Attention(config), 0
+        self.kind, self.attn = config.kind, Attention(config)
         if self.kind == "experts":
             self.mlp = Experts(config)
         if self.kind == "dropout":
@@ -94,9 +94,6 @@ class Block(nanogpt_like.Block):
             if self.training:
                 self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
             x = x - self.mean
-        if self.kind == "counter" and self.training:
-            self.seen += 1
-            x = x * (1 + 1 / self.seen)
         if self.kind == "random":
             x = x + x @ self.project
         y = super().forward(x)
