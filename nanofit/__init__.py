@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 
-from nanofit.errors import PatientOutput, mend_standard_streams, show_errors_as_sentences
+from nanofit.errors import mend_standard_streams, show_errors_as_sentences
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch reads the second from 2.10 on
 
@@ -27,7 +27,6 @@ def start(ctrl_c_ends_at_once=False):
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
     if ctrl_c_ends_at_once and not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
-    _tell_attempt()
 
 
 def _prefer_expandable_segments():
@@ -52,11 +51,3 @@ def _end(number, frame):
         sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)  # says so
     finally:
         os._exit(128 + number)
-
-
-def _tell_attempt():
-    """Print a line on rank 0 if torchrun has restarted the ranks."""
-    again, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    # Counts that aren't numbers are not torchrun's.
-    if os.environ.get("RANK") == "0" and again.isdecimal() and most.isdecimal() and int(again) > 0:
-        print(f"attempt {int(again) + 1} of {int(most) + 1}", file=PatientOutput(sys.stdout))

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment, torchrun, train, train_on_ranks, weights_of_ranks
+from conftest import torchrun, train, train_on_ranks, weights_of_ranks
 
 from nanofit.errors import UsageError
 from nanofit.folder import RunFolder
@@ -166,18 +164,11 @@ def test_a_run_whose_ranks_are_killed_goes_on_by_itself():
     expected = weights_of_ranks()
     run, said, _ = train_on_ranks(2, "--max-restarts=3", first=KILLED_THRICE, **keys, init_from="auto")
     assert "Traceback" not in said
-    assert re.findall("^attempt .*", run.text, re.MULTILINE) == [f"attempt {i} of 4" for i in (2, 3, 4)]
+    assert len(re.findall("^tokens per iteration will be", run.text, re.MULTILINE)) == 4
     # A checkpoint that was still being written when its rank was killed is none.
     assert set(re.findall(r"^resuming from out at iteration (\d+)$", run.text, re.MULTILINE)) <= {"4", "8"}
     assert run.iter_loss == whole.iter_loss
     assert weights_of_ranks() == expected
-
-
-@pytest.mark.parametrize(("rank", "restarts", "said"), [(0, 1, "attempt 2 of 4\n"), (1, 1, "")])
-def test_an_attempt_after_the_first_says_so_before_anything_else(rank, restarts, said):
-    told = dict(RANK=f"{rank}", TORCHELASTIC_RESTART_COUNT=f"{restarts}", TORCHELASTIC_MAX_RESTARTS="3")
-    command = [sys.executable, "-c", "import nanofit; nanofit.start(); print('the rest')"]
-    assert subprocess.check_output(command, env=environment(**told), text=True) == f"{said}the rest\n"
 
 
 def test_ranks_that_see_different_checkpoints_are_told(monkeypatch):
