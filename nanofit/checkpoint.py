@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import glob
 import io
 import os
 import pickle
@@ -24,7 +23,8 @@ PREVIOUS = "ckpt.prev.pt"
 LAST = "ckpt.last.pt"  # where a run stopped, if ckpt.pt is the best and must stay
 NUMBERED = "ckpt-{}.pt"  # the last few, with --keep
 OF_A_MODEL = ("model", "model_args")
-OF_A_RUN = (*OF_A_MODEL, "optimizer", "iter_num", "best_val_loss")
+NUMBERS = ("iter_num", "best_val_loss")
+OF_A_RUN = (*OF_A_MODEL, "optimizer", *NUMBERS)
 # torch.save raises a file's own error, or another one while it handles that.
 _FAILURES = (OSError, RuntimeError, MemoryError)
 
@@ -93,13 +93,12 @@ def on_host(checkpoint):
         return None
 
 
-def room(out_dir, size, keep=0):
-    """(sentence, how many more checkpoints of this size the disk has room for, how many more there will be)."""
-    path = os.path.abspath(out_dir)
-    free = shutil.disk_usage(next(place for place in (path, *Path(path).parents) if os.path.exists(place))).free
-    most = 3 + keep  # the last one, the one before, and the one that is being written
-    says = f"the disk of {out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}; up to {most} are there"
-    return says, free / max(1, size), most - len(glob.glob(os.path.join(glob.escape(path), "ckpt*.pt")))
+def short_of_room(out_dir, size, keep):
+    """A sentence if the disk of a folder may not hold a run's checkpoints of this size; else ''."""
+    free, most = shutil.disk_usage(out_dir).free, 3 + keep  # the last, the one before, and the one being written
+    if free >= size * max(1, most - len(list(Path(out_dir).glob("ckpt*.pt")))):
+        return ""
+    return f"the disk of {out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}; up to {most} are there"
 
 
 def _is_full(error):
@@ -205,7 +204,11 @@ def _read(path, whole=True):
                 if damaged := file.testzip():
                     raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
         # Mapped, not read: auto-fit measures free memory while this is open.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        for entry in NUMBERS if isinstance(held, dict) else ():
+            if hasattr(held.get(entry), "item"):  # torch's, with which nanoGPT computes as well
+                held[entry] = held[entry].item()
+        return held
     except UsageError:
         raise
     except Exception as e:  # zip, pickle and torch raise many kinds for a damaged file

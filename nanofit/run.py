@@ -100,9 +100,8 @@ class Run:
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.world.agree(lambda: checkpoint.rehearse({**parts, **{name: getattr(self, name) for name in entries}}))
         if not self._begun and self.world.is_main and not self.config["eval_only"]:
-            size, keep = checkpoint.size_of(parts), self.config["keep"]
-            says, has_room_for, wanted = checkpoint.room(self.folder.out_dir, size, keep)
-            if has_room_for < max(1, wanted):
+            size = checkpoint.size_of(parts)
+            if says := checkpoint.short_of_room(self.folder.out_dir, size, self.config["keep"]):
                 print(f"warning: {says}")
 
     def save(self, name=checkpoint.NAME, goes_on=True):

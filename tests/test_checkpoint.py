@@ -98,6 +98,17 @@ def test_prefixes_are_taken_off_in_any_order():
         assert list(checkpoint.load("out")["model"]) == list(saved["model"])
 
 
+def test_numbers_may_be_tensors_as_in_nanogpt():
+    train(**TINY, max_iters=5)
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    loss = torch.tensor(saved["best_val_loss"], dtype=torch.float64)
+    torch.save({**saved, "iter_num": torch.tensor(5), "best_val_loss": loss}, "out/ckpt.pt")
+    loaded = checkpoint.load("out", for_training=True)
+    assert (loaded["iter_num"], loaded["best_val_loss"]) == (5, saved["best_val_loss"])
+    assert type(loaded["iter_num"]) is int
+    assert 5 in train(**TINY, max_iters=6, init_from="resume").iter_loss
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [(np.float64(1.5), "a numpy number"), (pathlib.PurePosixPath("x"), "a pathlib.PurePosixPath")],
