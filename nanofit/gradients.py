@@ -212,8 +212,8 @@ class ShardedGradients(Gradients):
         self.begin(0)
         # FSDP2 registered its hooks before, so that its hook on a block runs first.
         for block in blocks_of(model):
-            block.register_forward_pre_hook(self._entered, with_kwargs=True)
-        model.register_forward_hook(self._computed, prepend=True)
+            block.register_forward_pre_hook(torch.compiler.disable(self._entered), with_kwargs=True)
+        model.register_forward_hook(torch.compiler.disable(self._computed), prepend=True)
 
     def begin(self, micro_steps):  # no whole gradients: they would take the memory that sharding saves
         self._missing_passes, self._in_backward = micro_steps, False
@@ -223,13 +223,11 @@ class ShardedGradients(Gradients):
     def last(self):
         self.model.set_reshard_after_backward(True)
 
-    @torch.compiler.disable
     def _entered(self, block, args, kwargs):
         """Fill a block's gradients as soon as its input has a gradient, as FSDP2 sends them then."""
         if torch.is_grad_enabled() and not self._in_backward:  # a checkpoint calls the block in the backward pass
             self._at_gradients_of((args, kwargs), lambda _: self._fill(block))
 
-    @torch.compiler.disable
     def _computed(self, model, args, outputs):
         """Fill the rest at the end of the backward pass that begins at these outputs."""
         self._at_gradients_of(outputs, self._begin_pass)

@@ -79,6 +79,7 @@ class Trials:
         lines = filter(str.strip, self._process.stderr)
         self._listener = threading.Thread(target=self._said.extend, args=(lines,), daemon=True)
         self._listener.start()
+        import torch._dynamo  # noqa: F401  # the first optimizer needs it; here its import costs no time
 
     def _answer(self, job, on_facts, seconds):
         facts = trial = None
