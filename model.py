@@ -68,29 +68,35 @@ class KeyValueCache:
         self.keys_values = torch.empty(shape, device=device, dtype=dtype)
         self.seen = 0  # positions that are filled
 
+    def places(self, T):
+        """The positions of the next T tokens, as an index."""
+        return slice(self.seen, self.seen + T)
+
+    def add(self, layer, k, v):
+        """Keep the next tokens' keys and values. Returns all so far, and a mask if some of them don't count."""
+        kept, end = self.keys_values[layer], self.seen + k.shape[2]  # (2, B, nh, positions, hs)
+        kept[0, :, :, self.seen : end], kept[1, :, :, self.seen : end] = k, v
+        return *kept[:, :, :, :end].unbind(0), None
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cached=None, seen=0):
+    def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, nh, T, hs)
-        if cached is not None:  # (2, B, nh, positions, hs), of which the first `seen` are filled
-            cached[0, :, :, seen : seen + T] = k
-            cached[1, :, :, seen : seen + T] = v
-            k, v = cached[:, :, :, : seen + T].unbind(0)  # each (B, nh, seen + T, hs)
+        k, v, mask = cache.add(layer, k, v) if cache else (k, v, None)  # k, v: (B, nh, seen + T, hs)
+        causal = k.shape[2] == T  # else T is 1, and the token sees all before it
         dropout = self.dropout if self.training else 0.0
-        causal = seen == 0  # else T is 1, and the token sees all before it
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)  # (B, nh, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -118,8 +124,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cached=None, seen=0):
-        x = x + self.attn(self.ln_1(x), cached, seen)
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -188,10 +194,10 @@ class GPT(nn.Module):
         seen = cache.seen if cache else 0
         if self.config.block_size < seen + T:
             raise ValueError(f"{seen + T} tokens are more than the model's block_size {self.config.block_size}")
-        positions = self.transformer.wpe.weight[seen : seen + T]  # (T, C): a slice is cheaper than looking them up
-        x = self.transformer.drop(self.transformer.wte(idx) + positions)  # (B, T, C)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.keys_values[i] if cache else None, seen)
+        places = cache.places(T) if cache else slice(T)  # a slice is cheaper than looking positions up
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[places])  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer) if cache else block(x)
         x = self.transformer.ln_f(x)
         if cache:
             cache.seen += T
@@ -282,10 +288,8 @@ class GPT(nn.Module):
         positions = min(block_size, idx.shape[1] + max_new_tokens)
         cache = KeyValueCache(self.config, len(idx), positions, idx.device, product_dtype(self.transformer.wte.weight))
         for _ in range(max_new_tokens):
-            if idx.shape[1] > block_size:
-                logits, _ = self(idx[:, -block_size:])
-            else:
-                logits, _ = self(idx[:, cache.seen :], cache=cache)
+            fits = idx.shape[1] <= block_size
+            logits, _ = self(idx[:, cache.seen :], cache=cache) if fits else self(idx[:, -block_size:])
             logits = logits[:, -1, :] / temperature  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
@@ -404,11 +408,10 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_h, grad_weight, counts, count = ctx.saved_tensors
         scale = torch.where(count > 0, grad / count, 0.0) / ctx.lift
-        h_dtype, weight_dtype = ctx.dtypes
         grad_h = grad_h.to(scale.dtype) * torch.where(counts, scale, 0.0)
         # In place if the dtype stays: torch refuses a second backward pass, so nobody reads it again.
         grad_weight = grad_weight.to(scale.dtype).mul_(scale / ctx.lower)
-        return grad_h.to(h_dtype), grad_weight.to(weight_dtype), *[None] * 4
+        return grad_h.to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]), *[None] * 4
 
 
 def head_loss(h, weight, targets, chunk_bytes=None):

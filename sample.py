@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from nanofit import checkpoint, machine, models, settings
 from nanofit.codec import codec_of
 from nanofit.compiling import try_compile
+from nanofit.decoding import Graphed
 from nanofit.errors import UsageError, usage_errors
 from nanofit.files import replacing
 from nanofit.folder import run_id_of
@@ -203,6 +204,8 @@ with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
         model, failure = try_compile(model, lambda compiled: compiled(trial), device, dynamic=True)
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
+    elif device.type == "cuda" and models.offers(model, "cache"):
+        model = Graphed(model)
     for line in lines_of_standard_input() if start == "-" else [start]:
         if line:
             draw(line)
