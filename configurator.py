@@ -135,10 +135,6 @@ class _Keys:
         self.kinds = {key: type(default) for key, default in self.defaults.items()}
         self.given = set()
         for key, (kind, default) in more.items():
-            if key in namespace and key not in self.defaults:
-                raise UsageError(
-                    f"model.py: the field {key} of GPTConfig has a name that {self.script} uses: rename it"
-                )
             self.kinds.setdefault(key, kind)
             self.defaults[key] = namespace.setdefault(key, default)
 

@@ -100,7 +100,7 @@ gpu = ""  # print the plan for a card that need not be here: 'RTX 3060', 'A100 8
 ranks = 1  # with gpu: how many of these cards
 sys.stdout = output = PatientOutput(sys.stdout)  # if it can't be written, training goes on
 defaults = keys_of(globals())
-own_fields = models.own_fields(GPTConfig, but=defaults)  # those that nanoGPT's lacks are keys too
+own_fields = models.own_fields(GPTConfig, but=globals())  # those that nanoGPT's lacks are keys too
 config, given = configure(globals(), more=own_fields)
 
 # ---- checks: all that can fail quickly is tried here, before anything is written -----------------------------

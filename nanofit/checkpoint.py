@@ -25,6 +25,7 @@ NUMBERED = "ckpt-{}.pt"  # the last few, with --keep
 OF_A_MODEL = ("model", "model_args")
 NUMBERS = ("iter_num", "best_val_loss")
 OF_A_RUN = (*OF_A_MODEL, "optimizer", *NUMBERS)
+OURS = ("rng", "data", "metrics", "split")  # in the checkpoint of another train.py, they may be anything
 # torch.save raises a file's own error, or another one while it handles that.
 _FAILURES = (OSError, RuntimeError, MemoryError)
 
@@ -285,8 +286,10 @@ def load(out_dir, name=NAME, for_training=False):
             f"{NAME}"
         ) from e
     checkpoint["model"] = _unwrapped(checkpoint["model"])
+    foreign = () if isinstance(checkpoint.get("rng"), list) else OURS  # ours has a dict for each rank
     # A checkpoint that somebody made smaller may have None in an entry.
-    return {"config": {}, **{k: v for k, v in checkpoint.items() if v is not None or k == "optimizer"}}
+    held = {k: v for k, v in checkpoint.items() if k not in foreign and (v is not None or k == "optimizer")}
+    return {"config": {}, **held}
 
 
 def _unwrapped(model):

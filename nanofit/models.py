@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import traceback
+import types
 import typing
 import warnings
 from operator import attrgetter
@@ -44,8 +45,8 @@ def fields(config_class):
 def own_fields(config_class, but=()):
     """{name: (type, default)} of the fields that a GPTConfig has beyond nanoGPT's: they become keys of a run.
 
-    but: names that are keys already, such as batch_size: a field of that name keeps model.py's default, and so does a
-    field of another type, such as a tuple.
+    but: names that the script uses, such as batch_size or checkpoint: a field of that name keeps model.py's default,
+    and so does a field of another type, such as a tuple.
     """
     try:
         hints = typing.get_type_hints(config_class)
@@ -58,7 +59,9 @@ def own_fields(config_class, but=()):
             continue
         default = parameter.default
         # `int | None = None` stands for an int that the config computes by itself.
-        kinds = [k for k in (*(typing.get_args(hints.get(name)) or [hints.get(name)]), type(default)) if k in KEY_TYPES]
+        hint = hints.get(name)
+        of_hint = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+        kinds = [k for k in (*of_hint, type(default)) if k in KEY_TYPES]
         if kinds and (default is None or type(default) in KEY_TYPES):
             own[name] = float if {int, float} <= set(kinds) else kinds[0], default
     return own

@@ -328,6 +328,9 @@ row("an iteration after the last", a_run, entry("iter_num", 10**9), init_from="r
 MORE_THAN_NANOGPT = ("rng", "data", "split", "scaler")
 row("no data and generators, as nanoGPT's", a_run, held(lambda c: [c.pop(name, 0) for name in MORE_THAN_NANOGPT] and c),
     init_from="resume", max_iters=6, code=0, changes=SAVED)
+THEIRS = {"rng": torch.get_rng_state(), "data": "markov", "metrics": {"loss": 1.5}, "split": [0.9, 0.1], "epoch": 3}
+row("generators and figures of another train.py", a_run, held(lambda c: {**c, **THEIRS}), init_from="resume",
+    max_iters=6, code=0, changes=SAVED)
 
 # ---- numbers -----------------------------------------------------------------------------------------------
 row("a learning rate that is infinite", argv=["--learning_rate=1e999"], says="learning_rate must be a finite number")

@@ -188,6 +188,7 @@ class Config:
     noise: float = 0.1
     window: int | None = None
     pattern: tuple = ("local", "global")
+    exits: list[int] = None
 
 
 @dataclasses.dataclass

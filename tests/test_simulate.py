@@ -1,7 +1,13 @@
 """Steps on fake tensors: the bars of memory, and that parts add up to what they should."""
 
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "tests" / "models"))
+import tiny
 
 from model import GPT, GPTConfig
 from nanofit.autofit.plan import Job
@@ -29,6 +35,16 @@ def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None,
     )  # fmt: skip
     levers = MemoryLevers(**levers or {}).within(0)
     return {part: size / GIB for part, size in step_memory(model, GPTConfig, job, levers).items()}
+
+
+def test_frozen_weights_have_no_gradients():
+    def weights_and_gradients(kind):
+        job = Job({}, {**tiny.SIZES, "kind": kind}, "cpu", "float32", 1.0, micro_batch_size=2, micro_steps=2)
+        parts = step_memory(tiny.GPT, tiny.GPTConfig, job, tiny.PLAIN)
+        return parts["weights"], parts["gradients"]
+
+    weights, gradients = weights_and_gradients("frozen")
+    assert gradients < weights == weights_and_gradients("plain")[0]
 
 
 @pytest.mark.proof

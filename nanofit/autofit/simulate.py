@@ -7,6 +7,7 @@ hold. It takes seconds and no memory, and is within a few percent of what the de
 import contextlib
 import io
 import warnings
+from collections import OrderedDict
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from nanofit import machine, models
 from nanofit.autofit.plan import UNSIMULATED, Trial
@@ -30,6 +32,7 @@ KINDS = ("Parameter", "Gradient", "Optstate")  # MemTracker's names
 # each 256 elements.
 STATE_SHARES = {"float32": 1.0, "8bit": 65 / 256, "offload": 0.0}
 STATE = "optimizer state"
+HOOKS_OF_GRADIENTS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
 PARTS = ("weights", "gradients", STATE, "activations", "loss and backward")
 
 
@@ -37,6 +40,8 @@ class DropoutAsOnGpus(TorchFunctionMode):
     """Dropout with a GPU's memory: a mask of bytes, where a CPU stores floats; for attention, only a seed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in HOOKS_OF_GRADIENTS and not args[0].requires_grad:
+            return RemovableHandle(OrderedDict())  # MemTracker asks for those of frozen weights, too: there are none
         if func is F.dropout:
             given = {**dict(zip(("input", "p", "training"), args, strict=False)), **(kwargs or {})}
             if given.get("p", 0.5) > 0 and given.get("training", True):

@@ -25,6 +25,7 @@ KINDS = (
 class GPTConfig(nanogpt_like.GPTConfig):
     kind: str = "plain"
     moved_by: str = "AdamW"
+    checkpoint: bool = False  # a name that train.py uses
     rate: float = 1  # of the groups that "factors" makes: a number, though its default is whole
 
 
