@@ -153,7 +153,7 @@ drawn_ids = Counter()
 
 def check_numbers(prompt):
     """Raise a UsageError if no token can be drawn from the model's logits."""
-    logits, _ = model(prompt[:, -model.config.block_size :])
+    logits = model(prompt[:, -model.config.block_size :])[0]
     if logits.isnan().any() or logits.isposinf().any():
         raise UsageError("the model's numbers are not finite: its weights are spoilt, or too large for this dtype")
 

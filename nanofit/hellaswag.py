@@ -61,7 +61,7 @@ class HellaSwag:
             row[len(tokens) - 1 - size : len(tokens) - 1] = torch.tensor(tokens[len(tokens) - size :])
         x, y = x.to(self.device), y.to(self.device)
         with self.autocast:
-            logits, _ = model(x, y)  # (R, T, vocab_size)
+            logits = model(x, y)[0]  # (R, T, vocab_size)
         losses = F.cross_entropy(logits.float().transpose(1, 2), y, ignore_index=-1, reduction="none")
         return losses.sum(1), (y >= 0).sum(1)
 

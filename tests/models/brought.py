@@ -134,10 +134,11 @@ class GPT(nanogpt_like.GPT):
             if self.config.kind == "experts":
                 more = more + 0.01 * block.mlp.balance
         x = self.transformer.ln_f(x)
+        told = () if self.config.kind == "plain" else (x,)  # forks return more than logits and a loss
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
+            return self.lm_head(x[:, [-1]]), None, *told
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) + more
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) + more, *told
 
     def get_extra_state(self):
         return {"calls": self.calls if self.config.kind == "extra state" else 0}
