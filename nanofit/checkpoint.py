@@ -196,6 +196,11 @@ def _type_in_the_way(error):
     return "a numpy number" if found[1].endswith("multiarray.scalar") else f"a {found[1]}"
 
 
+def _says_nothing(error):
+    """Whether a file's content may be whole although it could not be read. (torch finds a cut file invalid.)"""
+    return isinstance(error, OSError) and error.errno != errno.EINVAL
+
+
 def _read(path, whole=True):
     """What torch.load gives for a file; UsageError if it can't be read. whole: compare its checksums, too."""
     try:
@@ -215,7 +220,7 @@ def _read(path, whole=True):
     except Exception as e:  # zip, pickle and torch raise many kinds for a damaged file
         if is_out_of_memory(e):
             raise
-        if isinstance(e, OSError):
+        if _says_nothing(e):
             raise UsageError(
                 f"{path} can't be read now ({e.strerror or e}): this says nothing about what is in it; start again "
                 "when it can be read"
@@ -278,8 +283,7 @@ def load(out_dir, name=NAME, for_training=False):
         checkpoint = _read(path)
         _require_entries(checkpoint, path, OF_A_RUN if for_training else OF_A_MODEL)
     except UsageError as e:
-        readable = not isinstance(e.__cause__, OSError)  # else its content may be whole
-        if not readable or not (before := peek(previous, whole=True)):
+        if _says_nothing(e.__cause__) or not (before := peek(previous, whole=True)):
             raise
         raise UsageError(
             f"{e}; {previous} beside it is whole, of iteration {before['iter_num']}: to go on from there, rename it to "

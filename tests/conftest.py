@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -197,6 +199,41 @@ def hugging_face_gpt2(tmp_path_factory):
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
     return str(folder), model
+
+
+def random_texts(count):
+    """Unicode of all kinds, ASCII, white space and what tokenizers cut at more often.
+
+    Without NUL, and without U+2581, which SentencePiece gives back as a space.
+    """
+    draw = random.Random(0)
+    ranges = ((0, 0x110000), (0, 0x3000), (0, 128), (32, 127))
+    kinds = [lambda low=low, high=high: chr(draw.randrange(low, high)) for low, high in ranges]
+    words = [*" \t\n\r\x0b\x1c\x85\xa0\u2003\u200b\u3000'sdmtlvre1\u0661a\u0301", "  ", "\r\n", "'ll", "123", "Ab"]
+    words += ["<|endoftext|>", "</s>", "\U0001f469\u200d\U0001f680"]
+    kinds.append(lambda: draw.choice(words))
+    texts = ["".join(draw.choice(kinds)() for _ in range(draw.randrange(1, 50))) for _ in range(count)]
+    return ["".join(c for c in text if not "\ud800" <= c < "\ue000" and c not in "\0\u2581") for text in texts]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Writes beyond size bytes of a file fail, the one that crosses the limit after its first part."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def hf(workplace):
+    """A GPT-2 of one layer in the folder hf, in the place of the one that would come from the hub."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
 
 
 def environment(**more):

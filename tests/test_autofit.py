@@ -80,9 +80,6 @@ def test_an_answer_that_cannot_be_kept_is_told_and_taken(trials, workplace, caps
     assert said[-1].startswith(f"auto-fit: {plan}, found in ")
 
 
-# ---- ranks in one process ----------------------------------------------------------------------------------
-
-
 class Ranks(World):
     """A world of two whose other rank's answers are given."""
 
@@ -118,9 +115,6 @@ def test_the_first_ranks_kept_answer_is_everybodys(trials, workplace):
     assert plan.micro_batch_size == 2
     assert [job.micro_batch_size for job in trials] == [2]
     assert not (workplace / "out").exists(), "and it alone keeps one"
-
-
-# ---- whole runs --------------------------------------------------------------------------------------------
 
 
 def split_by_hand(monkeypatch, micro_batch_size, levers=None):

@@ -2,12 +2,10 @@
 
 import sys
 
+import brought
 import pytest
 import torch
-from conftest import ROOT, flags, run_script, train
-
-sys.path.append(str(ROOT / "tests" / "models"))
-import brought
+from conftest import flags, run_script, train
 
 KEYS = dict(
     n_layer=2, n_embd=16, block_size=16, batch_size=4, eval_interval=10, eval_iters=1, warmup_iters=2, max_iters=12,
@@ -21,9 +19,12 @@ def model_py(monkeypatch):
     monkeypatch.setitem(sys.modules, "model", brought)
 
 
+ODD = ("infinite mask", "complex", "scalar", "double")
+
+
 @pytest.mark.parametrize(
-    ("kind", "name"), [("infinite mask", "AdamW"), ("complex", "AdamW"), ("plain", "SGD"), ("plain", "two")]
-)  # all kinds and optimizers, without train.py: test_models.py and test_optimizers.py
+    ("kind", "name"), [*((kind, "AdamW") for kind in ODD), ("plain", "SGD"), ("plain", "two")]
+)  # all kinds and optimizers, without train.py: test_optimizers.py
 def test_eight_iterations_and_four_are_twelve(kind, name):
     keys = dict(KEYS, kind=kind, moved_by=name, eval_interval=4)
     whole = train(**keys, out_dir="whole")
@@ -75,11 +76,8 @@ class Factored(torch.optim.Optimizer):
                 state["moment"] = torch.zeros(p.shape, dtype=torch.double)
             state["right"] += p.grad.T @ p.grad
             state["moment"].lerp_(p.grad.double(), 0.1)
-            p -= (
-                self.param_groups[0]["lr"]
-                * state["moment"].float()
-                @ torch.eye(p.shape[1]).add(state["right"]).inverse()
-            )
+            rate, eye = self.param_groups[0]["lr"], torch.eye(p.shape[1])
+            p -= rate * state["moment"].float() @ (eye + state["right"]).inverse()
 
 
 @pytest.mark.parametrize(
@@ -91,9 +89,7 @@ class Factored(torch.optim.Optimizer):
     ids=["lookahead", "factored"],
 )
 def test_an_optimizer_class_of_ones_own_goes_on_under_the_schedule(monkeypatch, own):
-    monkeypatch.setattr(
-        brought.GPT, "configure_optimizers", lambda model, weight_decay, lr, betas, device_type: own(model, lr)
-    )
+    monkeypatch.setattr(brought.GPT, "configure_optimizers", lambda model, weight_decay, lr, *_: own(model, lr))
     keys = dict(KEYS, max_iters=14, eval_interval=5, lr_decay_iters=14)
     whole = train(**keys, out_dir="whole")
     train(**{**keys, "max_iters": 9})
@@ -103,13 +99,15 @@ def test_an_optimizer_class_of_ones_own_goes_on_under_the_schedule(monkeypatch, 
             torch.testing.assert_close(rest.names["raw_model"].state_dict()[entry], value, atol=1e-6, rtol=1e-6)
 
 
-def test_a_weight_that_never_was_finite_and_a_part_named_module_are_saved_and_resumed(monkeypatch):
+def test_a_weight_that_never_was_finite_and_odd_buffers_are_saved_and_resumed(monkeypatch):
     init = brought.GPT.__init__
 
     def more(self, config):
         init(self, config)
         self.floor = torch.nn.Parameter(torch.full((4,), float("-inf")))
         self.module = torch.nn.Linear(2, 2)
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.zeros(0))
 
     monkeypatch.setattr(brought.GPT, "__init__", more)
     train(**{**KEYS, "max_iters": 10})

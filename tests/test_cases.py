@@ -129,10 +129,6 @@ def file(path, content=b""):
     return make
 
 
-def folder(path):
-    return lambda patch: os.makedirs(path)
-
-
 def gone(path):
     return lambda patch: os.remove(path)
 
@@ -159,37 +155,23 @@ def cut(path, size):
 
 
 def held(change, path="out/ckpt.pt"):
-    """A checkpoint whose content was changed: change(content) does, or gives what is there instead."""
+    """A checkpoint whose content change(content) has changed in place."""
 
     def do(patch):
         content = torch.load(path, weights_only=True)
-        new = change(content)
-        torch.save(content if new is None else new, path)
+        change(content)
+        torch.save(content, path)
 
     return do
 
 
 def entry(name, value, path="out/ckpt.pt"):
-    return held(lambda c: {**c, name: value}, path)
+    return held(lambda c: c.update({name: value}), path)
 
 
-def trained(**keys):
-    """train.py has run before, with these keys."""
-
-    def train(patch):
-        code, printed = end_of("train.py", *flags(**{**KEYS["train.py"], **keys}))
-        assert code == 0, printed
-
-    return train
-
-
-def of_model(name, change):
-    """A checkpoint in which a weight is changed in place."""
-    return held(lambda c: (change(c["model"][name]), None)[1])
-
-
-def size(**values):
-    return held(lambda c: c["model_args"].update(values))
+def trained(patch):
+    """train.py has run before."""
+    assert end_of("train.py", *flags(**KEYS["train.py"]))[0] == 0
 
 
 def last_of(number, path="out/ckpt.last.pt", **more):
@@ -203,25 +185,11 @@ def last_of(number, path="out/ckpt.last.pt", **more):
 
 
 def environment(**values):
-    def put(patch):
-        for name, value in values.items():
-            patch.setenv(name, value) if value is not None else patch.delenv(name, raising=False)
-
-    return put
+    return lambda patch: [patch.setenv(name, value) for name, value in values.items()]
 
 
 def no_gpu(patch):
     patch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def meta(**more):
-    """meta.pkl with these entries changed."""
-
-    def make(patch):
-        content = pickle.loads(Path("data/markov/meta.pkl").read_bytes())
-        Path("data/markov/meta.pkl").write_bytes(pickle.dumps({**content, **more}))
-
-    return make
 
 
 def fails(place, number=0, message=None, error=OSError):
@@ -234,25 +202,18 @@ def fails(place, number=0, message=None, error=OSError):
 
 
 class Broken(io.StringIO):
-    """A standard output that takes some lines, and then fails with this error number."""
+    """A standard output that takes three lines, and then its disk is full."""
 
-    def __init__(self, number, lines=0):
-        super().__init__()
-        self.number, self.lines, self.heard = number, lines, None
+    lines, heard = 3, None
 
     def write(self, text):
-        if self.lines <= 0:
-            raise OSError(self.number, os.strerror(self.number))
+        self.flush()
         self.lines -= text.count("\n")
         return self.heard.write(text)
 
     def flush(self):
         if self.lines <= 0:
-            raise OSError(self.number, os.strerror(self.number))
-
-
-def output(make):
-    return lambda patch: patch.setattr(sys, "stdout", make())
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # fmt: off
@@ -284,7 +245,7 @@ row("a cropped block_size keeps what was before", a_run, init_from="resume", blo
     says=("block_size 8 -> 4: the model is cropped", *BOTH_KEPT), changes=("out/*",))
 WITH_AN_ID = [a_run, *(entry("run_id", "0123abcd", f"out/ckpt{n}.pt") for n in ("", ".prev"))]
 KEPT = "out/kept-of-run-0123abcd"
-row("a run that was kept goes on where it is", *WITH_AN_ID, trained(), init_from="resume", out_dir=KEPT, max_iters=6,
+row("a run that was kept goes on where it is", *WITH_AN_ID, trained, init_from="resume", out_dir=KEPT, max_iters=6,
     code=0, says=f"resuming from {KEPT} at iteration 4", never="another run", changes=(f"{KEPT}/*",))
 row("parts of a killed run", a_run, file("out/ckpt.pt.abc.part", "half"), file("out/auto_fit.json.x.part"),
     file("out/sample.txt.x.part"), file("out/report.html.x.part"), init_from="resume", max_iters=6, code=0,
@@ -317,19 +278,16 @@ def refused(what, *given, says, **keys):
 
 
 FC = "transformer.h.0.mlp.c_fc.weight"
-refused("a weight that is nan", of_model(FC, lambda w: w[0, 0].fill_(math.nan)), says="not finite", changes=SAVED)
+refused("a weight that is nan", held(lambda c: c["model"][FC][0].fill_(math.nan)), says="not finite", changes=SAVED)
 refused("no weights", entry("model", {}), says="it lacks model")
-refused("a weight missing", held(lambda c: (c["model"].pop(FC), None)[1]), says="Missing key")
-refused("no optimizer", held(lambda c: (c.pop("optimizer"), None)[1]), says="it lacks optimizer")
+refused("a weight missing", held(lambda c: c["model"].pop(FC)), says="Missing key")
+refused("no optimizer", held(lambda c: c.pop("optimizer")), says="it lacks optimizer")
 refused("no zip and no pickle", file("out/ckpt.pt", b"words" * 99), says="damaged or not a checkpoint")
-refused("code in it", file("out/ckpt.pt", pickle.dumps(print)),
-    says="it holds more than plain data")
-row("an iteration after the last", a_run, entry("iter_num", 10**9), init_from="resume", code=0, changes=LOCK)
-MORE_THAN_NANOGPT = ("rng", "data", "split", "scaler")
-row("no data and generators, as nanoGPT's", a_run, held(lambda c: [c.pop(name, 0) for name in MORE_THAN_NANOGPT] and c),
-    init_from="resume", max_iters=6, code=0, changes=SAVED)
+refused("its end missing", cut("out/ckpt.pt", 9000),
+    says=("damaged or not a checkpoint", "out/ckpt.prev.pt beside it is whole"))
+refused("code in it", file("out/ckpt.pt", pickle.dumps(print)), says="it holds more than plain data")
 THEIRS = {"rng": torch.get_rng_state(), "data": "markov", "metrics": {"loss": 1.5}, "split": [0.9, 0.1], "epoch": 3}
-row("generators and figures of another train.py", a_run, held(lambda c: {**c, **THEIRS}), init_from="resume",
+row("generators and figures of another train.py", a_run, held(lambda c: c.update(THEIRS)), init_from="resume",
     max_iters=6, code=0, changes=SAVED)
 
 # ---- numbers -----------------------------------------------------------------------------------------------
@@ -337,7 +295,6 @@ row("a learning rate that is infinite", argv=["--learning_rate=1e999"], says="le
 row("a learning rate beyond reason", learning_rate=1e30, max_iters=3, says="finite", changes=("out", *SAVED))
 row("a width beyond reason", n_embd=2**42, says="memory", changes=("out", *STARTED))
 row("a batch of none", batch_size=0, says="batch_size must be at least 1")
-row("heads that don't divide the width", n_head=3, says="n_embd=16 is not divisible by n_head=3")
 
 # ---- keys and config files ---------------------------------------------------------------------------------
 row("a config file that isn't there, and scripts that are", file("doctor.py"), file("configurator.py"),
@@ -349,12 +306,7 @@ row("a config file that Windows wrote", file("c.py", b"\xef\xbb\xbfmax_iters = 2
     says="max_iters = 2", changes=("out", *SAVED))
 row("ranks of a plan for no card", no_gpu, ranks=2, device="cuda", dry_run=True, gradient_accumulation_steps=2,
     says="there is no CUDA GPU here: name the card that the plan is for, as in --gpu='RTX 3060'", never="torchrun")
-row("a plan for a card that CUDA fills", gpu="0.3GB", says="CUDA itself takes 0.50 GiB of a card's memory: give more",
-    never="auto-fit")
-row("a plan for a card of tomorrow", gpu="RTX 3061", says="did you mean RTX 3060 or ", never="auto-fit")
 row("shard on one process", shard=True, says="shard=True shares a model out among several ranks")
-row("an unknown init_from", init_from="gpt5", says="init_from must be")
-row("a GPU that isn't here", no_gpu, device="cuda:7", says="torch sees no CUDA GPU")
 
 # ---- data --------------------------------------------------------------------------------------------------
 row("train.bin of an odd size", cut("data/markov/train.bin", 4001), says="expected uint16 tokens")
@@ -362,11 +314,11 @@ row("tokens beyond the vocabulary", file("data/markov/train.bin", b"\xff" * 4000
     changes=("out", *STARTED))
 row("other data of the same size", a_run, file("data/markov/train.bin", bytes(120000)), init_from="resume", max_iters=6,
     code=0, changes=SAVED, says="train.bin is not what it was when the checkpoint was saved")
-row("a vocabulary too small for the data", meta(vocab_size=3), says="but the vocabulary has 3", changes=("out",
-    *STARTED))
+row("a vocabulary too small for the data", file("data/markov/meta.pkl", pickle.dumps({"vocab_size": 3})),
+    says="but the vocabulary has 3", changes=("out", *STARTED))
 
 # ---- weights from elsewhere --------------------------------------------------------------------------------
-row("an empty folder", folder("hf"), init_from="hf", says="expects a folder")
+row("an empty folder", lambda patch: os.mkdir("hf"), init_from="hf", says="expects a folder")
 
 # ---- auto_fit's answer, which is only a cache --------------------------------------------------------------
 
@@ -385,16 +337,12 @@ row("no memory for the model", FULL, changes=("out", *STARTED), says="error: mem
 fitted("is new")
 fitted("is no JSON", file("out/auto_fit.json", "{"))
 # ---- ranks -------------------------------------------------------------------------------------------------
-row("a rank without a meeting place", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR=None),
+row("a rank without a meeting place", environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2"),
     gradient_accumulation_steps=2, says="torchrun")
 
 # ---- the machine -------------------------------------------------------------------------------------------
-row("a clock that jumps", lambda patch: patch.setattr("time.time", iter(range(10**9, 0, -(10**6))).__next__), code=0,
-    changes=("out", *SAVED), never=", -|time -")
-row("output on a full disk", output(lambda: Broken(errno.ENOSPC, 3)), changes=("out", *SAVED),
+row("output on a full disk", lambda patch: patch.setattr(sys, "stdout", Broken()), changes=("out", *SAVED),
     says="standard output could not be written (No space left on device); all else was done")
-row("output that nobody reads", output(lambda: Broken(errno.EPIPE, 3)), changes=("out", *SAVED),
-    says="standard output could not be written (its reader has gone)")
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------
@@ -403,7 +351,6 @@ row("output that nobody reads", output(lambda: Broken(errno.EPIPE, 3)), changes=
 def sample(what, *given, **case):
     row(f"sampling: {what}", *given, **{"script": "sample.py", **case})
 sample("a few tokens", a_run, code=0, says="out/ckpt.pt, of iteration 4")
-sample("nothing there", says="there is no checkpoint out/ckpt.pt")
 sample("where only a last one is", a_run, last_of(5), gone("out/ckpt.pt"), code=0,
     says="out/ckpt.last.pt, of iteration 5")
 sample("a temperature of none", a_run, temperature=0.0, says="use --top_k=1")
@@ -411,8 +358,6 @@ sample("a prompt from nowhere", a_run, start="FILE:nowhere", says="the prompt ca
 sample("lines that Windows wrote", a_run, lambda patch: patch.setattr(sys, "stdin",
     io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa\r\n\r\nA"), encoding="latin-1", newline="\n")), start="-", code=0,
     says="---------------")
-sample("symbols of another data set", a_run, meta(vocab_size=200, stoi={"a": 150}, itos={150: "a"}),
-    says="the model has a vocabulary of 65, and data/markov/meta.pkl has 200 symbols")
 
 # ---- the benchmark -----------------------------------------------------------------------------------------
 row("bench: no data", script="bench.py", real_data=True, says="data/openwebtext/train.bin does not exist")

@@ -10,7 +10,6 @@ from conftest import ROOT, environment
 
 from configurator import configure
 from nanofit.errors import UsageError
-from nanofit.settings import at_least, one_of
 
 
 def script(**keys):
@@ -25,16 +24,13 @@ def configured(*argv, more=None, **keys):
 
 
 def test_the_later_wins_whichever_kind_it_is(tmp_path):
-    (tmp_path / "a.py").write_text("batch_size = 5 * 8\nimport time\nout_dir = 'a' + str(time.time())[:0]\n")
+    (tmp_path / "a.py").write_text(
+        "batch_size = 5 * 8\nimport time\nout_dir = 'a' + str(time.time())[:0]\ncompile = True"
+    )
     names, given = configured("--batch_size=1", "a.py")
     assert (names["batch_size"], names["out_dir"]) == (40, "a")
-    assert given == {"batch_size", "out_dir"}
+    assert given == {"batch_size", "out_dir", "compile"}, "which was True before, too"
     assert configured("a.py", "--batch_size=1")[0]["batch_size"] == 1
-
-
-def test_a_key_that_a_file_sets_to_its_default_counts_as_given(tmp_path):
-    (tmp_path / "a.py").write_text("batch_size = 12\n")
-    assert configured("a.py")[1] == {"batch_size"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +60,8 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
         ("--batch_size=many", "batch_size must be a whole number .*not 'many'"),
         ("--learning_rate=fast", "learning_rate must be a number"),
         ("--compile=2", "compile must be True or False"),
+        ("--batch_size=" + "9" * 5000, "batch_size must be a whole number"),
+        ("--batch_size=" + "(" * 300, "batch_size must be a whole number"),
         ("--compile", "'--compile' is neither a config file nor --key=value: write --compile=True"),
         ("--out-dir", "write --out_dir=value"),
         ("-compile", "'-compile' is neither .* write --compile=True"),
@@ -72,14 +70,9 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
     ],
 )
 def test_mistakes_are_value_errors_with_a_sentence(argument, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence) as told:
         configured(argument)
-
-
-def test_a_missing_file_gets_its_nearest_neighbour(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(UsageError, match="did you mean 'config/train_gpt2.py'"):
-        configured("config/trian_gpt2.py")
+    assert len(str(told.value)) < 400
 
 
 def test_numbers_of_numpy_and_torch_are_kept_as_pythons(tmp_path):
@@ -121,6 +114,8 @@ def test_the_configs_that_scripts_share_warn_in_none(name, capsys):
         ("batch_size = (", "a.py, line 1: .*a config file is Python"),
         ("\nbatch_size = 1 / 0", "a.py, line 2: ZeroDivisionError"),
         ("batch_size = 'x'", "a.py: batch_size must be a whole number"),
+        ("batch_size = 10 ** 5000", "a.py: batch_size takes whole numbers of at most 64 bits"),
+        ("raise SystemExit", "a.py, line 1: SystemExit"),
     ],
 )
 def test_a_config_file_with_a_mistake(tmp_path, text, sentence):
@@ -176,27 +171,11 @@ def test_nanogpts_way_by_exec(workplace, folder):
 MORE = {"n_kv_head": (int, None), "rotary": (bool, False)}  # fields that a fork's GPTConfig has
 
 
-def test_a_field_of_the_models_own_is_a_key():
-    names, given = configured("--n_kv_head=2", "--rotary=1", more=MORE)
-    assert (names["n_kv_head"], names["rotary"], given) == (2, True, {"n_kv_head", "rotary"})
-    assert configure(script(), ["--n_kv_head=3"], MORE)[0]["n_kv_head"] == 3, "it is among the keys that come back"
-
-
-def test_a_field_without_a_value_stays_without_one(tmp_path):
+def test_a_field_of_the_models_own_is_a_key_that_may_have_no_value(tmp_path):
     assert configured(more=MORE)[0]["n_kv_head"] is None
     assert configured("--n_kv_head=4", "--n_kv_head=None", more=MORE)[0]["n_kv_head"] is None
     (tmp_path / "a.py").write_text("n_kv_head = None\nrotary = True\n")
-    names, given = configured("a.py", more=MORE)
-    assert (names["n_kv_head"], names["rotary"], given) == (None, True, {"n_kv_head", "rotary"})
-
-
-def test_limits():
-    at_least(1, {"a": 1}, "a")
-    with pytest.raises(UsageError, match="a must be at least 1, not 0"):
-        at_least(1, {"a": 0}, "a")
-    with pytest.raises(UsageError, match="a must be at least 0, not nan"):
-        at_least(0, {"a": float("nan")}, "a")
-    with pytest.raises(UsageError, match="a must be a finite number, not inf"):
-        at_least(0, {"a": float("inf")}, "a")
-    with pytest.raises(UsageError, match="dtype must be one of 'x', 'y', not 'z'"):
-        one_of(("x", "y"), {"dtype": "z"}, "dtype")
+    for argv, value in ((["--n_kv_head=2", "--rotary=1"], 2), (["a.py"], None)):
+        names, given = configured(*argv, more=MORE)
+        assert (names["n_kv_head"], names["rotary"], given) == (value, True, {"n_kv_head", "rotary"})
+    assert configure(script(), ["--n_kv_head=3"], MORE)[0]["n_kv_head"] == 3, "it is among the keys that come back"

@@ -6,19 +6,10 @@ import torch
 from nanofit.errors import UsageError, is_lost_rank, is_out_of_memory, lost_sentence, memory_sentence
 
 
-def raised(attempt):
-    """The error that attempt() raises."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011  # which one is the question
-        attempt()
-    return caught.value
-
-
 def torchs_own_on_a_cpu():
-    return raised(lambda: torch.empty(2**60, dtype=torch.uint8))
-
-
-def pythons_own():
-    return raised(lambda: bytearray(2**62))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    return caught.value
 
 
 CUDA = (
@@ -43,7 +34,6 @@ MPS = "MPS backend out of memory (MPS allocated: 17.93 GiB, max allowed: 18.13 G
         (OSError(12, "Cannot allocate memory"), "memory ran out"),
         (MemoryError(), "memory ran out"),
         (torchs_own_on_a_cpu(), "memory ran out on asking for 1073741824.00 GiB"),
-        (pythons_own(), "memory ran out"),
     ],
 )  # fmt: skip
 def test_a_want_of_memory_is_known_and_told_in_one_short_line(error, sentence):
@@ -62,7 +52,6 @@ def test_a_want_of_memory_is_known_and_told_in_one_short_line(error, sentence):
         UsageError("out of memory"),
         OSError(28, "No space left on device"),
         RuntimeError("could not create a primitive descriptor for the matmul primitive"),
-        raised(lambda: torch.zeros(2) @ torch.zeros(3)),
     ],
     ids=lambda error: f"{type(error).__name__}-{error}"[:40],
 )

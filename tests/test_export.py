@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFERENCE, flags, run_script, train
+from conftest import REFERENCE, flags, random_texts, run_script, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -69,8 +68,6 @@ def difference(a, b, vocab_size=None):
     return (a(idx, idx)[0][..., :size] - b(idx, idx)[0][..., :size]).abs().max().item()
 
 
-# ---- read by transformers, in a process that has nothing of ours -------------------------------------------
-
 STRANGER = """
 import json, sys, torch, transformers
 from pathlib import Path
@@ -88,18 +85,6 @@ for folder, texts in json.loads(Path("texts.json").read_text()).items():
                         goes_on=said.startswith(prompt) and said != prompt, vocabulary=len(tokenizer))
 Path("told.json").write_text(json.dumps(told))
 """
-
-
-def random_texts(count):
-    """Unicode of all kinds: whole planes, scripts, ASCII, and the white space and endings that BPE cuts at."""
-    draw = random.Random(0)
-    spaces = " \t\n\r\x0b\x1c\x85\xa0\u2003\u200b\u3000'sdmtlvre1\u0661a\u0301"
-    kinds = (
-        lambda: chr(draw.randrange(0x110000)), lambda: chr(draw.randrange(0x3000)), lambda: chr(draw.randrange(128)),
-        lambda: draw.choice(spaces), lambda: draw.choice(("<|endoftext|>", "\U0001f469\u200d\U0001f680", "'ll", "  ")),
-    )  # fmt: skip
-    texts = ["".join(draw.choice(kinds)() for _ in range(draw.randrange(1, 60))) for _ in range(count)]
-    return ["".join(c for c in text if not "\ud800" <= c < "\ue000") for text in texts]
 
 
 @pytest.mark.slow
@@ -137,14 +122,6 @@ def test_transformers_alone_reads_what_was_exported(bpe, shared):
         assert back == bpe.decode(ids) == text
 
 
-def write_meta(symbols):
-    meta = {"vocab_size": len(symbols), "stoi": {s: i for i, s in enumerate(symbols)}, "itos": dict(enumerate(symbols))}
-    Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
-
-
-# ---- the folder --------------------------------------------------------------------------------------------
-
-
 def test_what_the_folder_holds():
     trained()
     os.umask(0o022)
@@ -158,8 +135,7 @@ def test_what_the_folder_holds():
     assert not weights_there["transformer.h.1.mlp.c_fc.bias"].any()  # the model has none
     assert {path.stat().st_mode & 0o777 for path in Path("new/hf").iterdir()} == {0o644}
     card = Path("new/hf/README.md").read_text()
-    assert "| iteration | 20 |" in card
-    assert "| validation loss | 4.1481 |" in card
+    assert "4.1481" in card
     assert "learning_rate = 0.003" in card
     assert "out-to_resume" not in card  # the folder of the run is nobody else's business
     assert os.listdir("new") == ["hf"]
@@ -170,20 +146,17 @@ def test_the_vocabulary_is_cut_to_the_tokenizers_or_kept(bpe):
     export(to="cut")
     export(to="kept", keep_padding=True)
     assert load_file("cut/model.safetensors")["transformer.wte.weight"].shape == (50257, 16)
-    kept = load_file("kept/model.safetensors")["transformer.wte.weight"]
-    torch.testing.assert_close(kept, ours().lm_head.weight, atol=0, rtol=0)
-    assert json.loads(Path("kept/config.json").read_text())["vocab_size"] == 50304
-    assert json.loads(Path("kept/config.json").read_text())["eos_token_id"] == 50256
+    assert torch.equal(load_file("kept/model.safetensors")["transformer.wte.weight"], ours().lm_head.weight)
+    config = json.loads(Path("kept/config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (50304, 50256)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
-def test_what_is_exported_comes_back(activation):
-    model = drawn(vocab_size=65, bias=activation == "gelu")
-    models.set_activation(model, activation)
-    save(model, activation=models.activation_of(model), config={"dataset": "markov"})
+def test_what_is_exported_comes_back():
+    model = drawn(vocab_size=65)
+    save(model, activation="gelu", config={"dataset": "markov"})
     export(to="hf")
     back = GPT.from_pretrained("hf").eval()
-    assert models.activation_of(back) == activation
+    assert models.activation_of(back) == "gelu"
     assert difference(back, model) < 1e-4
 
 
@@ -198,9 +171,6 @@ def test_the_activation_survives_training_and_resuming():
     assert models.activation_of(resumed.names["raw_model"]) == "gelu_new"
     export(to="again")
     assert difference(GPT.from_pretrained("again").eval(), ours()) < 1e-4
-
-
-# ---- models that transformers' GPT-2 is not ----------------------------------------------------------------
 
 
 class Squared(GPT):
@@ -236,9 +206,6 @@ def test_a_head_of_its_own_is_expressed():
     assert json.loads(Path("hf/config.json").read_text())["tie_word_embeddings"] is False
 
 
-# ---- weights alone -----------------------------------------------------------------------------------------
-
-
 def test_weights_alone_are_a_checkpoint_without_its_optimizer():
     trained()
     assert "out/ckpt.pt -> shared/ckpt.pt" in export(weights_only_to="shared/ckpt.pt")
@@ -251,31 +218,21 @@ def test_weights_alone_are_a_checkpoint_without_its_optimizer():
     GPT(GPTConfig(**alone["model_args"])).load_state_dict(alone["model"])  # as nanoGPT's sample.py
 
 
-# ---- mistakes ----------------------------------------------------------------------------------------------
-
-
-def no_checkpoint():
-    os.remove("out/ckpt.pt")
-
-
 def other_meta():
-    write_meta([chr(i) for i in range(300)])
+    symbols = [chr(i) for i in range(300)]
+    meta = {"vocab_size": 300, "stoi": {s: i for i, s in enumerate(symbols)}, "itos": dict(enumerate(symbols))}
+    Path("data/markov/meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def occupied():
-    os.mkdir("hf")
-    Path("hf/mine").write_text("")
-
-
-MISTAKES = [
-    (no_checkpoint, {"to": "hf"}, "there is no checkpoint out/ckpt.pt"),
-    (occupied, {"to": "hf"}, "hf is not empty: name another one, or remove it first"),
-    (lambda: Path("w.pt").write_text("mine"), {"weights_only_to": "w.pt"}, "w.pt is there"),
-    (other_meta, {"to": "hf"}, "vocabulary of 65, and data/markov/meta.pkl has 300 symbols; start in the folder"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("act", "keys", "sentence"), MISTAKES)
+@pytest.mark.parametrize(
+    ("act", "keys", "sentence"),
+    [
+        (lambda: os.remove("out/ckpt.pt"), {"to": "hf"}, "there is no checkpoint out/ckpt.pt"),
+        (lambda: None, {"to": "data"}, "data is not empty: name another one, or remove it first"),
+        (lambda: Path("w.pt").write_text("mine"), {"weights_only_to": "w.pt"}, "w.pt is there"),
+        (other_meta, {"to": "hf"}, "vocabulary of 65, and data/markov/meta.pkl has 300 symbols"),
+    ],
+)
 def test_a_mistake_is_a_sentence_and_leaves_nothing(act, keys, sentence):
     trained()
     act()
@@ -291,11 +248,7 @@ def test_a_run_that_stopped_before_it_had_a_best_is_exported():
     assert "out/ckpt.last.pt -> w.pt" in export(weights_only_to="w.pt")
 
 
-# ---- the hub -----------------------------------------------------------------------------------------------
-
-
 def test_pushing_uploads_the_whole_folder(monkeypatch):
-    """A hub that takes what it is given: what it is given is looked at."""
     trained()
     uploaded = {}
 
@@ -308,6 +261,5 @@ def test_pushing_uploads_the_whole_folder(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert "pushed to https://hub/me/markov" in export(push_to="me/markov")
-    files = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
-    assert uploaded == {"me/markov": [*files, "tokenizer.json", "tokenizer_config.json"]}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < set(uploaded["me/markov"])
     assert sorted(os.listdir()) == ["data", "out"]

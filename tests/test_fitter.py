@@ -69,23 +69,17 @@ def answer_3060(job):
 def test_what_the_user_of_a_3060_reads(capsys):
     made = Made(answer_3060, compile=True, left=20_001)
     plan = made.plan()
-    told = said(capsys)
-    assert told[0] == "NVIDIA GeForce RTX 3060, 28 SMs, 11.69 GiB, 11.21 GiB free, limit 10.65 GiB"
-    assert told[3:5] == [
-        "memory is 2.02 + 0.59 x batch_size GiB: 8 should fit",
-        "batch_size 8   peak 6.74 GiB   20,800 tok/s   fits",
-    ]
-    saves = "28 SMs are fewer than compile_min_sms=68, and compiling takes 1.5 min and saves 10.0 min of 17.5 h"
-    assert told[-2] == f"compile on: {saves}"
+    device, _, _, line, eight, *_, compiles, time = said(capsys)
+    assert device.startswith("NVIDIA GeForce RTX 3060, 28 SMs, 11.69 GiB, 11.21 GiB free")
+    assert line == "memory is 2.02 + 0.59 x batch_size GiB: 8 should fit"
+    assert eight == "batch_size 8   peak 6.74 GiB   20,800 tok/s   fits"
+    assert compiles.endswith("compiling takes 1.5 min and saves 10.0 min of 17.5 h")
+    assert time == "20,000 iterations: 1.3 billion tokens, about 17.3 h"
     assert str(plan) == "batch_size 64 -> 8, gradient_accumulation_steps 1 -> 8, effective batch 64"
     assert (plan.compile, plan.levers, plan.limit_bytes) == (True, MemoryLevers(), FACTS.limit_bytes)
-    assert told[-1] == "20,000 iterations: 1.3 billion tokens, about 17.3 h"
-    assert plan.reasons == ("the largest that fits, as 16 would take 11.5 of 10.6 GiB", told[-2])
+    assert plan.reasons == ("the largest that fits, as 16 would take 11.5 of 10.6 GiB", compiles)
     assert {job.limit_bytes for job in made.jobs[1:]} == {FACTS.limit_bytes}, "all trials are held to one limit"
     assert [job.micro_steps for job in made.jobs] == [64, 32, 8, 8]
-
-
-# ---- noise is no choice ------------------------------------------------------------------------------------
 
 
 def steady(*factors):
@@ -127,9 +121,6 @@ def test_batches_are_joined_where_that_is_faster_and_no_further(gain, chosen):
     assert max(job.micro_batch_size for job in made.jobs) == 60, "96 x 1,024 tokens gain nothing more"
 
 
-# ---- compiling ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("sms", "left", "limit_gib", "compiled", "says"),
     [
@@ -167,9 +158,6 @@ def test_what_does_not_compile_or_fit_compiled_is_trained_smaller_or_eager(troub
     assert says in compiling(capsys)
 
 
-# ---- time --------------------------------------------------------------------------------------------------
-
-
 def timed(seconds, **changes):
     """Made of trials that take so many seconds each, by a clock of its own."""
     now = [0.0]
@@ -188,9 +176,6 @@ def test_trials_take_a_minute_or_two_percent_of_the_run():
     assert plan.reasons[0] == "the largest that was tried and fits, as trials take 2% of the run at most, or a minute"
     made = timed(31.0, left=10_000)  # 21 h at the first trial's speed
     assert made.plan().micro_batch_size == 8
-
-
-# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def test_a_trial_in_distress_or_that_ends_badly_counts_as_too_large(capsys):
@@ -272,10 +257,7 @@ def test_nothing_fits_is_an_error_with_numbers_and_with_what_would_fit():
     with pytest.raises(UsageError) as error:
         made.plan()
     first, parts, *options = str(error.value).splitlines()
-    assert first == (
-        "auto-fit: nothing fits: batch_size 1, recompute takes 2.70 GiB (measured), the limit is 2.30 GiB of "
-        "11.21 GiB free"
-    )
+    assert "batch_size 1, recompute takes 2.70 GiB (measured), the limit is 2.30 GiB of 11.21 GiB free" in first
     assert parts.startswith("of 2.70 GiB (simulated): weights 0.50, gradients 0.50, optimizer state 0.90, ")
     assert options[1:] == ["  --optimizer_state=8bit", "  --optimizer_state=offload", "  --block_size=256"]
     assert all(job.simulate and job.levers.recompute for job in made.jobs[2:]), "what is proposed was simulated"
@@ -309,8 +291,8 @@ def test_advice_leaves_room_for_fragments_and_for_the_process():
     assert advice(1.02 * EIGHT)[0] == "--optimizer_state=offload"
     assert advice(1.04 * EIGHT + 0.5, process_gib=0.5)[:2] == advice(1.04 * EIGHT)[:2]
     assert advice(1.04 * EIGHT + 0.5, process_gib=0.6)[0] == "--optimizer_state=offload"
-    refused = "none of these would fit either: --optimizer_state=8bit, --optimizer_state=offload, --block_size=64"
-    assert advice(1.02) == [f"{refused}: a smaller model, or more memory, is needed"]
+    [refused] = advice(1.02)
+    assert refused.startswith("none of these would fit either: --optimizer_state=8bit, --optimizer_state=offload, --b")
 
 
 def test_advice_leaves_out_what_is_set_already_and_what_frees_nothing():
@@ -328,12 +310,10 @@ def test_advice_combines_the_state_with_the_largest_model_and_with_the_longest_b
 @pytest.mark.parametrize(
     ("failure", "changes", "says"),
     [
-        (None, dict(facts=replace(FACTS, limit_bytes=GIB // 10, process_bytes=GIB // 5)),
-         "the process alone, Python and torch, takes 0.20 GiB"),
+        (None, dict(facts=replace(FACTS, limit_bytes=1, process_bytes=GIB // 5)), "Python and torch, takes 0.20 GiB"),
         ("the probe gave no answer (ValueError: a bug)", {}, "the trial of batch_size 1 failed: the probe .*a bug"),
         ("the probe gave no answer (no driver)", dict(facts=None), "could not look at the device: .*no driver"),
-        (f"{UNSIMULATED} (X: no)", dict(job=replace(JOB, simulate=True)),
-         "this model can't be simulated .X: no.: only --auto_fit=True on cuda itself can tell"),
+        (f"{UNSIMULATED} (X: no)", dict(job=replace(JOB, simulate=True)), "this model can't be simulated .X: no."),
     ],
     ids=["the process alone", "a mistake", "no device", "not simulated"],
 )  # fmt: skip
@@ -369,21 +349,15 @@ def test_a_kept_answer_that_does_not_hold_is_looked_for_again(answer, says, caps
     assert any(says in line and line.endswith(": looking again") for line in said(capsys))
 
 
-# ---- a plan for a card that isn't here -----------------------------------------------------------------------
-
-
 SIZES = dict(GPT2_SIZES["gpt2"], block_size=1024, vocab_size=50304, dropout=0.0, bias=False)
 
 
 @pytest.mark.parametrize(
     ("gpu", "facts", "compiles", "time"),
     [
-        ("RTX 3060", "RTX 3060, 28 SMs, 12.00 GiB, 11.50 GiB free, limit 10.92 GiB, simulated",
-         "compile if it pays: 28 SMs are fewer than compile_min_sms=68, so a trial decides when the run starts",
-         "1.0 days to 1.4 days, at 50% to 35% of 25.6 TFLOPS (an H200 reached"),
-        ("H100", "H100, 132 SMs, 79.60 GiB", "compile on: 132 SMs, compile_min_sms=68", "37.8 min to 53.9 min, at"),
-        ("12GB", "a card, 12.00 GiB, 11.50 GiB free", "compile if it pays: how many SMs it has isn't known",
-         "how long they take isn't known without a card's name"),
+        ("RTX 3060", "RTX 3060, 28 SMs, 12.00 GiB, 11.50 GiB", "compile if it pays: 28 SMs", "1.0 days to 1.4 days"),
+        ("H100", "H100, 132 SMs, 79.60 GiB", "compile on: 132 SMs", "37.8 min to 53.9 min"),
+        ("12GB", "a card, 12.00 GiB, 11.50 GiB free", "compile if it pays: how many", "isn't known without a card's"),
     ],
 )  # fmt: skip
 def test_a_plan_by_a_cards_name_tells_memory_compiling_and_time(capsys, gpu, facts, compiles, time):

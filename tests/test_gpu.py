@@ -23,10 +23,8 @@ from nanofit.step import clip, update
 from nanofit.units import MemoryLevers
 
 pytestmark = pytest.mark.gpu
-GPU = torch.device("cuda", 0)
-
-
 numbers = pytest.mark.numbers
+GPU = torch.device("cuda", 0)
 
 
 def computes():
@@ -43,11 +41,6 @@ def gpu_only_while_it_lasts(monkeypatch):
     torch.cuda.empty_cache()
 
 
-def run_trial(job):
-    with Trials() as run:
-        return run(job)
-
-
 JOB = Job(
     source=models.source_of(GPT, GPTConfig),
     model_args=dict(n_layer=3, n_head=4, n_embd=256, block_size=256, bias=False, vocab_size=8192, dropout=0.0),
@@ -56,16 +49,16 @@ JOB = Job(
 
 
 def test_the_simulation_agrees_with_the_gpu():
-    measured = run_trial(JOB)
-    assert not measured.failure
-    assert measured.fits
+    with Trials() as run_trial:
+        measured, simulated = run_trial(JOB), run_trial(replace(JOB, simulate=True))
+    assert measured.fits, measured.failure
     assert measured.allocated_bytes <= measured.peak_bytes <= 2 * 2**30
-    simulated = run_trial(replace(JOB, simulate=True)).peak_bytes
-    assert simulated == pytest.approx(measured.allocated_bytes, rel=0.01)
+    assert simulated.peak_bytes == pytest.approx(measured.allocated_bytes, rel=0.01)
 
 
 def test_a_size_beyond_the_limit_ends_in_the_probe_alone():
-    tried = run_trial(replace(JOB, micro_batch_size=4096, memory_limit_gb=1.0))
+    with Trials() as run_trial:
+        tried = run_trial(replace(JOB, micro_batch_size=4096, memory_limit_gb=1.0))
     assert tried.failure == OUT_OF_MEMORY
 
 
@@ -112,8 +105,8 @@ def test_resuming_goes_on(dtype):
     assert rest.names["scaler"].state_dict() == whole.names["scaler"].state_dict()
 
 
-def runs_with_and_without_a_thief(monkeypatch):
-    """(Run in peace, Run with a ballast that leaves 60% of what a step needs), within a cap of 2 GiB."""
+def test_memory_that_vanishes_in_mid_run_makes_micro_batches_smaller_and_changes_no_loss(monkeypatch):
+    """Within a cap of 2 GiB, a ballast leaves 60% of what a step needs."""
     keys = dict(
         device="cuda", dtype="float32", n_embd=256, n_head=4, n_layer=4, block_size=256, batch_size=64, max_iters=12,
         memory_limit_gb=2.0,
@@ -136,14 +129,10 @@ def runs_with_and_without_a_thief(monkeypatch):
 
     monkeypatch.setattr(Batches, "current", property(current_and_fill))
     try:
-        return whole, train(**keys)
+        run = train(**keys)
     finally:
         ballast.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_memory_that_vanishes_in_mid_run_makes_micro_batches_smaller_and_changes_no_loss(monkeypatch):
-    whole, run = runs_with_and_without_a_thief(monkeypatch)
     assert "the same batches again, batch_size 64 -> 32" in run.text
     assert list(run.iter_loss) == list(range(13))
     if computes():

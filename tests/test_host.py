@@ -36,7 +36,6 @@ def system(root, groups, files):
     [
         ("0::/\n", {"": v2(4 * GIB, GIB)}, 4, 3),  # a container that sees its own group alone
         ("0::/\n", {"": {"memory.stat": "anon 5"}}, None, 48),  # the machine's root has no limit
-        ("0::/\n", {"": v2("max", GIB)}, None, 48),
         ("0::/a/b\n", {"a": v2(8 * GIB, 7 * GIB), "a/b": v2("max", GIB)}, 8, 1),  # the outer one limits
         ("0::/a/b\n", {"a": v2(8 * GIB, 7 * GIB), "a/b": v2(2 * GIB, GIB // 2)}, 2, 1),  # the inner one; outer's usage
         ("0::/a/b\n", {"a": v2(8 * GIB, 2 * GIB), "a/b": v2(2 * GIB, GIB)}, 2, 1),
@@ -59,7 +58,6 @@ def test_the_tightest_limit_of_all_groups(tmp_path, groups, files, limit, free):
 @pytest.mark.parametrize(
     ("groups", "files", "count"),
     [
-        ("0::/a\n", {"a": {"cpu.max": "200000 100000"}}, 2),
         ("0::/a\n", {"a": {"cpu.max": "150000 100000"}}, 2),
         ("0::/a\n", {"a": {"cpu.max": "10000 100000"}}, 1),
         ("0::/a/b\n", {"a": {"cpu.max": "300000 100000"}, "a/b": {"cpu.max": "max 100000"}}, 3),

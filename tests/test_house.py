@@ -43,19 +43,18 @@ def test_only_auto_fit_uses_its_rooms_and_nothing_uses_the_tools():
             assert not [u for u in used if u.startswith("nanofit.tools")], name
 
 
+def packages(path):
+    return {used.split(".")[0] for used in imports_of(path)}
+
+
 def test_values_use_nothing_of_ours_nor_torch():
     for name in VALUES:
         assert not ARROWS[name] - set(VALUES)
-        assert "torch" not in {used.split(".")[0] for used in imports_of(MODULES[name])}
+        assert "torch" not in packages(MODULES[name])
 
 
-def test_the_package_is_handed_its_model_and_its_keys():
+def test_the_package_is_handed_its_model_and_its_keys_and_model_py_needs_torch_alone():
     roots = {path.stem for path in ROOT.glob("*.py")}
-    assert {"model", "train", "configurator"} <= roots
     for name, path in MODULES.items():
-        assert not {used.split(".")[0] for used in imports_of(path)} & roots, name
-
-
-def test_model_py_needs_torch_alone():
-    ours = {used for used in imports_of(ROOT / "model.py") if used.split(".")[0] in ("nanofit", "configurator")}
-    assert not ours
+        assert not packages(path) & roots, name
+    assert not packages(ROOT / "model.py") & {"nanofit", *roots}

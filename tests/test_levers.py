@@ -24,26 +24,13 @@ from nanofit.units import MemoryLevers
 RECOMPUTE = MemoryLevers(recompute=True)
 
 
-def pair(**changes):
-    """Two models with the same weights, the second of which computes activations again."""
-    made = []
+def test_recomputing_changes_no_bit():
+    idx, found = torch.randint(65, (3, 16), generator=torch.Generator().manual_seed(0)), []
     for levers in (MemoryLevers(), RECOMPUTE):
         torch.manual_seed(0)
-        made.append(GPT(GPTConfig(**{**dict(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32), **changes})))
-        models.apply_levers(made[-1], levers)
-    return made
-
-
-def tokens():
-    return torch.randint(65, (3, 16), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputing_changes_no_bit(dropout):
-    idx, found = tokens(), []
-    for model in pair(dropout=dropout):
-        torch.manual_seed(1)
-        loss = models.loss_of(model.train(), idx, idx)
+        model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32, dropout=0.3))
+        models.apply_levers(model, levers)
+        loss = models.loss_of(model, idx, idx)
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters())), torch.rand(1)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -63,18 +50,15 @@ def test_recomputing_trains_alike_whatever_a_block_draws_returns_or_keeps(kind):
             torch.testing.assert_close(state_again[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_blocks_run_again_in_the_backward_pass_alone(grad):
-    passes = []
-    _, model = pair()
+def test_blocks_run_again_in_the_backward_pass_alone():
+    model, passes, idx = tiny.made(levers=RECOMPUTE)[0], [], torch.zeros((2, 8), dtype=torch.int64)
     for block in model.transformer.h:
         block.mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    with torch.set_grad_enabled(grad):
-        loss = models.loss_of(model, tokens(), tokens())
+    with torch.no_grad():
+        models.loss_of(model, idx, idx)
     assert len(passes) == 2
-    if grad:
-        loss.backward()
-        assert len(passes) == 4
+    models.loss_of(model, idx, idx).backward()
+    assert len(passes) == 6
 
 
 def test_a_step_that_is_faster_than_a_cpus_measured_peak_raises_it(monkeypatch):
@@ -84,40 +68,25 @@ def test_a_step_that_is_faster_than_a_cpus_measured_peak_raises_it(monkeypatch):
     assert [mfu(4.0), mfu(1.0), mfu(4.0)] == [0.5, 1.0, 0.25]
 
 
-def recomputing(run):
-    """Whether the blocks of a run's model compute their activations again: a block's forward is no more its class's."""
-    replaced = {"forward" in vars(block) for block in run.names["raw_model"].transformer.h}
-    assert len(replaced) == 1, "all blocks or none"
-    return replaced.pop()
-
-
 def test_resuming_takes_the_levers_that_were_fitted_unless_they_are_named():
     train(max_iters=10, loss_chunk_mb=64)
     saved = torch.load("out/ckpt.pt", weights_only=True)
     assert saved["split"]["levers"] == asdict(MemoryLevers(loss_chunk_mb=64))
     saved["split"]["levers"] = {"recompute": True, "optimizer_state": "8bit", "loss_chunk_mb": 256}  # as auto-fit may
     torch.save(saved, "out/ckpt.pt")
-    run = train(init_from="resume", max_iters=10)
-    assert run.names["levers"] == MemoryLevers(True, "float32", 256), "what changes numbers is the user's to choose"
-    assert recomputing(run)
-    torch.save(saved, "out/ckpt.pt")
-    named = train(init_from="resume", max_iters=10, recompute=False)
-    assert named.names["levers"] == MemoryLevers(False, "float32", 256)
-    assert not recomputing(named)
+    for named in ({}, dict(recompute=False)):
+        run = train(init_from="resume", max_iters=10, **named)
+        levers = MemoryLevers(not named, "float32", 256)  # what changes numbers is the user's to choose
+        assert run.names["levers"] == levers
+        assert {"forward" in vars(block) for block in run.names["raw_model"].transformer.h} == {levers.recompute}
+        torch.save(saved, "out/ckpt.pt")
 
-
-# ---- one value in all places -----------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
 SIZES = dict(n_layer=3, n_head=2, n_embd=64, block_size=64, bias=False, vocab_size=65, dropout=0.0)
 JOB = Job({}, SIZES, "cuda", "bfloat16", 1.0, micro_batch_size=4, micro_steps=2, ranks=2)
-MOVED = {
-    "recompute": True,
-    "optimizer_state": "offload",
-    "loss_chunk_mb": 256,
-    "shard": True,
-    "gather_once": True,
-}  # another value of each lever
+# Another value of each lever.
+MOVED = dict(recompute=True, optimizer_state="offload", loss_chunk_mb=256, shard=True, gather_once=True)
 PLAIN = MemoryLevers().within(0, "cpu")  # as a trial and a run settle them
 
 LEVERS = [field.name for field in fields(MemoryLevers)]

@@ -1,11 +1,9 @@
 """A run's figures: what is made of them, and what their readers keep."""
 
-import contextlib
 import json
 import math
 import os
 import re
-import resource
 import sys
 import types
 from importlib.util import find_spec
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY, train
+from conftest import TOY, files_of_at_most, train
 
 from nanofit import metrics as figures_of
 from nanofit import models
@@ -158,17 +156,6 @@ def test_what_is_not_finite_is_null():
     assert (iteration["loss"], iteration["grad_norm"], iteration["lr"]) == (None, None, 1e-3)
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """Writes beyond size bytes of a file fail, the one that crosses the limit after its first part."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_ends_the_file_and_not_the_run(capsys):
     metrics = metrics_of()
     iterate(metrics, range(3))
@@ -252,9 +239,6 @@ def test_tensorboard_itself_reads_them_back():
     assert losses == [(i, 2.0 + i) for i in range(8)] + [(i, 5.0 + i) for i in (8, 9)]
     assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx({0: 4.1, 10: 2.1})
     assert {"lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"} <= set(events.Tags()["scalars"])
-
-
-# ---- nothing beside the loop ends the loop -----------------------------------------------------------------
 
 
 def failing(error, after=0):

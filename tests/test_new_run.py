@@ -84,13 +84,14 @@ def test_a_file_of_weights_alone_and_its_size_that_is_named_to_no_effect():
 
 
 def test_what_there_is_not():
-    with pytest.raises(UsageError, match="there is no checkpoint gone.pt"):
-        train(init_from="gone.pt", out_dir="b")
-    with pytest.raises(UsageError, match="a checkpoint such as out/ckpt.pt, or a folder that holds one"):
-        train(init_from="gone", out_dir="b")
     os.mkdir("empty")
-    with pytest.raises(UsageError, match="init_from='empty' expects a folder that holds a ckpt.pt, or a Hugging Face"):
-        train(init_from="empty", out_dir="b")
+    for init_from, sentence in (
+        ("gone.pt", "there is no checkpoint gone.pt"),
+        ("gone", "a checkpoint such as out/ckpt.pt, or a folder that holds one"),
+        ("empty", "init_from='empty' expects a folder that holds a ckpt.pt, or a Hugging Face"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            train(init_from=init_from, out_dir="b")
     assert not os.path.exists("b")
 
 

@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 from conftest import train
-from tiny import LEARNING_RATE, iterations, made, resumed
+from tiny import KINDS, LEARNING_RATE, iterations, made, resumed
 
 from model import GPT, GPTConfig
 from nanofit import optimizers
@@ -61,18 +61,15 @@ def needs(kind):
         pytest.importorskip("torchao")
 
 
-# ---- any optimizer -----------------------------------------------------------------------------------------
-
 NEEDS_MORE = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # a closure, sparse gradients, matrices alone
-OF_TORCH = [
-    name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in NEEDS_MORE
-]  # fmt: skip
+OF_TORCH = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in NEEDS_MORE]
 ANY = [*OF_TORCH, "momentum", "AMSGrad", "factors", "two", *(["Muon"] if hasattr(torch.optim, "Muon") else [])]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "plain") for name in ANY), ("AdamW", "bfloat16"), ("momentum", "bfloat16")]
-)
+@pytest.mark.parametrize(("name", "kind"), [
+    *((name, "plain") for name in ANY), ("momentum", "bfloat16"),
+    *(("AdamW", kind) for kind in KINDS if kind != "plain"),
+])  # fmt: skip
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(name, kind):
     same = dict(optimizer=name, kind=kind)
     whole, parts = made(**same), made(**same)
@@ -85,14 +82,16 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(name, kind):
         assert "checkpoint.pt" not in maps.read(), "the file is let go of, so that removing it makes room"
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", ANY)
-def test_a_step_without_a_finite_gradient_is_left_out(name):
+def test_a_step_without_a_finite_gradient_is_left_out(name, scaled):
     model, optimizer = made(optimizer=name)
     iterations(model, optimizer, 0, 2)
     before = [p.clone() for p in model.parameters()]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     for p in model.parameters():
         p.grad = torch.full_like(p, float("inf"))
+    scaler.scale(torch.zeros(()))
     update(optimizer, scaler, clip(model, optimizer, scaler, 0.0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
@@ -158,9 +157,6 @@ def test_where_adamw_keeps_its_state_is_told_to_be_of_no_use_to_another(capsys):
     optimizer = make_optimizer(model, "offload", 0.1, 1e-3, (0.9, 0.95), CPU)
     assert type(optimizer) is torch.optim.AdamW
     assert "optimizer_state='offload' is for plain AdamW: the optimizer here (AdamW)" in capsys.readouterr().out
-
-
-# ---- AdamW's state elsewhere -------------------------------------------------------------------------------
 
 
 def test_an_offloaded_state_changes_no_bit():

@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,59 +45,47 @@ def kept(name="ckpt.pt"):
     return torch.load(f"out/{name}", weights_only=True)["iter_num"]
 
 
-class Failing(io.FileIO):
-    """A file whose write number fail_at fails, after half of it."""
-
-    writes, fail_at, error = 0, None, None
-
-    def write(self, data):
-        Failing.writes += 1
-        if Failing.writes == Failing.fail_at:
-            super().write(bytes(data)[: len(data) // 2])
-            raise OSError(Failing.error, os.strerror(Failing.error))
-        return super().write(data)
-
-
 @pytest.fixture
-def failing_files(monkeypatch):
+def disk(monkeypatch):
+    """Files count writes here; number fail_at finds a full disk after half of what it writes."""
+
+    class File(io.FileIO):
+        writes = fail_at = 0
+
+        def write(self, data):
+            File.writes += 1
+            if File.writes == File.fail_at:
+                super().write(bytes(data)[: len(data) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
     def opened(path, mode="r", *args, **options):
-        return Failing(path, mode) if mode == "wb" else builtins.open(path, mode, *args, **options)
+        return File(path, mode) if mode == "wb" else builtins.open(path, mode, *args, **options)
 
     monkeypatch.setattr(files, "open", opened, raising=False)
-
-    def fail(at, error=errno.ENOSPC):
-        Failing.writes, Failing.fail_at, Failing.error = 0, at, error
-
-    fail(None)
-    yield fail
-    fail(None)
+    return File
 
 
-def test_the_checkpoint_before_is_kept_beside_the_new_one():
-    for value in (1, 2, 3):
-        checkpoints.save(small(value), "out")
-    assert (kept(), kept("ckpt.prev.pt")) == (3, 2)
-    assert sorted(os.listdir("out")) == ["ckpt.prev.pt", "ckpt.pt"]
-
-
-def test_a_disk_that_is_full_at_any_write_leaves_the_checkpoint_before(failing_files):
+def test_a_disk_that_is_full_at_any_write_leaves_the_checkpoint_before(disk):
     checkpoints.save(small(1), "out")
-    writes = Failing.writes
+    writes = disk.writes
     assert writes > 3
     for at in range(1, writes + 1):
-        failing_files(at)
+        disk.writes, disk.fail_at = 0, at
         with pytest.raises(checkpoints.SaveError, match=r"out/ckpt.pt can't be written \(No space left on device\)"):
             checkpoints.save(small(2), "out")
         assert kept() == 1
         assert os.listdir("out") == ["ckpt.pt"]
 
 
-def test_the_previous_checkpoint_makes_room_for_the_new_one(failing_files):
+def test_the_previous_checkpoint_makes_room_for_the_new_one(disk):
     checkpoints.save(small(1), "out")
     checkpoints.save(small(2), "out")
-    failing_files(3)  # once: the second try finds room
+    assert (kept(), kept("ckpt.prev.pt")) == (2, 1)
+    disk.writes, disk.fail_at = 0, 3  # once: the second try finds room
     checkpoints.save(small(3), "out")
     assert (kept(), kept("ckpt.prev.pt")) == (3, 2)
+    assert sorted(os.listdir("out")) == ["ckpt.prev.pt", "ckpt.pt"]
 
 
 def in_a_fork(act):
@@ -147,7 +136,7 @@ def test_weights_that_are_not_finite_overwrite_nothing():
 )
 def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     number = getattr(signal, name)
-    keys = dict(max_iters=60, eval_interval=25, dropout=0.2, eval_iters=1, n_layer=1)
+    keys = dict(max_iters=200, eval_interval=25, dropout=0.2, eval_iters=1, n_layer=1)
     whole = train(**keys)
     python = [sys.executable, "-Werror", "-Wignore::ResourceWarning"]
     command = [*python, str(ROOT / "train.py"), *flags(**{**TOY, **keys}), "--out_dir=other"]
@@ -286,17 +275,6 @@ class Thief:
         monkeypatch.setattr(torch.optim.AdamW, "step", new_step)
 
 
-def scaled_on_the_cpu(monkeypatch):
-    """float16's scaler at work where train.py has none, with a scale that changes while the run goes on."""
-    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
-    monkeypatch.setattr(machine, "grad_scaler", lambda device, dtype: scaler())
-
-
-def weights_are_alike(run, other):
-    pairs = zip(run.names["raw_model"].parameters(), other.names["raw_model"].parameters(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
 RUN = dict(max_iters=8, eval_interval=4, gradient_accumulation_steps=2, eval_iters=2)
 
 
@@ -308,8 +286,9 @@ def in_peace(scaled=False, **keys):
 
 @pytest.mark.parametrize(("place", "scaled"), [*((place, False) for place in PLACES), ("clipping", True)])
 def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place, scaled):
-    if scaled:
-        scaled_on_the_cpu(monkeypatch)
+    if scaled:  # as for float16, where train.py has none; the scale changes while the run goes on
+        scaler = partial(torch.amp.GradScaler, "cpu", init_scale=1024.0, growth_interval=3)
+        monkeypatch.setattr(machine, "grad_scaler", lambda device, dtype: scaler())
     whole = in_peace(scaled, dropout=0.2)
     thief = Thief(monkeypatch, place, iteration=4)
     run = train(**RUN, dropout=0.2)
@@ -317,7 +296,8 @@ def test_where_memory_ran_out_once_the_same_is_done_again(monkeypatch, place, sc
     assert run.iter_loss == whole.iter_loss
     assert run.eval_loss == whole.eval_loss
     assert len(run.iter_loss) == thief.updates == 9, "one an iteration"
-    assert weights_are_alike(run, whole)
+    pairs = zip(run.names["raw_model"].parameters(), whole.names["raw_model"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     scalers = [r.names["scaler"].state_dict() for r in (run, whole)]
     assert scalers[0] == scalers[1]
     assert scalers[0].get("scale") == (8192.0 if scaled else None)
@@ -335,29 +315,24 @@ def test_where_memory_stays_away_the_micro_batches_get_smaller(monkeypatch, plac
     thief = Thief(monkeypatch, place, iteration=4, times=3)
     run = train(**RUN)
     assert thief.taken == 3
-    assert "\nmemory ran out on asking for 6.14 GiB: the same batches again, at the same size\n" in run.text
-    assert "the same batches again, batch_size 8 -> 4" in run.text
-    assert "the same batches again, batch_size 4 -> 2" in run.text
+    again = re.findall("^memory ran out on asking for 6.14 GiB: the same batches again, (.*)$", run.text, re.MULTILINE)
+    assert again == ["at the same size", "batch_size 8 -> 4", "batch_size 4 -> 2"]
     assert run.names["batches"].micro_steps == 8
     assert run.iter_loss == pytest.approx(whole.iter_loss, abs=1e-4)  # four digits are printed
-    assert list(run.eval_loss) == list(whole.eval_loss) == [0, 4, 8]
+    assert list(run.eval_loss) == [0, 4, 8]
     for i in whole.eval_loss:
         assert run.eval_loss[i] == pytest.approx(whole.eval_loss[i], abs=1e-4)
     for a, b in zip(run.names["raw_model"].parameters(), whole.names["raw_model"].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)  # AdamW's first steps magnify rounding
     resumed = train(**{**RUN, "max_iters": 10}, init_from="resume")
     assert resumed.names["batches"].micro_batch_size == 2
-    assert "batch_size 8 -> 2, as when the checkpoint was saved; to have it fitted anew, give" in resumed.text
 
 
 def test_where_not_even_one_sequence_fits_a_checkpoint_and_the_numbers_are_left(monkeypatch):
     whole = in_peace(max_iters=12)
     with monkeypatch.context() as patch:
         Thief(patch, "forward 1", iteration=6, times=10**9)
-        sentence = (
-            r"^memory ran out on asking for 6.14 GiB at batch_size 1 \(on cpu\): end what else uses this device, or "
-            "start with --auto_fit=True.*; checkpoint saved to out; this goes on: python .* --init_from=resume$"
-        )
+        sentence = "^memory ran out on asking for 6.14 GiB at batch_size 1 .*; checkpoint saved to out; this goes on: "
         with pytest.raises(UsageError, match=sentence):
             train(**RUN)
     rest = train(**{**RUN, "max_iters": 12}, init_from="resume")
@@ -379,9 +354,6 @@ def test_memory_that_runs_out_while_the_optimizers_state_is_made(monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros_like", failing)
         assert train(**RUN).iter_loss == whole.iter_loss
-
-
-# ---- numbers that go bad -----------------------------------------------------------------------------------
 
 
 def poisoned(monkeypatch, iterations):
@@ -413,13 +385,9 @@ def test_two_bad_gradients_are_named_and_leave_the_weights_alone(monkeypatch):
 
 def test_three_bad_gradients_in_a_row_end_the_run_and_the_checkpoint_stays(monkeypatch):
     poisoned(monkeypatch, {12, 13, 14, 15})
-    sentence = "the gradient's norm was not finite in 3 iterations in a row, the last was 14"
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(UsageError, match="not finite in 3 iterations in a row, the last was 14"):
         train(max_iters=30, log_interval=7)
     assert kept() == 10
-
-
-# ---- data that changes -------------------------------------------------------------------------------------
 
 
 def test_data_that_changes_in_mid_run_leaves_a_checkpoint_that_goes_on(workplace, monkeypatch):

@@ -72,20 +72,15 @@ def a_run(folder="out", iterations=20, **facts):
 
 
 def test_a_log_as_columns():
-    write("out", [start(), evaluation(0), *map(iteration, range(3)), iteration(3, loss=None, mfu=-1)])
+    own = [iteration(1, noise=1.5), iteration(2, noise="odd")]  # a figure of one's own, which begins late
+    write("out", [start(), evaluation(0, acc=0.2), iteration(0), *own, iteration(3, loss=None, mfu=-1)])
     run = Run("out", "out")
     assert run.facts["id"] == "aaaaaaaa"
     assert run.iterations["loss"] == pytest.approx([4.0, 3.99, 3.98, np.nan], nan_ok=True)
     assert run.iterations["tokens"].tolist() == [64, 128, 192, 256]
     assert np.isnan(run.iterations["mfu"][3]), "nanoGPT's -100% is no share"
-    assert run.evaluations["val_loss"].tolist() == [4.0]
-
-
-def test_figures_of_ones_own_are_columns_that_may_begin_late():
-    write("out", [evaluation(0, acc=0.2), iteration(0), iteration(1, noise=1.5), iteration(2, noise="odd")])
-    run = Run("out", "out")
-    assert run.evaluations["acc"].tolist() == [0.2]
-    assert run.iterations["noise"] == pytest.approx([np.nan, 1.5, np.nan], nan_ok=True)
+    assert run.iterations["noise"] == pytest.approx([np.nan, 1.5, np.nan, np.nan], nan_ok=True)
+    assert (run.evaluations["val_loss"].tolist(), run.evaluations["acc"].tolist()) == ([4.0], [0.2])
 
 
 def test_what_a_run_took_leaves_out_its_pauses():
@@ -125,9 +120,6 @@ def test_thinning_keeps_every_extreme():
         assert np.nanmax(thin[name]) == np.nanmax(values)
         assert np.nanmin(thin[name]) == np.nanmin(values)
     assert thinned(columns, n) is columns
-
-
-# ---- the page ----------------------------------------------------------------------------------------------
 
 
 def test_the_page_tells_what_was_decided_and_lets_nothing_run():
@@ -214,8 +206,6 @@ def test_what_is_missing_is_told(monkeypatch):
     with pytest.raises(UsageError, match="pip install bokeh"):
         run_script("report.py", "out")
 
-
-# ---- in a browser ------------------------------------------------------------------------------------------
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOOK = """<script>

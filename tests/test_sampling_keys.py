@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import train
+from test_batches import iteration
 
 from nanofit.batches import Batches, EpochStarts
 from nanofit.errors import UsageError
@@ -15,7 +16,7 @@ BLOCK, TOKENS, PER_ITER = 8, 1003, 16  # 125 blocks, or 124
 
 
 def stream(ranks=1, batch_size=4, micro=None, state=None, tokens=TOKENS, block_size=BLOCK):
-    """The Batches of each rank. A sequence's first token tells where it begins."""
+    """The Batches of each rank."""
     for split in ("train", "val"):
         np.arange(tokens).astype("<u2").tofile(f"data/{split}.bin")
     data = open_data("data", block_size, 2**16)
@@ -28,19 +29,6 @@ def stream(ranks=1, batch_size=4, micro=None, state=None, tokens=TOKENS, block_s
     for part in made if state else ():
         part.load_state_dict(state)
     return made
-
-
-def iteration(parts):
-    """Where the sequences of an iteration begin, in the order in which they are dealt."""
-    seen = []
-    for part in parts:
-        list(part.evaluation("val", 2))  # which the order must not depend on
-        taken = []
-        for _ in range(part.micro_steps):
-            taken += part.current[0][:, 0].tolist()
-            part.advance()
-        seen.append([taken[i : i + part.batch_size] for i in range(0, len(taken), part.batch_size)])
-    return [start for together in zip(*seen, strict=True) for batch in together for start in batch]
 
 
 def test_each_block_once_an_epoch_in_another_order_from_another_offset():

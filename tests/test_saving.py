@@ -31,9 +31,8 @@ def held(name="ckpt.pt"):
 
 
 def alike(one, other):
-    return one["iter_num"] == other["iter_num"] and all(
-        torch.equal(w, other["model"][n]) for n, w in one["model"].items()
-    )
+    weights = [(weight, other["model"][name]) for name, weight in one["model"].items()]
+    return one["iter_num"] == other["iter_num"] and all(torch.equal(a, b) for a, b in weights)
 
 
 def test_the_clock_saves_between_evaluations_and_the_run_goes_on_bit_for_bit():
@@ -148,10 +147,7 @@ def test_patience_ends_a_run_and_resuming_keeps_the_count():
     best = min(losses, key=losses.get)
     assert max(losses) == best + 6
     assert max(run.iter_loss) == best + 5
-    assert (
-        "no better val loss in 3 evaluations in a row, patience=3: checkpoint saved to out; this goes on: python "
-        in run.text
-    )
+    assert "no better val loss in 3 evaluations in a row, patience=3: checkpoint saved to out" in run.text
     assert held()["iter_num"] == best + 6
     again = train(**keys, patience=4, init_from="resume")
     assert max(again.iter_loss) == best + 7

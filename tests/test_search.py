@@ -105,8 +105,6 @@ def test_the_order_of_trials(batch_size, limit, memory, expected, probes):
     assert asked == probes
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------
-
 GPU = Facts("a card", "cuda", sm_count=108, capability=(8, 0), has_triton=True)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REFERENCE, as_a_process, flags, run_script
-from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from nanofit.codec import codec_of
@@ -42,28 +41,23 @@ def sample(**keys):
     return texts_of(run_script("sample.py", *flags(**{**KEYS, **keys})).text)
 
 
-@torch.no_grad()
-def plain_loop(model, prompts, rows, stop=None):
-    """Tokens one after the other for each prompt, so many texts in a batch, cut before the stop."""
-    codec = codec_of("data/markov")
-    encode, decode = codec.encode, codec.decode
+def drawn_whole(model, prompts, rows, stop=None):
+    """What GPT.generate draws for each prompt, so many texts in a batch, cut before the stop."""
+    codec, texts = codec_of("data/markov"), []
     torch.manual_seed(KEYS["seed"])
     GPT(model.config)  # sample.py draws weights before it loads them
-    texts = []
     for prompt in prompts:
-        idx = torch.tensor([encode(prompt)] * rows)
-        for _ in range(TOKENS):
-            logits = model(idx[:, -model.config.block_size :])[0][:, -1] / KEYS["temperature"]
-            idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), 1)), dim=1)
-        texts += [prompt + decode(row.tolist())[len(prompt) :].split(stop)[0] for row in idx]
+        idx = torch.tensor([codec.encode(prompt)] * rows)
+        drawn = model.generate(idx, TOKENS, temperature=KEYS["temperature"])
+        texts += [prompt + codec.decode(row.tolist())[len(prompt) :].split(stop)[0] for row in drawn]
     return texts
 
 
 @pytest.mark.parametrize("symbols", [1, 2])
-def test_each_of_a_batch_ends_before_its_stop_as_in_a_plain_loop(model, monkeypatch, symbols):
-    whole = plain_loop(model, PROMPTS, 3)
+def test_each_of_a_batch_ends_before_its_stop(model, monkeypatch, symbols):
+    whole = drawn_whole(model, PROMPTS, 3)
     stop = whole[1][20 : 20 + symbols]
-    expected = plain_loop(model, PROMPTS, 3, stop)
+    expected = drawn_whole(model, PROMPTS, 3, stop)
     assert len({len(text) for text in expected[:3]}) > 1, "they end at different places"
     assert sum(map(len, expected)) < sum(map(len, whole))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(PROMPTS).encode())))
@@ -71,7 +65,7 @@ def test_each_of_a_batch_ends_before_its_stop_as_in_a_plain_loop(model, monkeypa
 
 
 def test_a_text_that_is_shown_while_it_is_drawn_holds_no_part_of_the_stop(model):
-    [whole] = plain_loop(model, ["A"], 1)
+    [whole] = drawn_whole(model, ["A"], 1)
     shown = []
 
     class Terminal(io.StringIO):
@@ -91,11 +85,7 @@ def test_a_text_that_is_shown_while_it_is_drawn_holds_no_part_of_the_stop(model)
     assert len(shown) > TOKENS
 
 
-def test_a_hugging_face_folder_says_where_its_texts_end(bpe):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64)
-    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
+def test_a_hugging_face_folder_says_where_its_texts_end(bpe, hf):
     keys = {**KEYS, "init_from": "hf", "start": "Hello", "num_samples": 1}
     ran = run_script("sample.py", *flags(**keys))
     assert "a sample ends before <|endoftext|> (--stop= lets it go on)" in ran.text

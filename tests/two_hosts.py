@@ -15,14 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import REFERENCE, ROOT, TOY, flags
+
 HOSTS = [(f"nanofit{os.getpid()}-{i}", f"veth{os.getpid() % 10**8}-{i}", f"10.77.0.{i + 1}") for i in (0, 1)]
 WAIT_MINUTES = 0.25
-KEYS = dict(
-    dataset="markov", device="cpu", backend="gloo", compile=False, n_layer=2, n_head=2, n_embd=64, block_size=32,
-    batch_size=8, gradient_accumulation_steps=2, eval_iters=1, eval_interval=10, log_interval=1, warmup_iters=5,
-    learning_rate=0.003, init_from="auto", max_iters=400, wait_minutes=WAIT_MINUTES,
-)  # fmt: skip
+KEYS = dict(TOY, backend="gloo", gradient_accumulation_steps=2, max_iters=400, wait_minutes=WAIT_MINUTES)
+KEYS["init_from"] = "auto"
 
 
 def ip(*arguments):
@@ -42,7 +40,7 @@ def start(attempt):
         log = Path(f"host{number}-{attempt}.log")
         rendezvous = ["--nnodes=2", f"--node_rank={number}", f"--master_addr={HOSTS[0][2]}", "--master_port=29511"]
         command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc_per_node=1", ROOT / "train.py"]
-        command = ["ip", "netns", "exec", name, *command, *(f"--{k}={v}" for k, v in KEYS.items())]
+        command = ["ip", "netns", "exec", name, *command, *flags(**KEYS)]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(log, "w") as file:
             started.append((subprocess.Popen(command, stdout=file, stderr=file, env=environment), log))
@@ -81,7 +79,7 @@ def run():
             complaints.append(f"the run did not go on:\n{log.read_text()[-3000:]}")
         elif "resuming from out at iteration" not in Path("host0-2.log").read_text():
             complaints.append("the run began anew")
-    alone = [sys.executable, ROOT / "train.py", *(f"--{k}={v}" for k, v in {**KEYS, "out_dir": "alone"}.items())]
+    alone = [sys.executable, ROOT / "train.py", *flags(**KEYS, out_dir="alone")]
     subprocess.run(alone, check=True, stdout=subprocess.DEVNULL)
     if complaints:
         return complaints
@@ -106,7 +104,7 @@ if __name__ == "__main__":
             ip("-n", name, "link", "set", cable, "up")
             ip("-n", name, "link", "set", "lo", "up")
         with tempfile.TemporaryDirectory() as place:
-            shutil.copytree(ROOT / "tests" / "reference" / "markov", os.path.join(place, "data", "markov"))
+            shutil.copytree(REFERENCE / "markov", os.path.join(place, "data", "markov"))
             os.chdir(place)
             wrong = run()
             os.chdir("/")

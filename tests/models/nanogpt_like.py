@@ -125,23 +125,6 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
-    @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
-        assert model_type in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-        assert set(override_args or {}) <= {"dropout"}
-        from transformers import GPT2LMHeadModel
-
-        theirs = GPT2LMHeadModel.from_pretrained(model_type)
-        c = theirs.config
-        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size)
-        model = cls(GPTConfig(**sizes, block_size=c.n_positions, bias=True, **(override_args or {})))
-        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                weight = theirs.get_parameter(name)
-                p.copy_(weight.t() if name.endswith(transposed) else weight)
-        return model
-
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
