@@ -99,9 +99,6 @@ def test_missing_data_names_what_to_run_or_what_was_meant(tmp_path):
             stream(folder)
 
 
-# ---- ids of other widths -----------------------------------------------------------------------------------
-
-
 def write_ids(folder, kind, ids):
     for split in ("train", "val"):
         np.asarray(ids, kind).tofile(folder / f"{split}.bin")

@@ -20,10 +20,11 @@ def model_py(monkeypatch):
 
 
 ODD = ("infinite mask", "complex", "scalar", "double")
+OWN = ("SGD", "two", "lookahead", "factored")
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*((kind, "AdamW") for kind in ODD), ("plain", "SGD"), ("plain", "two")]
+    ("kind", "name"), [*((kind, "AdamW") for kind in ODD), *(("plain", name) for name in OWN)]
 )  # all kinds and optimizers, without train.py: test_optimizers.py
 def test_eight_iterations_and_four_are_twelve(kind, name):
     keys = dict(KEYS, kind=kind, moved_by=name, eval_interval=4)
@@ -39,64 +40,6 @@ def test_eight_iterations_and_four_are_twelve(kind, name):
             torch.testing.assert_close(theirs[entry], value, atol=1e-6, rtol=1e-6, equal_nan=True)
     text = run_script("sample.py", *flags(num_samples=2, max_new_tokens=5, device="cpu", start="a")).text
     assert text.count("-" * 15) == 2
-
-
-class Lookahead:
-    """As its users write it: around another optimizer, whose groups it takes again on loading."""
-
-    def __init__(self, inner):
-        self.inner, self.param_groups = inner, inner.param_groups
-
-    def step(self):
-        self.inner.step()
-
-    def zero_grad(self, set_to_none=True):
-        self.inner.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return [self.inner.state_dict()]
-
-    def load_state_dict(self, state):
-        self.inner.load_state_dict(state[0])
-        self.param_groups = self.inner.param_groups
-
-
-class Factored(torch.optim.Optimizer):
-    """State that has more rows than its weight, and moments in float64."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None and p.dim() == 2):
-            state = self.state[p]
-            if not state:
-                state["right"] = torch.zeros(p.shape[1], p.shape[1])
-                state["moment"] = torch.zeros(p.shape, dtype=torch.double)
-            state["right"] += p.grad.T @ p.grad
-            state["moment"].lerp_(p.grad.double(), 0.1)
-            rate, eye = self.param_groups[0]["lr"], torch.eye(p.shape[1])
-            p -= rate * state["moment"].float() @ (eye + state["right"]).inverse()
-
-
-@pytest.mark.parametrize(
-    "own",
-    [
-        lambda model, lr: Lookahead(torch.optim.AdamW(model.parameters(), lr=lr)),
-        lambda model, lr: Factored(model.parameters(), lr),
-    ],
-    ids=["lookahead", "factored"],
-)
-def test_an_optimizer_class_of_ones_own_goes_on_under_the_schedule(monkeypatch, own):
-    monkeypatch.setattr(brought.GPT, "configure_optimizers", lambda model, weight_decay, lr, *_: own(model, lr))
-    keys = dict(KEYS, max_iters=14, eval_interval=5, lr_decay_iters=14)
-    whole = train(**keys, out_dir="whole")
-    train(**{**keys, "max_iters": 9})
-    rest = train(**keys, init_from="resume")
-    for entry, value in whole.names["raw_model"].state_dict().items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(rest.names["raw_model"].state_dict()[entry], value, atol=1e-6, rtol=1e-6)
 
 
 def test_a_weight_that_never_was_finite_and_odd_buffers_are_saved_and_resumed(monkeypatch):

@@ -317,9 +317,6 @@ row("other data of the same size", a_run, file("data/markov/train.bin", bytes(12
 row("a vocabulary too small for the data", file("data/markov/meta.pkl", pickle.dumps({"vocab_size": 3})),
     says="but the vocabulary has 3", changes=("out", *STARTED))
 
-# ---- weights from elsewhere --------------------------------------------------------------------------------
-row("an empty folder", lambda patch: os.mkdir("hf"), init_from="hf", says="expects a folder")
-
 # ---- auto_fit's answer, which is only a cache --------------------------------------------------------------
 
 

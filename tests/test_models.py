@@ -52,9 +52,6 @@ def checkpoint(out_dir):
     return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)
 
 
-# ---- nanoGPT's own -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["plain", "resumed"])
 def test_nanogpts_model_trains_as_in_nanogpt(nanogpt, reference, name):
     expected = reference[name]
@@ -89,12 +86,7 @@ def test_what_nanogpts_model_refuses_is_a_sentence(nanogpt):
             train(**keys)
 
 
-# ---- a fork ------------------------------------------------------------------------------------------------
-
 FIELDS = dict(n_kv_head=1, rope_base=5000.0)
-# A vocabulary of 50304, as the data set has no meta.pkl: a token's logits and their gradient take 0.6 MB.
-LARGE = dict(dataset="large", n_layer=1, n_embd=32, max_iters=0, eval_iters=1, auto_fit=True, n_kv_head=1)
-PLANNED = dict(batch_size=1, block_size=2048, gpu="3GB", **LARGE)
 
 
 def test_a_fork_trains_resumes_bit_for_bit_and_samples(fork):
@@ -132,24 +124,13 @@ def test_a_forks_fields_are_keys_like_any_other(fork):
             run_script(script, *small, key)
 
 
-@pytest.fixture
-def large(workplace):
-    """The data set large, which has no meta.pkl."""
-    os.mkdir("data/large")
-    for name in ("train.bin", "val.bin"):
-        shutil.copy(REFERENCE / "markov" / name, "data/large")
-
-
-def test_a_fork_is_planned_for(fork, large):
-    """With the logits that it holds."""
+def test_a_fork_is_planned_for_with_the_logits_that_it_holds(fork):
+    os.remove("data/markov/meta.pkl")  # without it the vocabulary has 50304 tokens
     with pytest.raises(SystemExit) as stop:
-        train(**PLANNED)
-    text = stop.value.text
-    assert "\nauto-fit: batch_size 1, gradient_accumulation_steps 1, effective batch 1, found in " in text
-    assert "simulated on fake tensors: nothing is measured" in text
-    [parts] = re.findall(r"^auto-fit: of [\d.]+ GiB \(simulated\): (.*)$", text, re.MULTILINE)
-    gib = {part: float(size) for part, size in re.findall(r"([a-z ]+?) ([\d.]+)(?:, |$)", parts)}
-    assert gib["loss and backward"] > 2 * 2048 * 50304 * 4 / 2**30, "logits and their gradient in float32"
+        train(n_layer=1, n_embd=32, n_kv_head=1, batch_size=1, block_size=2048, gpu="3GB")
+    assert "\nauto-fit: batch_size 1, gradient_accumulation_steps 1, effective batch 1, found in " in stop.value.text
+    [loss] = re.findall(r"^auto-fit: of .*\(simulated\): .*, loss and backward ([\d.]+)", stop.value.text, re.MULTILINE)
+    assert float(loss) > 2 * 2048 * 50304 * 4 / 2**30, "logits and their gradient in float32"
 
 
 def test_a_model_that_reads_values_is_built_of_fake_tensors():

@@ -11,20 +11,14 @@ from nanofit.autofit.simulate import simulate
 from nanofit.errors import UsageError
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
-CPU = torch.device("cpu")
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=65, dropout=0.0, bias=True)
 TINY = dict(n_layer=1, n_embd=32, block_size=16, batch_size=4, eval_interval=5, eval_iters=2, optimizer="muon")
 
 
-def made():
-    torch.manual_seed(1)
-    model = models.build(GPT, GPTConfig, SIZES)
-    return model, optimizers.make_optimizer(model, "float32", 0.1, 1e-2, (0.9, 0.95), CPU, "muon")
-
-
 @needs_muon
 def test_matrices_of_blocks_are_muons_and_the_rest_adamws():
-    model, optimizer = made()
+    model = models.build(GPT, GPTConfig, SIZES)
+    optimizer = optimizers.make_optimizer(model, "float32", 0.1, 1e-2, (0.9, 0.95), torch.device("cpu"), "muon")
     muon, adamw = ({p for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
     names = {name for name, p in model.named_parameters() if p in muon}
     assert names == {n for n, p in model.named_parameters() if n.startswith("transformer.h.") and p.dim() == 2}

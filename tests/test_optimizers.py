@@ -63,7 +63,8 @@ def needs(kind):
 
 NEEDS_MORE = ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # a closure, sparse gradients, matrices alone
 OF_TORCH = [name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in NEEDS_MORE]
-ANY = [*OF_TORCH, "momentum", "AMSGrad", "factors", "two", *(["Muon"] if hasattr(torch.optim, "Muon") else [])]
+OTHERS = ["momentum", "AMSGrad", "factors", "two", "lookahead", "factored"]  # of tests/models/brought.py
+ANY = [*OF_TORCH, *OTHERS, *(["Muon"] if hasattr(torch.optim, "Muon") else [])]
 
 
 @pytest.mark.parametrize(("name", "kind"), [

@@ -154,35 +154,21 @@ def test_a_signal_ends_the_run_after_a_checkpoint_that_goes_on(name):
     assert resumed.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= first}
 
 
-def stopped_at(monkeypatch, evaluation, number=signal.SIGTERM):
-    """Let a signal come in the middle of an evaluation, counted from 1."""
+def stopped_at(monkeypatch, evaluation):
+    """Let SIGTERM come in the middle of an evaluation, counted from 1."""
     calls, give = [], Batches.evaluation
 
     def give_and_stop(batches, split, *args):
         calls.append(split)
         for pieces in give(batches, split, *args):
             if len(calls) == 2 * evaluation:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
             yield pieces
 
     monkeypatch.setattr(Batches, "evaluation", give_and_stop)
 
 
-def test_a_signal_ends_an_evaluation_which_is_done_again_on_resuming(monkeypatch, capsys):
-    keys = dict(max_iters=12, eval_interval=6, dropout=0.2)
-    whole = train(**keys, out_dir="whole")
-    with monkeypatch.context() as patch:
-        stopped_at(patch, evaluation=2)
-        with pytest.raises(SystemExit) as stop:
-            train(**keys)
-    assert stop.value.code == 143
-    assert kept() == 6
-    rest = train(**keys, init_from="resume")
-    assert rest.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= 6}
-    assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 6}
-
-
-def test_a_stop_leaves_the_best_checkpoint_where_only_the_best_is_kept(monkeypatch, workplace):
+def test_a_stop_in_an_evaluation_leaves_the_best_checkpoint_where_only_that_is_kept(monkeypatch, workplace):
     keys = dict(eval_interval=5, dropout=0.2, always_save_checkpoint=False)
     train(**keys, max_iters=5)
     shutil.copytree(workplace / "out", workplace / "whole")
@@ -191,10 +177,11 @@ def test_a_stop_leaves_the_best_checkpoint_where_only_the_best_is_kept(monkeypat
     for evaluation, iteration in ((3, 15), (2, 20)):
         with monkeypatch.context() as patch:
             stopped_at(patch, evaluation)
-            with pytest.raises(SystemExit):
+            with pytest.raises(SystemExit, match="143"):
                 train(**keys)
         assert (kept(), kept("ckpt.last.pt")) == (5, iteration)
     rest = train(**keys)
+    assert rest.eval_loss == {i: v for i, v in whole.eval_loss.items() if i >= 20}, "it is done again"
     assert rest.iter_loss == {i: v for i, v in whole.iter_loss.items() if i >= 20}
     assert kept() == 5
     train(**{**keys, "always_save_checkpoint": True, "max_iters": 35})

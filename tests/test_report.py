@@ -68,9 +68,6 @@ def a_run(folder="out", iterations=20, **facts):
     return Run(folder, folder)
 
 
-# ---- what it reads -----------------------------------------------------------------------------------------
-
-
 def test_a_log_as_columns():
     own = [iteration(1, noise=1.5), iteration(2, noise="odd")]  # a figure of one's own, which begins late
     write("out", [start(), evaluation(0, acc=0.2), iteration(0), *own, iteration(3, loss=None, mfu=-1)])
@@ -147,9 +144,6 @@ def test_a_page_of_next_to_nothing(records):
 
     write("out", records)
     assert "Loss" in page_of([Run("out", "out")])
-
-
-# ---- the script --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -71,25 +71,6 @@ def test_an_evaluation_is_a_mean_without_dropout_and_leaves_training_on():
         assert first["val"] == pytest.approx(sum(model(*b)[1].item() for b in batches.batches) / 2, abs=1e-6)
 
 
-def test_a_failed_trial_gives_back_the_model_and_the_random_state():
-    model = toy()
-    state = torch.get_rng_state()
-
-    def trial(compiled):
-        torch.rand(5)
-        model.eval()
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        raise ValueError("first line\nsecond line")
-
-    back, failure = try_compile(model, trial, CPU)
-    assert back is model
-    assert failure == "ValueError: first line"
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-    assert all(p.grad is None for p in model.parameters())
-
-
 def test_out_of_memory_is_no_failure_of_the_compiler():
     def trial(compiled):
         raise torch.OutOfMemoryError("full")

@@ -161,6 +161,10 @@ class GPT(nanogpt_like.GPT):
             return torch.optim.AdamW([slow, dict(params=rest, weight_decay=0.0)], lr=self.config.rate * lr)
         if name == "two":
             return Two(torch.optim.SGD(matrices, lr=10 * lr, momentum=0.9), torch.optim.Adam(rest, lr=lr, fused=True))
+        if name == "lookahead":
+            return Lookahead(torch.optim.AdamW(params, lr=lr))
+        if name == "factored":
+            return Factored(params, lr)
         if name == "Muon":
             return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr)]
         return getattr(torch.optim, name)(params, lr=lr)
@@ -186,3 +190,42 @@ class Two:
     def load_state_dict(self, state):
         for i, one in enumerate(self.both):
             one.load_state_dict(state[f"optimizer{i}"])
+
+
+class Lookahead:
+    """As its users write it: around another optimizer, whose groups it takes again on loading."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self):
+        self.inner.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return [self.inner.state_dict()]
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state[0])
+        self.param_groups = self.inner.param_groups
+
+
+class Factored(torch.optim.Optimizer):
+    """State that has more rows than its weight, and moments in float64."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None and p.dim() == 2):
+            state = self.state[p]
+            if not state:
+                state["right"] = torch.zeros(p.shape[1], p.shape[1])
+                state["moment"] = torch.zeros(p.shape, dtype=torch.double)
+            state["right"] += p.grad.T @ p.grad
+            state["moment"].lerp_(p.grad.double(), 0.1)
+            rate, eye = self.param_groups[0]["lr"], torch.eye(p.shape[1])
+            p -= rate * state["moment"].float() @ (eye + state["right"]).inverse()
