@@ -71,6 +71,12 @@ def test_an_evaluation_is_a_mean_without_dropout_and_leaves_training_on():
         assert first["val"] == pytest.approx(sum(model(*b)[1].item() for b in batches.batches) / 2, abs=1e-6)
 
 
+def test_a_model_that_fails_to_compile_goes_on_in_training_mode():
+    model = toy().train()
+    assert try_compile(model, lambda compiled: model.eval() / 0, CPU)[0] is model
+    assert model.training
+
+
 def test_out_of_memory_is_no_failure_of_the_compiler():
     def trial(compiled):
         raise torch.OutOfMemoryError("full")
