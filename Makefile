@@ -63,7 +63,7 @@ gpu: $(SETUP)
 	-$(STAGE) $(PY) benchmarks/against_nanogpt.py --nanogpt=$(NANOGPT) --batch_size=12 --block_size=1024 --rounds=1 \
 		--save=$(RESULTS)/against_nanogpt-cuda-compiled.json
 	-$(STAGE) $(PY) benchmarks/limits.py --limits=12 --save=$(RESULTS)/limits-12-cuda.json
-	-$(STAGE) $(PY) -m pytest -v -m gpu tests/test_gpu.py 2>&1 | tee $(RESULTS)/gpu-tests.txt
+	-$(STAGE) $(PY) -m pytest -v -m gpu tests/test_gpu.py tests/test_decoding.py 2>&1 | tee $(RESULTS)/gpu-tests.txt
 	-$(STAGE) $(PY) benchmarks/simulated.py --save=$(RESULTS)/simulated-cuda.json
 	-$(STAGE) $(PY) benchmarks/limits.py --limits=8,12,16,24 --save=$(RESULTS)/limits-cuda.json
 	-$(STAGE) $(PY) benchmarks/fit_matrix.py --save=$(RESULTS)/fit_matrix-cuda.json
