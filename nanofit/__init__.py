@@ -17,12 +17,15 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch
 def start(ctrl_c_ends_at_once=False):
     """Set up the process, before torch is imported, which reads the environment.
 
-    Closed standard streams are opened, errors end the script with a sentence (see errors.py), and torch's allocator
-    gets memory that grows in place. ctrl_c_ends_at_once: for a script that handles signals itself later on.
+    Closed standard streams are opened, errors end the script with a sentence (see errors.py), torch's allocator gets
+    memory that grows in place, and the compiler's cache keeps more. ctrl_c_ends_at_once: for a script that handles
+    signals itself later on.
     """
     mend_standard_streams()
     show_errors_as_sentences()
     _prefer_expandable_segments()
+    # Keep compiled steps whole for the next start. torch leaves out those with an autograd.Function, as in model.py.
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     # An ignored SIGINT stays ignored, as in a shell's background. In an interactive Python, Ctrl-C keeps its meaning.
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
     if ctrl_c_ends_at_once and not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

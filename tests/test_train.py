@@ -1,13 +1,16 @@
 """train.py as its user meets it: lines, resuming, compiling, ranks, and every mistake of the contract."""
 
+import ast
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, flags, run_script, train
+from conftest import ROOT, TOY, environment, flags, run_script, train
 
 from nanofit.batches import Batches
 
@@ -156,6 +159,18 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one():
     assert "compile failed" not in compiled.text
     assert compiled.iter_loss == pytest.approx(eager.iter_loss, abs=3e-4)
     assert "_orig_mod." not in "".join(torch.load("out/ckpt.pt", weights_only=True)["model"])
+
+
+@pytest.mark.proof
+def test_the_compilers_cache_keeps_whole_steps():
+    counted = "from torch._dynamo.utils import counters; print(dict(counters['aot_autograd']))"
+    lines = ("import runpy, sys", "sys.argv[0] = 'train.py'", f"runpy.run_path({str(ROOT / 'train.py')!r})", counted)
+    command = [sys.executable, "-c", "\n".join(lines), *flags(**{**TOY, "compile": True, "n_layer": 1, "max_iters": 0})]
+    for found in ("miss", "hit"):
+        variables = environment(TORCHINDUCTOR_CACHE_DIR=os.path.abspath("cache"))
+        text = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=240).stdout
+        last = ast.literal_eval(text.splitlines()[-1])
+        assert last["total"] == last[f"autograd_cache_{found}"] > 0, text
 
 
 def test_a_dtype_asked_for_on_the_cpu_is_used():
