@@ -231,19 +231,23 @@ def _of_sentencepiece(path):
 
 
 def _of_symbols(folder, meta):
-    """The Codec of stoi, {symbol: id}, and itos, {id: symbol} or a list. Either is made from the other."""
+    """The Codec of stoi, {symbol: id}, and itos, {id: symbol} or a list. Either is made from the other.
+
+    They may hold more, such as None for padding or an id that the model lacks. Those can't be drawn as text.
+    """
     name, vocab_size = os.path.join(folder, "meta.pkl"), meta["vocab_size"]
     stoi, itos = (meta.get(table) or {} for table in ("stoi", "itos"))
     if not stoi and not itos:
         raise UsageError(f"{name} has neither stoi nor itos: training needs neither, but text does; add one of them")
     try:
         itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
-        itos = {index(i): symbol for i, symbol in itos.items()} or {index(i): symbol for symbol, i in stoi.items()}
-        stoi = {symbol: index(i) for symbol, i in stoi.items() if symbol} or {s: i for i, s in itos.items() if s}
-        are_symbols = all(isinstance(symbol, str) for symbol in [*stoi, *itos.values()])
+        itos = itos or {i: symbol for symbol, i in stoi.items()}
+        itos = {index(i): s for i, s in itos.items() if isinstance(s, str) and 0 <= i < vocab_size}
+        stoi = {s: index(i) for s, i in stoi.items() if s and isinstance(s, str) and 0 <= i < vocab_size}
+        stoi = stoi or {s: i for i, s in itos.items() if s}
     except (TypeError, AttributeError):
-        are_symbols = False
-    if not are_symbols or not all(0 <= i < vocab_size for i in [*itos, *stoi.values()]):
+        stoi = {}
+    if not stoi:
         raise UsageError(
             f"{name}: stoi must give the id of each symbol, a whole number from 0 to vocab_size - 1, and itos the "
             "symbol of each id, a string: prepare the data again"

@@ -179,6 +179,17 @@ def test_the_longest_symbol_that_fits_is_taken(tmp_path):
         codec.encode("ade")
 
 
+def test_what_no_text_has_is_left_out_of_the_symbols(tmp_path):
+    stoi, itos = {"a": 0, "b": 1, "<pad>": -1, "<unk>": 3, 2: 2}, {0: "a", 1: "b", 2: None, 3: "<unk>"}
+    for tables in (dict(stoi=stoi), dict(itos=itos), dict(stoi=stoi, itos=itos)):
+        codec = codec_of(write_meta(tmp_path, vocab_size=3, **tables))
+        assert codec.encode("abba") == [0, 1, 1, 0]
+        assert codec.decode([0, 1, 2]) == "ab"
+    for nothing in (dict(stoi={"a": 5}), dict(itos=[None]), dict(stoi={"a": 0.5}), dict(itos={"0": "a"})):
+        with pytest.raises(UsageError, match="stoi must give the id of each symbol"):
+            codec_of(write_meta(tmp_path, vocab_size=3, **nothing))
+
+
 def test_symbols_must_fit_the_model(tmp_path):
     assert codec_of("data/markov", 65)
     assert codec_of("data/markov", 128), "padded"
