@@ -149,7 +149,7 @@ def test_the_plan_that_the_readme_shows_is_what_its_command_prints(checkout):
     with pytest.raises(SystemExit) as stop:
         run_script("train.py", *shlex.split(arguments))
     told = [line for line in stop.value.text.splitlines() if line.startswith("auto-fit: ")]
-    seconds = r", found in \d+ s$"
+    seconds = r", found in \d+ s"
     assert [re.sub(seconds, "", line) for line in shown.splitlines()] == [re.sub(seconds, "", line) for line in told]
 
 
