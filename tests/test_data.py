@@ -80,7 +80,6 @@ def write_parquet(path, **columns):
     write_table(pyarrow.table(columns), path)
 
 
-# ---- Shakespeare, Python, a text of one's own --------------------------------------------------------------
 def test_shakespeare_by_characters(project, shared):
     text = shared / "text" / "tinyshakespeare.txt"
     prepare("shakespeare_char", "--input", text)
@@ -120,7 +119,6 @@ def test_mistakes_with_text(project, monkeypatch, argv, content, sentence):
     assert contents("shakespeare_char") == {}
 
 
-# ---- documents: OpenWebText, the hub, local files ----------------------------------------------------------
 def write_documents(kind):
     """Write DOCUMENTS in a way that --source takes; returns what to give it."""
     lines = "".join(json.dumps({"text": t, "url": "x"}) + "\n" for t in DOCUMENTS).encode()
@@ -265,7 +263,6 @@ def test_five_characters_do_not_replace_good_data(project, capsys):
     assert symbols("shakespeare_char") == "hello"
 
 
-# ---- a folder of one's own texts ---------------------------------------------------------------------------
 @pytest.fixture
 def tales(project):
     folder = project / "my tales"
@@ -307,7 +304,6 @@ def test_pieces_have_the_tokens_of_the_whole(project, bpe, text):
     assert list(chain(*(gpt2.encode_ordinary(piece) for piece, _ in pieces))) == gpt2.encode_ordinary(text)
 
 
-# ---- nothing lost, nothing half-written --------------------------------------------------------------------
 @pytest.fixture
 def mine(project, bpe):
     """A text, and a data set data/mine; returns what is in its folder."""

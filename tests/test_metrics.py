@@ -61,9 +61,6 @@ class Clock:
         monkeypatch.setattr(figures_of.time, "perf_counter", lambda: self.now)
 
 
-# ---- the figures -------------------------------------------------------------------------------------------
-
-
 def test_an_iterations_figures(monkeypatch):
     clock, seen = Clock(monkeypatch), []
     metrics = Metrics(CPU, 0, 100, 50, 64, lambda seconds: 0.01 / seconds)
@@ -107,9 +104,6 @@ def test_the_device_is_read_once_an_iteration(monkeypatch):
     assert reads == ["tolist"]
 
 
-# ---- the line ----------------------------------------------------------------------------------------------
-
-
 def test_a_line_tells_everything(capsys):
     print_line({
         "iter": 10, "loss": 3.12344, "seconds": 0.1352, "mfu": 0.312, "tokens_per_second": 12345.4, "grad_norm": 0.834,
@@ -142,9 +136,6 @@ def test_a_model_that_cannot_tell_its_mfu_costs_that_figure(capsys):
     printed = capsys.readouterr().out
     assert printed.count("mfu is not known") == 1
     assert printed.count("mfu -100.00%") == 2
-
-
-# ---- the file ----------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_finite_is_null():
@@ -189,9 +180,6 @@ def test_a_run_that_went_on_has_the_file_of_one_that_never_stopped():
     changed = records("whole/metrics.jsonl")[0]["run"]["changed"]
     assert {"n_layer", "out_dir", "dataset"} <= set(changed) <= {*TOY, "out_dir"}
     assert "log_interval" not in changed  # named, and what it is anyway
-
-
-# ---- others' readers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("key", "package"), [("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")])
