@@ -71,10 +71,10 @@ def test_what_the_user_of_a_3060_reads(capsys):
     plan = made.plan()
     device, _, _, line, eight, *_, compiles, time = said(capsys)
     assert device.startswith("NVIDIA GeForce RTX 3060, 28 SMs, 11.69 GiB, 11.21 GiB free")
-    assert line == "memory is 2.02 + 0.59 x batch_size GiB: 8 should fit"
+    assert line == "by these two, memory is at most 2.02 + 0.59 x batch_size GiB: 8 should fit"
     assert eight == "batch_size 8   peak 6.74 GiB   20,800 tok/s   fits"
     assert compiles.endswith("compiling takes 1.5 min and saves 10.0 min of 17.5 h")
-    assert time == "20,000 iterations: 1.3 billion tokens, about 17.3 h"
+    assert time == "20,001 iterations: 1.3 billion tokens, about 17.3 h"
     assert str(plan) == "batch_size 64 -> 8, gradient_accumulation_steps 1 -> 8, effective batch 64"
     assert (plan.compile, plan.levers, plan.limit_bytes) == (True, MemoryLevers(), FACTS.limit_bytes)
     assert plan.reasons == ("the largest that fits, as 16 would take 11.5 of 10.6 GiB", compiles)
@@ -368,5 +368,5 @@ def test_a_plan_by_a_cards_name_tells_memory_compiling_and_time(capsys, gpu, fac
     told = said(capsys)
     assert told[0].startswith(facts)
     assert any(line.startswith(compiles) for line in told), told
-    assert told[-1].startswith("20,000 iterations: 1.3 billion tokens")
+    assert told[-1].startswith("20,001 iterations: 1.3 billion tokens")
     assert time in told[-1]

@@ -228,7 +228,8 @@ class Fitter:
                 break
             if len(trials) == 2 and all(t.peak_bytes for t in trials):
                 a, k = search.line_through(trials)
-                print(f"auto-fit: memory is {a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB: {size} should fit")
+                line = f"{a / GIB:.2f} + {k / GIB:.2f} x batch_size GiB"  # less at larger sizes: chunks of logits stay
+                print(f"auto-fit: by these two, memory is at most {line}: {size} should fit")
             trials.append(self.measure(size, levers))
         return trials
 
@@ -282,7 +283,7 @@ class Fitter:
 
     def _work(self):
         """What is left of the run, in words."""
-        return f"{self.iterations_left - 1:,} iterations: {amount(self.budget.tokens * self.job.ranks)} tokens"
+        return f"{self.iterations_left:,} iterations: {amount(self.budget.tokens * self.job.ranks)} tokens"
 
     def tell_more(self, plan, card, device):
         """Print what the parts of a plan take, and how long the run takes, on a Card or, if it is None, a device."""
