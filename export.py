@@ -43,9 +43,7 @@ name = checkpoint.name_of_model(out_dir)
 source = os.path.join(out_dir, name)
 saved = {key: value for key, value in checkpoint.load(out_dir, name).items() if key in KEPT}
 saved["config"] = {
-    key: value
-    for key, value in saved.get("config", {}).items()
-    if key not in NOT_FOR_OTHERS and not key.startswith("wandb")
+    key: value for key, value in saved["config"].items() if key not in NOT_FOR_OTHERS and not key.startswith("wandb")
 }
 if weights_only_to:
     with whole_or_not_at_all(weights_only_to) as part, open(part, "wb") as file:

@@ -72,7 +72,7 @@ if path:
     model = models.build(GPT, GPTConfig, saved["model_args"])
     models.load_weights(model, saved, path)
     print(f"{path}, of iteration {saved.get('iter_num', 'unknown')}")
-    if "dataset" in saved.get("config", {}):
+    if "dataset" in saved["config"]:
         data_dir = os.path.join("data", saved["config"]["dataset"])
 else:
     model = models.pretrained(GPT, init_from, dropout=0.0)

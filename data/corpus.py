@@ -15,7 +15,7 @@ import time
 import urllib.error
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # this project's nanofit, no other
@@ -26,7 +26,7 @@ nanofit.start()  # before the larger imports, in which Ctrl-C may come
 import numpy as np
 
 from nanofit import codec
-from nanofit.errors import UsageError, first_line, usage_errors
+from nanofit.errors import PatientOutput, UsageError, first_line, usage_errors
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,6 +34,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 SEED = 2357  # nanoGPT's, for the order of the documents, which decides which of them are val
 VAL_SHARE = 0.0005  # of the documents, as nanoGPT
+BLOCK_SIZES = (128, 256, 1024)  # with which config/ trains, ascending
 SMALL_VAL_BLOCKS = 16  # size of val if that share of the documents is shorter than one block
 MOST_SPACES = 500_000  # white space in a row that tiktoken's regular expression takes; at a million it panics
 MOST_VAL = 10_000_000  # tokens, if val is 10% of a text
@@ -48,16 +49,8 @@ READY = "ready.part"  # the folder of the new files while the old ones are remov
 
 
 # ---- talking to a person -----------------------------------------------------------------------------------
-def say(text, to="stdout"):
-    """Print a line. If that fails (a closed pipe, a full disk), preparing the data goes on."""
-    try:
-        print(text, file=getattr(sys, to), flush=True)
-    except OSError:
-        setattr(sys, to, open(os.devnull, "w"))  # noqa: SIM115
-
-
 def warn(text):
-    say(f"warning: {text}", to="stderr")
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def counted(documents):
@@ -101,26 +94,16 @@ def run(main):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, stop)
-    try:
-        main()
-    except KeyboardInterrupt as e:
-        say("interrupted: nothing was replaced", to="stderr")
-        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+    # If a pipe is closed or a disk is full, preparing the data goes on.
+    with redirect_stdout(PatientOutput(sys.stdout)), redirect_stderr(PatientOutput(sys.stderr)):
+        try:
+            main()
+        except KeyboardInterrupt as e:
+            print("interrupted: nothing was replaced", file=sys.stderr)
+            sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
 
 
 # ---- a data set's files ------------------------------------------------------------------------------------
-def block_sizes(dataset):
-    """The block sizes with which config/ trains on a data set, ascending; all of config/ if none names it."""
-    found = {}
-    for path in Path(DATA).parent.glob("config/*.py"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        name = re.search(r"^dataset\s*=\s*[\"'](.+?)[\"']", text, re.MULTILINE)
-        size = re.search(r"^block_size\s*=\s*(\d+)", text, re.MULTILINE)
-        # Else train.py's default.
-        found.setdefault(name[1] if name else "openwebtext", set()).add(int(size[1]) if size else 1024)
-    return sorted(found.get(dataset) or set().union(*found.values())) or [1024]
-
-
 def folder_named(name, own=""):
     """The folder of the data set that --out names. own: the data set whose prepare.py this is.
 
@@ -153,7 +136,6 @@ class DataSet:
     def __init__(self, folder, force=False, vocab_size=codec.GPT2_SYMBOLS):
         self.folder, self.force = Path(folder), force
         self.kind = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.name = self.folder.resolve().name
         self.record = {}  # goes into prepared.json, with the tokens
         self.open = ExitStack()  # closed at the end in any case
 
@@ -162,28 +144,11 @@ class DataSet:
             self._is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
-            try:
-                self._make_room()
-                self._parts = Path(tempfile.mkdtemp(prefix="prepare-", suffix=".part", dir=self.folder))
-            except BaseException:
-                self._release()
-                raise
+            for left in self.folder.glob("prepare-*.part"):  # by a prepare.py that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            _replace(self.folder)
+            self._parts = Path(tempfile.mkdtemp(prefix="prepare-", suffix=".part", dir=self.folder))
         return self
-
-    def _make_room(self):
-        """Clean up after a prepare.py that was killed, and check that nothing is in the way."""
-        for left in self.folder.glob("prepare-*.part"):
-            shutil.rmtree(left, ignore_errors=True)
-        ready = self.folder / READY
-        ours = ready.is_dir() and not ready.is_symlink() and {path.name for path in ready.iterdir()} <= set(FILES)
-        strange = [ready] if os.path.lexists(ready) and not ours else []
-        for path in strange + [self.folder / name for name in FILES if (self.folder / name).is_dir()]:
-            raise UsageError(f"{path} is in the way of a data set's files: move it elsewhere")
-        _replace(self.folder)
-
-    def _release(self):
-        if self._lock is not None:
-            os.close(self._lock)
 
     def __exit__(self, kind, error, trace):
         try:
@@ -195,7 +160,8 @@ class DataSet:
             shutil.rmtree(self._parts, ignore_errors=True)
             if self._is_new and not any(self.folder.iterdir()):
                 self.folder.rmdir()
-            self._release()
+            if self._lock is not None:
+                os.close(self._lock)
 
     @contextmanager
     def writing(self):
@@ -236,9 +202,9 @@ class DataSet:
             more["tokenizer"] = name
         padded = -(-tokenizer.symbols // MULTIPLE) * MULTIPLE
         self.write_meta(padded, symbols=tokenizer.symbols, **more)
-        say(f"{name} has {tokenizer.symbols:,} symbols: vocab_size {padded:,}, {self.kind} ids")
+        print(f"{name} has {tokenizer.symbols:,} symbols: vocab_size {padded:,}, {self.kind} ids")
         if tokenizer.end is None:
-            say("it names no end of a text: documents follow each other without one")
+            print("it names no end of a text: documents follow each other without one")
 
     def _finish(self):
         """Check the new files, and replace the old ones."""
@@ -258,22 +224,21 @@ class DataSet:
                 for split, count in self.tokens.items():
                     documents = self.record.get("documents")
                     of_documents = f" of {counted(documents[split])}" if documents else ""
-                    say(f"{split} has {count:,} tokens{of_documents}, {count / sum(self.tokens.values()):.2%} of all")
+                    print(f"{split} has {count:,} tokens{of_documents}, {count / sum(self.tokens.values()):.2%} of all")
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
     def _check_lengths(self):
         """Warn of splits too short for config/. One too short for all of config/ may not replace a larger data set."""
-        sizes = block_sizes(self.name)
         split, shortest = min(self.tokens.items(), key=lambda item: item[1])
-        too_long = [size for size in sizes if shortest <= size]
+        too_long = [str(size) for size in BLOCK_SIZES if shortest <= size]
         if not too_long:
             return
-        sentence = f"{split} has {shortest:,} tokens, too few for block_size={', '.join(map(str, too_long))} in config/"
+        sentence = f"{split} has {shortest:,} tokens, too few for block_size={', '.join(too_long)} in config/"
         old = self.folder / "train.bin"
         there = old.stat().st_size // self.kind.itemsize if old.exists() else 0
-        if too_long == sizes and there > self.tokens["train"] and not self.force:
+        if len(too_long) == len(BLOCK_SIZES) and there > self.tokens["train"] and not self.force:
             raise UsageError(
                 f"{sentence}, so that it doesn't replace the {there:,} tokens of {old}, which are as they were: give "
                 "more text, or say --force"
@@ -302,7 +267,7 @@ def _lock(folder):
 def _replace(folder):
     """Replace the old files by those in folder/READY, or finish that if it was interrupted."""
     ready = folder / READY
-    if ready.is_symlink() or not ready.is_dir():
+    if not ready.is_dir():
         return
     if (ready / FILES[0]).exists():  # no new file has been moved yet, so all others are old
         for name in FILES:
@@ -314,19 +279,19 @@ def _replace(folder):
 
 
 # ---- a text, cut once --------------------------------------------------------------------------------------
-def read_or_fetch(path, folder, url, sha256):
-    """The text of path; without a path, of folder/input.txt, which is fetched from url if it is missing."""
+def read_or_fetch(path, folder):
+    """The text of path; without a path, of folder/input.txt, which is fetched if it is missing."""
     if path is None:
         path = os.path.join(folder, "input.txt")
         if not os.path.exists(path):
             from torch.hub import download_url_to_file  # a progress bar, and a file only when it is whole
 
-            say(f"fetching {url}")
+            print(f"fetching {SHAKESPEARE}")
             try:
-                download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
+                download_url_to_file(SHAKESPEARE, path, hash_prefix=SHAKESPEARE_SHA256, progress=sys.stderr.isatty())
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, RuntimeError) as e:
                 raise UsageError(
-                    f"{url} can't be fetched ({first_line(e)}): connect to the network, or give the text with "
+                    f"{SHAKESPEARE} can't be fetched ({first_line(e)}): connect to the network, or give the text with "
                     "--input FILE"
                 ) from e
             except OSError as e:
@@ -338,11 +303,21 @@ def read_or_fetch(path, folder, url, sha256):
     return text
 
 
+def prepare_shakespeare(doc, folder, write):
+    """Tiny Shakespeare, or the text that --input names, as a data set. write: write_characters or write_bpe."""
+    parser = Parser(doc)
+    parser.add_argument(
+        "--input", metavar="FILE", help="a UTF-8 text of your own; without it, Tiny Shakespeare is fetched"
+    )
+    args = parser.parse_args()
+    text = read_or_fetch(args.input, folder)
+    with DataSet(folder, args.force) as made:
+        write(made, text)
+
+
 def halves(text):
     """The first 90% of the characters, for training, and the last 10%, for validation."""
     cut = int(len(text) * 0.9)
-    if cut == 0:
-        raise UsageError("the text is a single character: there is nothing to split into train and val")
     return {"train": text[:cut], "val": text[cut:]}
 
 
@@ -366,7 +341,7 @@ def characters(made, symbols, count):
     symbols = sorted(symbols)
     made.kind = np.dtype("<u2" if len(symbols) <= 2**16 else "<u4")
     shown = "".join(symbols[:200])
-    say(f"{count:,} characters, {len(symbols):,} of them different: {shown!r}{' ...' if len(symbols) > 200 else ''}")
+    print(f"{count:,} characters, {len(symbols):,} of them different: {shown!r}{' ...' if len(symbols) > 200 else ''}")
     made.record["encoding"] = "characters"
     stoi = {c: i for i, c in enumerate(symbols)}
     made.write_meta(len(symbols), itos=dict(enumerate(symbols)), stoi=stoi)
@@ -472,11 +447,11 @@ class Documents:
     def split_by_documents(self):
         """Write train.bin and val.bin of whole documents, chosen and ordered by the seed as nanoGPT does."""
         starts, lengths = self._shuffled()
-        block_size = block_sizes(self._made.name)[-1]
+        block_size = BLOCK_SIZES[-1]
         count = share_for_val(lengths, block_size)
         usual = math.ceil(len(lengths) * VAL_SHARE)
         if count > usual:
-            say(
+            print(
                 f"0.05% of the documents would give val {lengths[:usual].sum():,} tokens, too few for "
                 f"block_size={block_size}: it takes {count:,} of {len(lengths):,} documents, "
                 f"{lengths[:count].sum() / self.tokens:.1%} of the tokens"
@@ -490,8 +465,6 @@ class Documents:
         """Write train.bin and val.bin. Of the shuffled documents, the last 10% of tokens are val, at most MOST_VAL."""
         starts, lengths = self._shuffled()
         train = max(int(self.tokens * 0.9), self.tokens - MOST_VAL)
-        if train == 0:
-            raise UsageError("the text is a single character: there is nothing to split into train and val")
         self._write(starts, lengths, {"train": train, "val": self.tokens - train})
 
     def _shuffled(self):
@@ -499,7 +472,7 @@ class Documents:
         seconds = time.perf_counter() - self._began
         self._bar.close()
         speed = self.tokens / seconds
-        say(f"{self.tokens:,} tokens of {counted(len(self))} in {seconds:.1f} s: {speed:,.0f} tokens/s")
+        print(f"{self.tokens:,} tokens of {counted(len(self))} in {seconds:.1f} s: {speed:,.0f} tokens/s")
         with self._made.writing():
             self._file.close()
         ends = np.frombuffer(self._ends, dtype=np.int64)

@@ -102,11 +102,6 @@ def short_of_room(out_dir, size, keep):
     return f"the disk of {out_dir} has {gib(free)} left, and a checkpoint takes {gib(size)}; up to {most} are there"
 
 
-def _is_full(error):
-    inner = system_error(error)
-    return inner is not None and inner.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _write(checkpoint, path, make_way, spare=()):
     """spare: paths of files that may be removed, one after the other, if the disk is full."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # it may have been removed during the run
@@ -116,20 +111,15 @@ def _write(checkpoint, path, make_way, spare=()):
             f.flush()
             os.fsync(f.fileno())  # before an old file is replaced
             make_way()
-            if os.path.basename(path) == NAME:
-                _keep_previous(path)
+            if os.path.basename(path) == NAME and os.path.exists(path):
+                # A second name, no renaming: ckpt.pt always exists. If that fails, an older one stays, or none is kept.
+                with contextlib.suppress(OSError):
+                    _second_name(path, os.path.join(os.path.dirname(path), PREVIOUS), copies=False)
     except _FAILURES as e:
-        if not (_is_full(e) and spare):
+        if not spare or getattr(system_error(e), "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         os.remove(spare[0])
         _write(checkpoint, path, make_way, spare[1:])
-
-
-def _keep_previous(path):
-    """Give ckpt.pt a second name. It is not renamed, so that ckpt.pt always exists."""
-    if os.path.exists(path):
-        with contextlib.suppress(OSError):  # then an older one stays, or none is kept
-            _second_name(path, os.path.join(os.path.dirname(path), PREVIOUS), copies=False)
 
 
 def _second_name(path, other, copies=True):
@@ -150,17 +140,16 @@ def _second_name(path, other, copies=True):
 
 def numbered(out_dir):
     """{iteration: path} of the checkpoints ckpt-ITERATION.pt in out_dir."""
-    names = os.listdir(out_dir or ".") if os.path.isdir(out_dir or ".") else ()
-    found = [name for name in names if re.fullmatch(NUMBERED.format(r"\d+"), name)]
-    return {int(name[5:-3]): os.path.join(out_dir, name) for name in found}
+    found = {path: re.fullmatch(NUMBERED.format(r"(\d+)"), path.name) for path in Path(out_dir).glob("ckpt-*.pt")}
+    return {int(match[1]): path for path, match in found.items() if match}
 
 
 def _too_many(out_dir, iteration, keep):
-    """Paths of the numbered checkpoints up to an iteration, without the last `keep`; none if keep is below 0.
+    """Paths of the numbered checkpoints up to an iteration, without the last `keep`.
 
     Those of later iterations, from before the run was resumed from an earlier one, stay until it gets there.
     """
-    passed = sorted(item for item in numbered(out_dir).items() if item[0] <= iteration) if keep >= 0 else []
+    passed = sorted(item for item in numbered(out_dir).items() if item[0] <= iteration)
     return [path for _, path in passed[: max(0, len(passed) - keep)]]
 
 
@@ -270,7 +259,7 @@ def load_model(init_from):
 
 
 def load(out_dir, name=NAME, for_training=False):
-    """A checkpoint file in out_dir, with its tensors on the CPU, and without the prefixes of torch.compile and DDP.
+    """A checkpoint file in out_dir, with its tensors on the CPU, and without torch.compile's prefix.
 
     for_training: it must hold all that a run resumes from, not just a model. Raises UsageError if there is none, if it
     can't be read, or if an entry is missing.
@@ -289,30 +278,18 @@ def load(out_dir, name=NAME, for_training=False):
             f"{e}; {previous} beside it is whole, of iteration {before['iter_num']}: to go on from there, rename it to "
             f"{NAME}"
         ) from e
-    checkpoint["model"] = _unwrapped(checkpoint["model"])
+    checkpoint["model"] = {str(name).removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
     foreign = () if isinstance(checkpoint.get("rng"), list) else OURS  # ours has a dict for each rank
     # A checkpoint that somebody made smaller may have None in an entry.
     held = {k: v for k, v in checkpoint.items() if k not in foreign and (v is not None or k == "optimizer")}
     return {"config": {}, **held}
 
 
-def _unwrapped(model):
-    """A state_dict without the prefixes of torch.compile and DDP, in any order."""
-    names, before = list(map(str, model)), None
-    while names != before:
-        before = names
-        names = [name.removeprefix("_orig_mod.") for name in names]
-        if all(name.startswith("module.") for name in names):  # else a part of the model is called module
-            names = [name.removeprefix("module.") for name in names]
-    return dict(zip(names, model.values(), strict=True))
-
-
 def _require_entries(checkpoint, path, entries):
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} is not a checkpoint of a training run, but a {type(checkpoint).__name__}")
     # An optimizer's state may be empty or None.
-    empty = [e for e in entries if checkpoint.get(e) is None or (isinstance(checkpoint[e], dict) and not checkpoint[e])]
-    missing = [e for e in empty if e not in checkpoint or e != "optimizer"]
+    missing = [e for e in entries if e not in checkpoint or (e != "optimizer" and checkpoint[e] in (None, {}))]
     if missing:
         raise UsageError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
     expected = {"model": dict, "model_args": dict, "iter_num": int}

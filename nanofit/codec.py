@@ -5,9 +5,12 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from operator import index
 from pathlib import Path
+
+import numpy as np
 
 from nanofit.errors import UsageError, usage_errors
 
@@ -35,15 +38,9 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
-            import numpy as np
-
             return np.dtype
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            import numpy as np
-
-            if name == "scalar":
-                return np.int64(0).__reduce__()[0]  # the same function, under the name that this numpy has for it
-            return _stand_in("numpy", "ndarray")
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return np.int64(0).__reduce__()[0]  # the same function, under the name that this numpy has for it
         return _stand_in(module, name)
 
 
@@ -253,12 +250,8 @@ def _of_symbols(folder, meta):
             "symbol of each id, a string: prepare the data again"
         )
 
-    def encode(text):
-        return _encode(text, stoi, name)
-
-    def decode(ids):
-        return "".join(itos.get(i, "") for i in ids)
-
+    encode = partial(_encode, stoi=stoi, name=name)
+    decode = lambda ids: "".join(itos.get(i, "") for i in ids)  # noqa: E731
     return Codec(name, vocab_size, encode, encode, decode, stoi.get(END_OF_TEXT), (stoi, itos))
 
 

@@ -10,7 +10,6 @@ Each carries the id of its run. Checkpoints of another run are moved aside befor
 
 import contextlib
 import errno
-import glob
 import os
 import re
 import socket
@@ -18,6 +17,7 @@ import tempfile
 import time
 import uuid
 import zlib
+from pathlib import Path
 
 from nanofit import checkpoint
 from nanofit.checkpoint import LAST, NAME, PREVIOUS, SaveError
@@ -127,9 +127,9 @@ class RunFolder:
             lock.flush()
         for name in ("ckpt*.pt", "auto_fit.json", "sample.txt", "report.html"):
             # A run that is killed while it writes leaves a part.
-            for part in glob.glob(os.path.join(glob.escape(self.out_dir), f"{name}.*.part")):
+            for part in Path(self.out_dir).glob(f"{name}.*.part"):
                 with contextlib.suppress(OSError):
-                    os.remove(part)
+                    part.unlink()
 
     def release(self):
         """Let another run have the folder. When a process ends, that happens by itself."""
@@ -153,7 +153,7 @@ class RunFolder:
         """{name: content, None if it can't be read} of the checkpoints here that belong to another run."""
         if self._alone:
             return {}
-        names = [LAST, PREVIOUS, NAME, *map(os.path.basename, checkpoint.numbered(self.out_dir).values())]
+        names = [LAST, PREVIOUS, NAME, *(path.name for path in checkpoint.numbered(self.out_dir).values())]
         held = {n: checkpoint.peek(self.path(n)) for n in names if os.path.lexists(self.path(n))}
         return {name: saved for name, saved in held.items() if saved is None or run_id_of(saved) != self.run_id}
 

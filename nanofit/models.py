@@ -51,8 +51,7 @@ def own_fields(config_class, but=()):
     try:
         hints = typing.get_type_hints(config_class)
     except (NameError, TypeError):  # a name imported under TYPE_CHECKING; config_class is a function
-        plain = {kind.__name__: kind for kind in KEY_TYPES}
-        hints = {name: plain.get(hint, hint) for name, hint in getattr(config_class, "__annotations__", {}).items()}
+        hints = {}  # the types of the defaults tell
     own = {}
     for name, parameter in fields(config_class).items():
         if name in (*SIZES, *but) or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -165,8 +164,6 @@ def load_weights(model, saved, where):
             warnings.simplefilter("ignore", UserWarning)  # for each weight without memory, which stays so
             # A module may keep its extra state as it gets it: that must not be mapped from the checkpoint's file.
             own = {name: copy.deepcopy(value) for name, value in weights.items() if name.endswith("_extra_state")}
-            if all(name.startswith("module.") for name in model.state_dict()):  # its own name, not DDP's
-                weights = {f"module.{name.removeprefix('module.')}": value for name, value in weights.items()}
             model.load_state_dict({**weights, **own})
     except Exception as e:  # torch lists everything that differs, one line each: the first is enough
         if is_out_of_memory(e):

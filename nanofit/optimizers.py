@@ -82,7 +82,8 @@ def make_optimizer(model, kind, weight_decay, learning_rate, betas, device, name
         group[SHARE] = rate / learning_rate if differ else 1.0
     if kind == "float32":
         return optimizer
-    if not _is_plain_adamw(optimizer):
+    changed = any(group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups)
+    if type(optimizer) is not torch.optim.AdamW or changed:
         own = type(optimizer).__name__
         print(f"optimizer_state={kind!r} is for plain AdamW: the optimizer here ({own}) is used as it is")
         return optimizer
@@ -90,11 +91,6 @@ def make_optimizer(model, kind, weight_decay, learning_rate, betas, device, name
     dropped = (*IMPLEMENTATION, "amsgrad", "maximize", "differentiable")
     groups = [{k: v for k, v in group.items() if k not in dropped} for group in optimizer.param_groups]
     return (_eight_bit if kind == "8bit" else OffloadedAdamW)(groups, lr=learning_rate, betas=betas)
-
-
-def _is_plain_adamw(optimizer):
-    is_adamw = type(optimizer) is torch.optim.AdamW
-    return is_adamw and not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
 
 
 def set_learning_rate(optimizer, lr):

@@ -68,9 +68,7 @@ def check(config, world):
     at_least(1, config, "eval_interval", "eval_iters", "log_interval")
     at_least(0, config, "max_iters", "warmup_iters", "grad_clip", "weight_decay", "learning_rate", "min_lr")
     at_least(0, config, "memory_limit_gb", "compile_min_sms", "beta1", "beta2", "loss_chunk_mb")
-    at_least(0, config, "save_minutes", "keep", "patience")
-    if not 0 < config["wait_minutes"] <= 60 * 24 * 365:
-        raise UsageError(f"wait_minutes must be above 0 and at most a year, not {config['wait_minutes']}")
+    at_least(0, config, "save_minutes", "keep", "patience", "wait_minutes")
     for key in ("beta1", "beta2"):
         if not config[key] < 1:
             raise UsageError(f"{key} must be below 1, not {config[key]}")
@@ -141,7 +139,7 @@ def without_effect(config, given, config_class, ranks):
     return told
 
 
-def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num=0, meta=None):
+def opening_lines(config, given, device, dtype, model_args, tokens_per_iter, iter_num, meta):
     """The first lines of a run: device, precision, tokens per iteration, and whether there is anything to do.
 
     iter_num: the first iteration. meta: the data set's meta.pkl, or None.

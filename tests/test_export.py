@@ -183,7 +183,7 @@ class Untied(GPT):
 
 def export_model(model):
     pytest.importorskip("transformers")
-    return huggingface.export(model, {}, "hf", title="x", data_dir="data/markov", keep_padding=False)
+    return huggingface.export(model, {"config": {}}, "hf", title="x", data_dir="data/markov", keep_padding=False)
 
 
 def test_what_transformers_can_not_express_is_said_and_not_written():

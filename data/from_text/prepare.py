@@ -20,6 +20,8 @@ sys.path.insert(0, os.path.dirname(folder))
 import corpus  # noqa: E402
 from corpus import UsageError, usage_errors  # noqa: E402
 
+from nanofit.host import processors  # noqa: E402
+
 PIECE = 2**16  # characters read at a time; several pieces are tokenised at once
 ENOUGH_FOR_GPT2 = 10_000_000  # tokens
 
@@ -32,11 +34,10 @@ def text_files(path, out):
         what = "is neither a folder nor a file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"{path} {what}: give a folder of text files")
     found = []
-    with usage_errors(OSError, prefix=f"{path} can't be read: "):
-        for parent, folders, names in os.walk(path, onerror=_raise):
-            own = corpus.FILES if os.path.realpath(parent) == os.path.realpath(out) else ()
-            folders[:] = [f for f in folders if not f.startswith(".") and not f.endswith(".part")]
-            found += [os.path.join(parent, n) for n in names if not n.startswith(".") and n not in own]
+    for parent, folders, names in os.walk(path, onerror=_raise):
+        own = corpus.FILES if os.path.realpath(parent) == os.path.realpath(out) else ()
+        folders[:] = [f for f in folders if not f.startswith(".") and not f.endswith(".part")]
+        found += [os.path.join(parent, n) for n in names if not n.startswith(".") and n not in own]
     return corpus.each_once(filter(os.path.isfile, found))
 
 
@@ -132,11 +133,11 @@ def main():
                     documents.add(encode(text if not ends or text.endswith("\n") else text + separator), ends)
             else:
                 made.keep_tokenizer(tokenizer)
-                for ids, ends in corpus.tokenised(made, tokenizer, texts, os.cpu_count()):
+                for ids, ends in corpus.tokenised(made, tokenizer, texts, processors()):
                     documents.add(ids, ends)
         documents.split_by_tokens()
     if min(made.tokens.values()) > 1:
-        corpus.say(f"to train on it: {train_command(made, name, args.characters)}")
+        print(f"to train on it: {train_command(made, name, args.characters)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ sys.path.insert(0, os.path.dirname(folder))
 import corpus  # noqa: E402
 from corpus import UsageError, first_line, usage_errors  # noqa: E402
 
+from nanofit.host import processors  # noqa: E402
+
 EXPECTED = "expected a JSON object on each line, or one list of them"
 ROWS = 64  # of a parquet file, read at a time
 
@@ -205,7 +207,7 @@ def main():
     parser.add_argument(
         "--num_proc",
         type=corpus.whole_number,
-        default=max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // 2),
+        default=max(1, processors() // 2),
         help="threads that tokenise, processes that fetch (default here: %(default)s, half of the processors)",
     )
     args = parser.parse_args()

@@ -39,7 +39,7 @@ def main():
     files = standard_library()
     if not files:
         raise corpus.UsageError("this Python has no .py files of its standard library on disk: use another Python")
-    corpus.say(f"{len(files):,} files of the standard library of Python {sys.version.split()[0]}")
+    print(f"{len(files):,} files of the standard library of Python {sys.version.split()[0]}")
     with corpus.DataSet(folder, args.force) as made:
         corpus.write_characters(made, "".join(map(ascii_text, files)))
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -174,8 +173,6 @@ def export(model, saved, folder, title, data_dir, keep_padding):
     for GPT-2's BPE. Returns the largest difference of a logit. It takes the memory of three models. Raises UsageError
     if transformers' GPT-2 can't express the model.
     """
-    if sys.flags.optimize > 1:
-        raise UsageError("transformers needs its docstrings, which python -OO leaves out: use python, or python -O")
     with usage_errors(ImportError, prefix="Hugging Face folders need transformers: pip install transformers. "):
         import transformers
     from safetensors import SafetensorError
@@ -213,7 +210,7 @@ def compare(model, theirs):
 
 def model_card(model, saved, title, prompt):
     """The folder's README.md: how to use the model, and the figures of the run."""
-    c, config, loss = model.config, saved.get("config", {}), float(saved.get("best_val_loss", 1e9))
+    c, config, loss = model.config, saved["config"], saved.get("best_val_loss", 1e9)
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "layers, heads, width": f"{c.n_layer}, {c.n_head}, {c.n_embd}",

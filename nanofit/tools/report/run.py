@@ -119,8 +119,7 @@ def date_of(seconds):
 def labels_of(folders):
     """A short name for each folder, all different."""
     short = [os.path.basename(os.path.normpath(os.path.abspath(folder))) for folder in folders]
-    names = [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
-    return [name.encode(errors="replace").decode() for name in names]  # a name may not be UTF-8
+    return [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
 
 
 def smoothed(values):
