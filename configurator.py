@@ -19,6 +19,7 @@ import glob
 import os
 import symtable
 import sys
+import time
 import traceback
 
 if __name__ != "configurator":  # run by exec, by a script that may lie in another folder
@@ -80,11 +81,11 @@ def _nearest(word, words, cutoff=0.6):
 
 
 def _run_config_file(path, namespace):
-    """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT."""
+    """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT, where time is one of them."""
     if not os.path.exists(path):
         near = _nearest(path, [file for file in glob.glob("config/*.py") + glob.glob("*.py") if file not in SCRIPTS])
         raise UsageError(f"config file '{path}' does not exist{near and '; '}{near} (a key is set by --key=value)")
-    after = dict(namespace)
+    after = {"time": time, **namespace}
     try:
         with open(path, "rb") as f:
             text = f.read()  # bytes: Python finds the encoding of a source by itself

@@ -25,7 +25,7 @@ def configured(*argv, more=None, **keys):
 
 def test_the_later_wins_whichever_kind_it_is(tmp_path):
     (tmp_path / "a.py").write_text(
-        "batch_size = 5 * 8\nimport time\nout_dir = 'a' + str(time.time())[:0]\ncompile = True"
+        "batch_size = 5 * 8\nout_dir = 'a' + str(time.time())[:0]\ncompile = True"
     )
     names, given = configured("--batch_size=1", "a.py")
     assert (names["batch_size"], names["out_dir"]) == (40, "a")
