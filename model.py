@@ -202,7 +202,7 @@ class GPT(nn.Module):
         if cache:
             cache.seen += T
         if targets is None:
-            return self.lm_head(x[:, [-1], :]), None  # (B, 1, V)
+            return self.lm_head(x[:, -1:]), None  # (B, 1, V)
         if not return_logits:
             return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk_mb * 2**20)
         logits = self.lm_head(x)  # (B, T, V)
@@ -292,7 +292,7 @@ class GPT(nn.Module):
             logits, _ = self(idx[:, cache.seen :], cache=cache) if fits else self(idx[:, -block_size:])
             logits = logits[:, -1, :] / temperature  # (B, V)
             if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, float("-inf"))
             drawn = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)  # (B, 1)
             idx = torch.cat((idx, drawn), dim=1)

@@ -65,3 +65,18 @@ def test_a_graph_that_cannot_be_captured_is_not_used(device, monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "graph", fails)
     assert tokens(device, 5, 8) == tokens(device, 5, 8, graphed=False)
     assert "without a CUDA graph (operation not permitted" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_drawing_a_token_never_waits_for_the_gpu():
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)).eval().to("cuda")
+    by, prompt = Graphed(model), torch.zeros((1, 5), dtype=torch.long, device="cuda")
+    GPT.generate(by, prompt, 2, 0.9, 20)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        GPT.generate(model, prompt, 5, 0.9, 20)
+        model(by.token, cache=by.fixed)  # what is captured, where waiting is an error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
