@@ -45,7 +45,7 @@ def keys_of(namespace):
 
 
 def coerce(key, value, kind, default, source, text=None):
-    """value as a kind (bool, int, float or str) if nothing is lost by that; else a UsageError.
+    """value as a kind (bool, int, float, str; list for a model's field) if nothing is lost by that; else a UsageError.
 
     default and source (where the value comes from) are for the message. text: the value as typed, which a str key
     takes as it is. Numbers of numpy and torch become Python's, which a checkpoint can hold.
@@ -70,7 +70,10 @@ def coerce(key, value, kind, default, source, text=None):
         return float(value)
     if kind is bool and shown(value, str).lower() in ("true", "false", "1", "0"):
         return str(value).lower() in ("true", "1")
-    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string in quotes"}[kind]
+    if kind is list and type(value) is tuple:
+        return list(value)
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string in quotes"}
+    expected = expected.get(kind, "a list")
     raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {shown(value)}")
 
 
@@ -81,7 +84,7 @@ def _nearest(word, words, cutoff=0.6):
 
 
 def _run_config_file(path, namespace):
-    """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT, where time is one of them."""
+    """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT, and time, as there."""
     if not os.path.exists(path):
         near = _nearest(path, [file for file in glob.glob("config/*.py") + glob.glob("*.py") if file not in SCRIPTS])
         raise UsageError(f"config file '{path}' does not exist{near and '; '}{near} (a key is set by --key=value)")

@@ -60,7 +60,8 @@ def own_fields(config_class, but=()):
         # `int | None = None` stands for an int that the config computes by itself.
         hint = hints.get(name)
         of_hint = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
-        kinds = [k for k in (*of_hint, type(default)) if k in KEY_TYPES]
+        of_hint = [typing.get_origin(kind) or kind for kind in of_hint]  # list[int] is a list
+        kinds = [k for k in (*of_hint, type(default)) if k in (*KEY_TYPES, list)]
         if kinds and (default is None or type(default) in KEY_TYPES):
             own[name] = float if {int, float} <= set(kinds) else kinds[0], default
     return own

@@ -24,9 +24,7 @@ def configured(*argv, more=None, **keys):
 
 
 def test_the_later_wins_whichever_kind_it_is(tmp_path):
-    (tmp_path / "a.py").write_text(
-        "batch_size = 5 * 8\nout_dir = 'a' + str(time.time())[:0]\ncompile = True"
-    )
+    (tmp_path / "a.py").write_text("batch_size = 5 * 8\nout_dir = 'a' + str(time.time())[:0]\ncompile = True")
     names, given = configured("--batch_size=1", "a.py")
     assert (names["batch_size"], names["out_dir"]) == (40, "a")
     assert given == {"batch_size", "out_dir", "compile"}, "which was True before, too"
@@ -168,7 +166,7 @@ def test_nanogpts_way_by_exec(workplace, folder):
     assert wrong.stderr == "error: use.py has no key 'c': --help lists the keys\n"
 
 
-MORE = {"n_kv_head": (int, None), "rotary": (bool, False)}  # fields that a fork's GPTConfig has
+MORE = {"n_kv_head": (int, None), "rotary": (bool, False), "exits": (list, None)}  # fields that a fork's GPTConfig has
 
 
 def test_a_field_of_the_models_own_is_a_key_that_may_have_no_value(tmp_path):
@@ -179,3 +177,6 @@ def test_a_field_of_the_models_own_is_a_key_that_may_have_no_value(tmp_path):
         names, given = configured(*argv, more=MORE)
         assert (names["n_kv_head"], names["rotary"], given) == (value, True, {"n_kv_head", "rotary"})
     assert configure(script(), ["--n_kv_head=3"], MORE)[0]["n_kv_head"] == 3, "it is among the keys that come back"
+    assert [configured(f"--exits={text}", more=MORE)[0]["exits"] for text in ("[2, 4]", "2,4")] == [[2, 4]] * 2
+    with pytest.raises(UsageError, match="exits must be a list"):
+        configured("--exits=2", more=MORE)

@@ -161,7 +161,7 @@ class Annotated:
 
 
 def test_fields_become_keys_where_a_key_can_set_them():
-    assert models.own_fields(Config) == {"noise": (float, 0.1), "window": (int, None)}
+    assert models.own_fields(Config) == {"noise": (float, 0.1), "window": (int, None), "exits": (list, None)}
     kinds = {name: kind for name, (kind, _) in models.own_fields(Annotated).items()}
     assert kinds == {"rope_theta": float, "seen": int}
     assert models.config_of(Config, {"n_layer": 2, "noise": 0.2}) == Config(noise=0.2)
