@@ -37,14 +37,28 @@ def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None,
     return {part: size / GIB for part, size in step_memory(model, GPTConfig, job, levers).items()}
 
 
-def test_frozen_weights_have_no_gradients():
-    def weights_and_gradients(kind):
-        job = Job({}, {**tiny.SIZES, "kind": kind}, "cpu", "float32", 1.0, micro_batch_size=2, micro_steps=2)
-        parts = step_memory(tiny.GPT, tiny.GPTConfig, job, tiny.PLAIN)
-        return parts["weights"], parts["gradients"]
+def brought(kind="plain", model=tiny.GPT):
+    """Bytes by part for a step of a model that people bring."""
+    job = Job({}, {**tiny.SIZES, "kind": kind}, "cpu", "float32", 1.0, micro_batch_size=2, micro_steps=2)
+    return step_memory(model, tiny.GPTConfig, job, tiny.PLAIN)
 
-    weights, gradients = weights_and_gradients("frozen")
-    assert gradients < weights == weights_and_gradients("plain")[0]
+
+def test_frozen_weights_have_no_gradients():
+    frozen = brought("frozen")
+    assert frozen["gradients"] < frozen["weights"] == brought()["weights"]
+
+
+class Telling(tiny.GPT):
+    """It keeps its loss as a number."""
+
+    def forward(self, idx, targets=None):
+        logits, loss = super().forward(idx, targets)
+        self.told = loss.item() + float(logits.detach().mean())
+        return logits, loss
+
+
+def test_a_model_that_reads_its_loss_takes_what_it_takes_without():
+    assert brought(model=Telling) == brought()
 
 
 @pytest.mark.proof

@@ -32,16 +32,22 @@ KINDS = ("Parameter", "Gradient", "Optstate")  # MemTracker's names
 # each 256 elements.
 STATE_SHARES = {"float32": 1.0, "8bit": 65 / 256, "offload": 0.0}
 STATE = "optimizer state"
+READS = (torch.Tensor.item, torch.Tensor.__float__)
 HOOKS_OF_GRADIENTS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
 PARTS = ("weights", "gradients", STATE, "activations", "loss and backward")
 
 
-class DropoutAsOnGpus(TorchFunctionMode):
-    """Dropout with a GPU's memory: a mask of bytes, where a CPU stores floats; for attention, only a seed."""
+class AsOnGpus(TorchFunctionMode):
+    """Dropout with a GPU's memory: a mask of bytes, where a CPU stores floats; for attention, only a seed.
+
+    A number that a model or an optimizer reads, as for a statistic, is 1. Reading a count or a condition still raises.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in HOOKS_OF_GRADIENTS and not args[0].requires_grad:
             return RemovableHandle(OrderedDict())  # MemTracker asks for those of frozen weights, too: there are none
+        if func in READS and args[0].is_floating_point():
+            return 1.0
         if func is F.dropout:
             given = {**dict(zip(("input", "p", "training"), args, strict=False)), **(kwargs or {})}
             if given.get("p", 0.5) > 0 and given.get("training", True):
@@ -120,7 +126,7 @@ def step_memory(model_class, config_class, job, levers):
         before_loss = {}
         for block in models.blocks_of(model)[-1:]:
             block.register_forward_hook(lambda *_: before_loss.update(_snapshot(tracker, "current")))
-        with tracker, DropoutAsOnGpus(), TiedGradientsInPlace(model):
+        with tracker, AsOnGpus(), TiedGradientsInPlace(model):
             # Before the step that counts: AdamW's state, and gradients, which exist from the second micro-step on.
             for p in (p for p in model.parameters() if p.requires_grad):
                 p.grad = torch.zeros_like(p)
