@@ -204,7 +204,7 @@ with torch.no_grad(), machine.autocast(device, dtype, keep_weights=True):
         model, failure = try_compile(model, lambda compiled: compiled(trial), device, dynamic=True)
         if failure:
             print(f"compile failed, sampling goes on without it ({failure})")
-    elif device.type == "cuda" and models.offers(model, "cache"):
+    elif device.type == "cuda" and is_ours and models.offers(model, "cache"):
         model = Graphed(model)
     for line in lines_of_standard_input() if start == "-" else [start]:
         if line:
