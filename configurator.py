@@ -85,6 +85,8 @@ def _nearest(word, words, cutoff=0.6):
 
 def _run_config_file(path, namespace):
     """{name: value} that a config file assigns. It sees the script's names, as in nanoGPT, and time, as there."""
+    if os.path.isdir(path):
+        raise UsageError(f"'{path}' is a folder, not a config file: to name a run's folder, write --out_dir={path}")
     if not os.path.exists(path):
         near = _nearest(path, [file for file in glob.glob("config/*.py") + glob.glob("*.py") if file not in SCRIPTS])
         raise UsageError(f"config file '{path}' does not exist{near and '; '}{near} (a key is set by --key=value)")

@@ -59,7 +59,7 @@ if start.startswith("FILE:"):
     with usage_errors(OSError, ValueError, prefix="the prompt can't be read: "):
         start = Path(start[5:]).read_text(encoding="utf-8-sig")
 if not start:
-    raise UsageError("start is empty: a sample goes on from at least one token, for example --start='\\n'")
+    raise UsageError("start is empty: a sample goes on from at least one token, for example --start=The")
 
 # ---- the model and its tokenizer ---------------------------------------------------------------------------
 torch.manual_seed(seed)

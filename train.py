@@ -15,7 +15,7 @@ import sys
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 import nanofit
 
-nanofit.start(ctrl_c_ends_at_once=True)
+nanofit.start(ctrl_c_ends_at_once=True)  # until StopSignals listens: then it saves
 import torch
 
 from configurator import configure, keys_of
@@ -119,7 +119,7 @@ meta = load_meta(data_dir)
 model_args = models.sizes_of(init_from, config, origin, meta, own_fields)
 trained_with = model_args["block_size"]
 block_size = model_args["block_size"] = settings.cropped_to(config, given, trained_with)
-models.config_of(GPTConfig, {**model_args, "block_size": trained_with})
+models.config_of(GPTConfig, {**model_args, "block_size": trained_with})  # raises if no model can have these sizes
 iter_num = saved["iter_num"] if saved else 0
 if not gpu:
     device = world.init(backend, device, wait_minutes, settings.shared(config))
@@ -143,7 +143,7 @@ if not dry_run:  # which needs no data and writes nothing
 # ---- fit the device, before weights take its memory --------------------------------------------------------
 plan = autofit.choose(world, device, config, given, model_args, (GPT, GPTConfig), iter_num, saved)
 if dry_run:
-    world.leave()
+    world.leave()  # ends the process
 machine.set_device(device, plan.limit_bytes)
 levers = plan.levers.within(plan.limit_bytes or machine.total_memory_bytes(device), device.type)
 
@@ -181,10 +181,10 @@ machine.empty_cache(device)
 signals = StopSignals()
 recovery = Recovery(world, device, batches, model, scaler, run.stop, run.note_smaller)
 watch = Watch("the gradient's norm", run.way_on, scaled=scaler.is_enabled())
-for attempt in recovery.attempts():
+for attempt in recovery.attempts():  # one, unless memory runs out: then again, and then with smaller micro-batches
     with attempt:
         allocate_state(optimizer)
-run.rehearse()
+run.rehearse()  # tells now if a checkpoint could not be saved later
 if plan.compile and settings.anything_left(config, iter_num):
     for attempt in recovery.attempts():
         with attempt:
@@ -224,10 +224,10 @@ with signals.listening():
                     continue  # the beginning of the loop stops the run
                 losses = mean_losses(own, world)
                 metrics.evaluated(it, lr, losses, **more_figures(raw_model, at_evaluation, world))
-                if eval_only or run.evaluated(losses["val"], always_save_checkpoint):
+                if eval_only or run.evaluated(losses["val"], always_save_checkpoint):  # saves; true if patience is over
                     break
 
-        for attempt in recovery.attempts():  # again, and then smaller, if memory runs out
+        for attempt in recovery.attempts():
             with attempt:
                 loss = accumulate(model, scaler, batches, autocast, own_gradients)  # forward and backward passes
                 norm = clip(model, optimizer, scaler, grad_clip)

@@ -32,9 +32,9 @@ def micro_batch_sizes(batch_size, per_iter):
 
 
 def duration(seconds):
-    """Seconds for people: '40 s', '3.3 min', '17.5 h', '4.0 days'."""
+    """Seconds for people: '40 s', '3.3 min', '17.5 h', '4.0 days', '28,992 days'."""
     if abs(seconds) >= 86400:
-        return f"{seconds / 86400:.1f} days"
+        return f"{seconds / 86400:{'.1f' if abs(seconds) < 100 * 86400 else ',.0f'}} days"
     if abs(seconds) >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if abs(seconds) >= 60 else f"{seconds:.0f} s"

@@ -64,6 +64,7 @@ def test_types_bend_where_nothing_is_lost(argument, key, value):
         ("--out-dir", "write --out_dir=value"),
         ("-compile", "'-compile' is neither .* write --compile=True"),
         ("batch_size=3", "'batch_size=3' is neither a config file nor --key=value: write --batch_size=3"),
+        (".", "'.' is a folder, not a config file: to name a run's folder, write --out_dir=."),
         ("nowhere.py", "config file 'nowhere.py' does not exist"),
     ],
 )

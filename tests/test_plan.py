@@ -62,7 +62,8 @@ def test_the_effective_batch_is_exact(batch_size, per_rank, world_size, data):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1.0 min"), (63_000, "17.5 h"), (-90, "-1.5 min")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (60, "1.0 min"), (63_000, "17.5 h"), (-90, "-1.5 min"), (2.5e9, "28,935 days")],
 )
 def test_durations_for_people(seconds, text):
     assert duration(seconds) == text

@@ -38,9 +38,11 @@ def time_of(job, sequences, card, device):
         peak = machine.peak_flops(device, job.dtype)[0]
     else:
         card = card or cards.of_driver(machine.device_name(device))
+        card = card if card and card.tflops else None
         peak = card.tflops * 1e12 if card and job.dtype != "float32" else 0.0
     if not (flops and peak):
-        return "; how long they take isn't known without a card's name, in float32, or without the model's estimate_mfu"
+        lacking = "without the model's estimate_mfu" if not flops else "in float32" if card else "without a card's name"
+        return f"; how long they take isn't known {lacking}"
     low, high, measured = SHARES[kind]
     flops *= 4 / 3 if job.levers.recompute else 1
     fast, slow = (duration(flops / peak / share) for share in (high, low))

@@ -49,7 +49,7 @@ def look(train, argv):
         return names.get("config", {}), {"run": Verdict(STOP, str(e))}
     run = SimpleNamespace(**names)
     told = [line for line in printed.getvalue().splitlines() if not line.startswith(("Overriding", "  "))]  # not keys
-    told += [f"goes on at iteration {run.iter_num:,}" if run.saved else "begins anew"]
+    told += [f"goes on at iteration {run.iter_num:,}" if run.saved else "a new run"]
     found = {"run": Verdict(WARNING if any(line.startswith("warning") for line in told) else OK, "\n".join(told))}
     for name, step in STEPS.items():
         try:
