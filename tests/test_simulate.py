@@ -28,7 +28,7 @@ RECOMPUTE = {"recompute": True}
 
 def take(name="gpt2", micro_batch_size=1, model=GPT, micro_steps=2, levers=None, ranks=1, **sizes):
     """GiB by part for a step of a GPT-2 in bfloat16. levers: fields of MemoryLevers."""
-    shape = dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False, **{**GPT2_SIZES[name], **sizes})
+    shape = {**dict(block_size=1024, vocab_size=50304, dropout=0.0, bias=False), **GPT2_SIZES[name], **sizes}
     job = Job(
         source={}, model_args=shape, device="cuda", dtype="bfloat16", grad_clip=1.0,
         micro_batch_size=micro_batch_size, micro_steps=micro_steps, ranks=ranks,
@@ -41,6 +41,12 @@ def brought(kind="plain", model=tiny.GPT):
     """Bytes by part for a step of a model that people bring."""
     job = Job({}, {**tiny.SIZES, "kind": kind}, "cpu", "float32", 1.0, micro_batch_size=2, micro_steps=2)
     return step_memory(model, tiny.GPTConfig, job, tiny.PLAIN)
+
+
+def test_blocks_that_run_again_drop_out_as_the_first_time():
+    sizes = dict(n_layer=4, n_embd=64, n_head=4, block_size=64, vocab_size=65, dropout=0.2)
+    again, once = (sum(take(levers=levers, micro_batch_size=8, **sizes).values()) for levers in (RECOMPUTE, None))
+    assert again < once
 
 
 def test_frozen_weights_have_no_gradients():

@@ -5,6 +5,7 @@ hold. It takes seconds and no memory, and is within a few percent of what the de
 """
 
 import contextlib
+import functools
 import io
 import warnings
 from collections import OrderedDict
@@ -56,6 +57,17 @@ class AsOnGpus(TorchFunctionMode):
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             args, kwargs = (), {**dict(zip(names, args, strict=False)), **(kwargs or {}), "dropout_p": 0.0}
         return func(*args, **(kwargs or {}))
+
+
+def _in_mode(forward):
+    """A block's forward in a mode of its own: backward() turns the mode around it off, and may run the block again."""
+
+    @functools.wraps(forward)
+    def call(*args, **options):
+        with AsOnGpus():
+            return forward(*args, **options)
+
+    return call
 
 
 class TiedGradientsInPlace(TorchDispatchMode):
@@ -114,6 +126,8 @@ def step_memory(model_class, config_class, job, levers):
     mode = FakeTensorMode()
     model = models.build_fake(model_class, config_class, job.model_args, mode)
     with mode:
+        for block in models.blocks_of(model):
+            block.forward = _in_mode(block.forward)
         models.apply_levers(model, levers)
         optimizer = _optimizer(model, job.optimizer)
         tracker = MemTracker()
