@@ -98,7 +98,10 @@ def test_an_answer_is_kept_and_found_again(workplace):
 @pytest.mark.parametrize("change", [{"device": "GTX"}, {"model": {"n_layer": 2}}, {"new": 1}], ids=str)
 def test_an_answer_for_another_run_is_not_taken(workplace, change):
     remember("out", KEY, FOUND)
-    assert recalled({**KEY, **change}) == (None, "out/auto_fit.json is no answer for this run: looking again")
+    assert recalled({**KEY, **change}) == (
+        None,
+        "out/auto_fit.json was found for other keys or another device: looking again",
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 9999, '{"plan": {}}', '{"key": 3, "plan": 3}'], ids=range(6))

@@ -226,7 +226,7 @@ def recall(out_dir, key, asked, free, sizes):
         levers = replace(asked.levers, **{name: getattr(plan.levers, name) for name in FITTED if name in free})
         split = dict(batch_size=asked.batch_size, gradient_accumulation_steps=asked.gradient_accumulation_steps)
         return replace(plan, **split, levers=levers, compile=plan.compile and asked.compile), ""
-    return None, f"{path} is no answer for this run: looking again" if "plan" in kept else ""
+    return None, f"{path} was found for other keys or another device: looking again" if "plan" in kept else ""
 
 
 def remember(out_dir, key, plan):
