@@ -30,6 +30,8 @@ def _missing(folder):
     prepare = os.path.join(folder, "prepare.py")
     if os.path.exists(prepare):
         return f"run: python {prepare}"
+    if not os.path.isdir("data"):
+        return f"there is no folder data in {os.getcwd()}: start beside it"
     there = [os.path.basename(os.path.dirname(path)) for path in sorted(glob.glob("data/*/val.bin"))]
     near = difflib.get_close_matches(os.path.basename(folder), there, n=1)
     return f"did you mean --dataset={near[0]}?" if near else f"there is no {prepare} that could make it"

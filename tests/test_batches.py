@@ -99,6 +99,13 @@ def test_missing_data_names_what_to_run_or_what_was_meant(tmp_path):
             stream(folder)
 
 
+def test_a_start_in_another_folder_is_told(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="does not exist: there is no folder data in .*elsewhere: start beside it"):
+        stream("data/markov")
+
+
 def write_ids(folder, kind, ids):
     for split in ("train", "val"):
         np.asarray(ids, kind).tofile(folder / f"{split}.bin")
