@@ -3,11 +3,14 @@
 Importing has no effects. Each script calls start() first, which has them all.
 """
 
+import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
 import signal
 import sys
+from pathlib import Path
 
 from nanofit.errors import mend_standard_streams, show_errors_as_sentences
 
@@ -26,6 +29,10 @@ def start(ctrl_c_ends_at_once=False):
     _prefer_expandable_segments()
     # Keep compiled steps whole for the next start. torch leaves out those with an autograd.Function, as in model.py.
     os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+    # The cache's key has a custom operator's name, and not what its backward pass computes: so it has model.py as well.
+    with contextlib.suppress(OSError):
+        source = Path(__file__).parents[1].joinpath("model.py").read_bytes()
+        os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", hashlib.sha256(source).hexdigest())
     # An ignored SIGINT stays ignored, as in a shell's background. In an interactive Python, Ctrl-C keeps its meaning.
     interactive = sys.flags.interactive or hasattr(sys, "ps1")
     if ctrl_c_ends_at_once and not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

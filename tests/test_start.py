@@ -3,8 +3,10 @@
 import ast
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
@@ -69,6 +71,51 @@ def test_modules_in_a_notebook_change_nothing_of_it(workplace):
     variables = {k: v for k, v in environment().items() if k not in ALLOCATOR_VARIABLES}
     done = subprocess.run([sys.executable, "-c", EMBEDDED], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
+
+
+OF_AN_OPERATOR = """
+import torch
+
+@torch.library.custom_op("own::scaled", mutates_args=())
+def scaled(x: torch.Tensor) -> torch.Tensor:
+    return 2.0 * x
+
+scaled.register_fake(torch.empty_like)
+scaled.register_autograd(lambda ctx, grad: 2.0 * grad)
+
+class Same(torch.autograd.Function):  # as in model.py
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
+
+def forward(x):
+    return Same.apply(scaled(1.0 + x))
+"""
+COMPILED = """
+import nanofit
+
+nanofit.start()
+import torch
+import model
+
+x = torch.zeros(8, requires_grad=True)
+torch.compile(model.forward)(x).sum().backward()
+print(x.grad[0].item())
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_from_the_cache_is_the_one_that_model_py_has_now(workplace):
+    shutil.copytree(ROOT / "nanofit", "nanofit")
+    variables = environment(TORCHINDUCTOR_CACHE_DIR=str(workplace / "cache"), PYTHONPATH=str(workplace))
+    for source in (OF_AN_OPERATOR, OF_AN_OPERATOR.replace("2.0 * grad", "5.0 * grad")):
+        Path("model.py").write_text(source)
+        done = subprocess.run([sys.executable, "-Bc", COMPILED], capture_output=True, text=True, env=variables)
+        assert done.stdout == source.partition("grad: ")[2][:3] + "\n", done.stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "export.py", "report.py", "doctor.py"])
