@@ -146,6 +146,12 @@ def test_what_would_stop_a_run_in_train_pys_own_words(no_plan, argv, stopped_by,
     assert says in told["checks"][stopped_by]["says"]
 
 
+def test_what_a_patched_train_py_raises_would_stop_the_run():
+    Path("train.py").write_text("learning_rate = 1.0\nimport nowhere\n")
+    _, found = run.look("train.py", [])
+    assert found == {"run": Verdict(STOP, "train.py, line 2: ModuleNotFoundError: No module named 'nowhere'")}
+
+
 def test_what_train_py_prints_itself_is_told(no_plan, hugging_face_gpt2):
     told = doctor(*SMALL, f"--init_from={hugging_face_gpt2[0]}", "--decay_lr=False")["checks"]["run"]
     assert told["level"] == WARNING

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from nanofit import autofit, metrics
-from nanofit.errors import UsageError
+from nanofit.errors import UsageError, reason
 from nanofit.folder import LOCK, RunFolder
 from nanofit.tools.doctor.checks import OK, STOP, WARNING, Verdict
 from nanofit.units import gib
@@ -45,8 +46,11 @@ def look(train, argv):
             contextlib.suppress(_Enough),
         ):
             exec(compile(Path(train).read_bytes(), train, "exec"), names)
-    except (UsageError, OSError) as e:
-        return names.get("config", {}), {"run": Verdict(STOP, str(e))}
+    except Exception as e:  # the user's own model.py or train.py may raise anything
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        is_told = isinstance(e, (UsageError, OSError))
+        says = str(e) if is_told else f"{os.path.basename(at.filename)}, line {at.lineno}: {reason(e)}"
+        return names.get("config", {}), {"run": Verdict(STOP, says)}
     run = SimpleNamespace(**names)
     told = [line for line in printed.getvalue().splitlines() if not line.startswith(("Overriding", "  "))]  # not keys
     told += [f"goes on at iteration {run.iter_num:,}" if run.saved else "a new run"]
