@@ -30,7 +30,7 @@ def accumulate(model, scaler, batches, autocast, gradients=None):
             share = loss / micro_steps if micro_steps > 1 else loss
             batches.advance()  # the GPU is still busy with the forward pass
             if step == micro_steps - 1:
-                gradients.last()
+                gradients.last()  # from here on, several ranks may exchange what is complete
             scaler.scale(share).backward()
             figure = _figure(loss) / micro_steps
             total = figure if total is None else total + figure
@@ -66,7 +66,7 @@ def update(optimizer, scaler, norm):
     """Update the weights, and drop the gradients. If norm isn't finite, the weights stay as they are."""
     if scaler.is_enabled():
         scaler.step(optimizer)
-    elif leaves_out_by_tensor(optimizer):
+    elif leaves_out_by_tensor(optimizer):  # so the CPU needn't wait for the norm
         optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         optimizer.step()
         del optimizer.found_inf
@@ -101,7 +101,7 @@ def evaluate(model, batches, eval_iters, autocast, world=ALONE, check=lambda: No
                     check()
                 with autocast:
                     found.append(sum(_figure(loss_of(model, x, y)) for x, y in pieces) / len(pieces))
-            found = found[:share]
+            found = found[:share]  # a sharded rank may have got a batch twice, to keep pace with the others
             losses[split] = torch.stack(found).cpu().double() if found else torch.zeros(0, dtype=torch.double)
     finally:
         model.train()
