@@ -1,5 +1,6 @@
 """Text to token ids and back, by the tokenizer that lies beside a data set or a model; without one, GPT-2's BPE."""
 
+import codecs
 import math
 import os
 import pickle
@@ -39,6 +40,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
             return np.dtype
+        if (module, name) == ("_codecs", "encode"):  # protocol 2 writes a number's bytes by it
+            return codecs.encode
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
             return np.int64(0).__reduce__()[0]  # the same function, under the name that this numpy has for it
         return _stand_in(module, name)

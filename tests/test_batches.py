@@ -164,14 +164,15 @@ class Tokenizer:
         return (open, ("ran", "w"))
 
 
-def write_meta(folder, **meta):
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+def write_meta(folder, protocol=None, **meta):
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
     return str(folder)
 
 
 def test_training_needs_vocab_size_alone_whatever_else_there_is(tmp_path):
-    for vocab_size in (65, np.int64(65), np.uint16(65)):
-        meta = load_meta(write_meta(tmp_path, vocab_size=vocab_size, tokenizer=Tokenizer(), table=np.arange(3)))
+    for vocab_size, protocol in ((65, None), (np.int64(65), 2), (np.uint16(65), None)):
+        more = dict(tokenizer=Tokenizer(), table=np.arange(3))
+        meta = load_meta(write_meta(tmp_path, protocol, vocab_size=vocab_size, **more))
         assert type(meta["vocab_size"]) is int
         assert meta["vocab_size"] == 65
     assert not os.path.exists("ran")
