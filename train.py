@@ -14,13 +14,15 @@ import sys
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 import nanofit
+from nanofit import autofit
 
 nanofit.start(ctrl_c_ends_at_once=True)  # until StopSignals listens: then it saves
+trials = autofit.Trials(begins="--auto_fit=True" in sys.argv)  # their process starts while this one imports torch
 import torch
 
 from configurator import configure, keys_of
 from model import GPT, GPTConfig
-from nanofit import autofit, checkpoint, gradients, machine, models, settings, sharding
+from nanofit import checkpoint, gradients, machine, models, settings, sharding
 from nanofit.batches import SAMPLINGS, Batches
 from nanofit.codec import differs, load_meta
 from nanofit.compiling import compiled
@@ -141,7 +143,7 @@ if not dry_run:  # which needs no data and writes nothing
     readers = open_readers(config, folder, iter_num) if world.is_main else []
 
 # ---- fit the device, before weights take its memory --------------------------------------------------------
-plan = autofit.choose(world, device, config, given, model_args, (GPT, GPTConfig), iter_num, saved)
+plan = autofit.choose(trials, world, device, config, given, model_args, (GPT, GPTConfig), iter_num, saved)
 if dry_run:
     world.leave()  # ends the process
 machine.set_device(device, plan.limit_bytes)
@@ -162,8 +164,7 @@ models.apply_levers(model, levers)
 sharding.place(model, world, device, dtype, levers)  # with the weights of rank 0: each rank has drawn its own
 of_group = dict(weight_decay=weight_decay, learning_rate=learning_rate, betas=(beta1, beta2), device=device)
 optimizer = make_optimizer(model, levers.optimizer_state, **of_group, name=config["optimizer"])
-scaler = machine.grad_scaler(device, dtype)
-autocast = machine.autocast(device, dtype)
+scaler, autocast = machine.grad_scaler(device, dtype), machine.autocast(device, dtype)
 per_rank = gradient_accumulation_steps // world.size
 shares = dict(per_iter=per_rank, rank=world.rank, ranks=world.size, micro_batch_size=plan.micro_batch_size)
 state = world.all_gather(torch.get_rng_state())[0]  # where nanoGPT draws its first batch

@@ -86,6 +86,18 @@ def children_of(workplace, *jobs, answers=ANSWERS):
     return [list(dict.fromkeys(pids)).index(pid) for pid in pids]
 
 
+def test_a_child_may_start_before_its_first_job_is_known(child, workplace):
+    child(ANSWERS)
+    with Trials(begins=True) as run:
+        process = run._process
+        assert process.poll() is None
+        run(JOB)
+        assert (workplace / "asked").read_text().split() == [str(process.pid)]
+    with Trials(begins=True) as run:  # and none comes
+        process = run._process
+    assert process.poll() is not None
+
+
 def test_a_child_goes_on_with_other_sizes(child, workplace):
     child(ANSWERS)
     job = replace(JOB, device="cuda")

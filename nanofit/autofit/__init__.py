@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from nanofit.autofit.fit import fit  # the package's own
 from nanofit.autofit.plan import KEPT, as_configured, levers_of, note_smaller, noted_smaller  # noqa: F401
+from nanofit.autofit.trials import Trials  # noqa: F401
 from nanofit.units import FITTED, micro_batch_sizes
 
 
@@ -53,14 +54,16 @@ def no_larger(plan, out_dir, world):
     return replace(plan, micro_batch_size=smaller[0])
 
 
-def choose(world, device, config, given, model_args, classes, iter_num, saved):
+def choose(trials, world, device, config, given, model_args, classes, iter_num, saved):
     """The Plan of a run from iteration iter_num on: fitted, or as saved, or as configured.
 
-    All ranks must call it. classes: GPT and GPTConfig. saved: the checkpoint to resume from, or None.
+    All ranks must call it. trials: a Trials, which is closed. classes: GPT and GPTConfig. saved: the checkpoint to
+    resume from, or None.
     """
     plan, left = as_configured(config), config["max_iters"] + 1 - iter_num
-    if config["dry_run"] or (config["auto_fit"] and (left > 0 or config["eval_only"])):
-        plan = fit(world, device, config, given, model_args, classes, left)
-    elif saved:
-        plan = as_saved(saved, plan, config, given, world.size)
+    with trials:
+        if config["dry_run"] or (config["auto_fit"] and (left > 0 or config["eval_only"])):
+            plan = fit(world, device, config, given, model_args, classes, left, trials)
+        elif saved:
+            plan = as_saved(saved, plan, config, given, world.size)
     return plan if config["dry_run"] else no_larger(plan, config["out_dir"], world)

@@ -19,6 +19,7 @@ import nanofit
 
 nanofit.start()
 import torch
+import torch._dynamo  # the first optimizer needs it; here it is imported while the parent gets ready
 
 from nanofit import gradients, host, machine, models, sharding
 from nanofit.autofit.plan import FAILS, OUT_OF_MEMORY, Facts, Job, Trial, from_json, to_json

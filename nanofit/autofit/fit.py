@@ -21,12 +21,12 @@ WHY = {  # why a lever is moved
 MICRO_STEPS_OF_A_TRIAL = 7  # about: a slow trial runs five, and four more forward passes
 
 
-def fit(world, device, config, given, model_args, classes, iterations_left):
+def fit(world, device, config, given, model_args, classes, iterations_left, trials=None):
     """The Plan for a run, the same split on every rank. All ranks must call it.
 
     device: a torch.device; not used with config['gpu']. config: the run's keys, given: those that the user gave. With
-    dry_run, steps are simulated. classes: (GPT, GPTConfig). Raises UsageError on every rank if nothing fits, if a rank
-    can't find out, or if steps can't be simulated.
+    dry_run, steps are simulated. classes: (GPT, GPTConfig). trials: a Trials, which is closed; None for a new one.
+    Raises UsageError on every rank if nothing fits, if a rank can't find out, or if steps can't be simulated.
     """
     from nanofit import machine, models  # they import torch, which takes seconds
 
@@ -45,7 +45,7 @@ def fit(world, device, config, given, model_args, classes, iterations_left):
     of_job = asdict(replace(job, source={}))  # a moved model.py is the same model
     key = dict(machine.device_info(device) if not card else {}, job=of_job, asked=asdict(asked), free=free)
     key |= {name: config[name] for name in ("compile_min_sms", "max_iters")}
-    with Trials() as run_trial:
+    with trials or Trials() as run_trial:
         fitter = Fitter(job, asked, free, config["compile_min_sms"], iterations_left, run_trial)
         kept, why = None, ""
         if plans:

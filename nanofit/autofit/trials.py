@@ -25,11 +25,14 @@ class Trials:
     """Runs Jobs in child processes. A child is used again only if the next Job differs in size alone.
 
     Only whole lines of JSON with the expected fields count, so that a child that is killed, hangs or prints garbage
-    gives no answer. close() ends the last child, which may hold memory of the device until then.
+    gives no answer. close() ends the last child, which may hold memory of the device until then. begins: the first
+    child starts now, as its imports take seconds.
     """
 
-    def __init__(self):
+    def __init__(self, begins=False):
         self._process = self._job = None  # the child, and what it answered last
+        if begins:
+            self._start()
 
     def __enter__(self):
         return self
@@ -63,6 +66,8 @@ class Trials:
         """
         if not self._process or self._process.poll() is not None:
             return False
+        if self._job is None:
+            return True
         same = {name: getattr(self._job, name) for name in ("micro_batch_size", "micro_steps", "limit_bytes")}
         grows = job.micro_batch_size > self._job.micro_batch_size or job.device != "cpu"
         return grows and replace(job, **same) == self._job
@@ -79,7 +84,6 @@ class Trials:
         lines = filter(str.strip, self._process.stderr)
         self._listener = threading.Thread(target=self._said.extend, args=(lines,), daemon=True)
         self._listener.start()
-        import torch._dynamo  # noqa: F401  # the first optimizer needs it; here its import costs no time
 
     def _answer(self, job, on_facts, seconds):
         facts = trial = None
@@ -90,6 +94,8 @@ class Trials:
             with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code below says how
                 self._process.stdin.write(to_json(job) + "\n")
                 self._process.stdin.flush()
+            import torch._dynamo  # noqa: F401  # the first optimizer needs it; here its import costs no time
+
             for line in self._process.stdout:
                 answer = from_json(line, Facts, Trial) if line.endswith("\n") else None
                 if isinstance(answer, Facts):
@@ -121,7 +127,7 @@ class Trials:
             return
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # which ends it
-        if self._job.compile:
+        if self._job and self._job.compile:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(FAREWELL_SECONDS)
         self._kill()
