@@ -174,8 +174,8 @@ def plan(size, **levers):
     ("answer", "keys", "level", "says"),
     [
         (plan(12), {}, OK, "batch_size 12 fits: it takes 0.50 GiB"),
-        (plan(4), {}, WARNING, "batch_size 12 would not fit, 4 would with 0.50 GiB"),
-        (plan(12, recompute=True), {}, WARNING, "would not fit"),
+        (plan(4), {}, STOP, "batch_size 12 would not fit, 4 would with 0.50 GiB"),
+        (plan(12, recompute=True), {}, STOP, "would not fit"),
         (plan(4), {"auto_fit": True}, OK, "auto_fit makes it fit"),
         (UsageError("auto-fit: nothing fits: batch_size 1"), {}, STOP, "nothing fits"),
         (UsageError("auto-fit could not look at the device"), {}, WARNING, "can't be simulated"),

@@ -42,8 +42,8 @@ class Made:
         limit = self.facts.limit_bytes if self.facts else 0
         return Trial(job.micro_batch_size, job.levers, job.compile, limit_bytes=limit, **figures)
 
-    def plan(self, kept=None, advises=True, may_shrink=True):
-        return self.fitter.plan(kept, advises, may_shrink)
+    def plan(self, kept=None, advises=True, init_from="scratch"):
+        return self.fitter.plan(kept, advises, init_from)
 
 
 def said(capsys):
@@ -263,7 +263,7 @@ def test_nothing_fits_is_an_error_with_numbers_and_with_what_would_fit():
     assert all(job.simulate and job.levers.recompute for job in made.jobs[2:]), "what is proposed was simulated"
 
 
-def advice(gib, process_gib=0.0, device_type="cuda", may_shrink=False, n_layer=12, **levers):
+def advice(gib, process_gib=0.0, device_type="cuda", init_from="resume", n_layer=12, **levers):
     """What is proposed to a recomputing job of 1.8 GiB and 0.9 of state in float32, for a device of so many GiB.
 
     With other n_layer, weights, gradients and state are as many times more or less.
@@ -277,7 +277,7 @@ def advice(gib, process_gib=0.0, device_type="cuda", may_shrink=False, n_layer=1
         return needs({**{name: n * sizes for name, n in SHARES.items()}, "loss and backward": 0.8 / sizes})(job)
 
     made = Made(answer)
-    first, *lines = what_would_fit(job, facts, made.run_trial, may_shrink)
+    first, *lines = what_would_fit(job, facts, made.run_trial, init_from)
     assert first.startswith("of ")
     assert len(made.jobs) <= 7, "each takes seconds"
     return [line.removeprefix("  ") for line in lines if not line.endswith(" would fit, with batch_size 1:")]
@@ -303,8 +303,9 @@ def test_advice_leaves_out_what_is_set_already_and_what_frees_nothing():
 
 def test_advice_combines_the_state_with_the_largest_model_and_with_the_longest_block():
     assert advice(1.04 * 1.4) == ["--block_size=512 --optimizer_state=offload"]
-    larger_first = advice(4.7, n_layer=48, may_shrink=True)[-1]
+    larger_first = advice(4.7, n_layer=48, init_from="scratch")[-1]
     assert larger_first == "--n_layer=36 --n_head=20 --n_embd=1280 --optimizer_state=8bit"
+    assert advice(4.7, n_layer=48, init_from="gpt2-xl")[-1] == "--init_from=gpt2-large --optimizer_state=8bit"
 
 
 @pytest.mark.parametrize(

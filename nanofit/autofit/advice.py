@@ -50,10 +50,10 @@ def time_of(job, sequences, card, device):
     return f", {fast} to {slow}, at {high:.0%} to {low:.0%} of {peak / 1e12:.3g} TFLOPS ({measured}){alone}"
 
 
-def what_would_fit(job, facts, run_trial, may_shrink):
+def what_would_fit(job, facts, run_trial, init_from):
     """Lines that say where a Job's memory goes, and name settings that would fit the device of these Facts.
 
-    may_shrink: the largest of GPT-2's sizes that fits may be proposed.
+    init_from: of the run. For a new model or OpenAI's, the largest of GPT-2's sizes that fits is proposed as well.
     """
     asked, known = job.levers.optimizer_state, {}
     # On a CPU, offloading to the machine's memory frees nothing.
@@ -77,19 +77,25 @@ def what_would_fit(job, facts, run_trial, may_shrink):
     def first(family, states):
         """[flags] of the first sizes and the first state that fit, else []."""
         found = ((sizes, state) for sizes in family for state in states if fits(parts_of(sizes, state)))
-        return [_flags(sizes, state, asked) for sizes, state in islice(found, 1)]
+        return [flags(sizes, state) for sizes, state in islice(found, 1)]
+
+    def flags(sizes, state):
+        names = [name for name in GPT2_SIZES if init_from in GPT2_SIZES and sizes == GPT2_SIZES[name]]
+        changed = {"init_from": names[0]} if names else dict(sizes)
+        changed |= {"optimizer_state": state} if state != asked else {}
+        return " ".join(f"--{key}={value}" for key, value in changed.items())
 
     shorter = [{"block_size": n} for n in _halves(job.model_args["block_size"])]
-    larger_first = reversed(GPT2_SIZES.values()) if may_shrink else ()
+    larger_first = reversed(GPT2_SIZES.values()) if init_from in ("scratch", *GPT2_SIZES) else ()
     smaller = [sizes for sizes in larger_first if sizes["n_layer"] < job.model_args["n_layer"]]
     own = parts_of({}, asked)
     lines = [where_it_goes(own)] if own else []
-    options = [_flags({}, state, asked) for state in others if fits(parts_of({}, state))]
+    options = [flags({}, state) for state in others if fits(parts_of({}, state))]
     options += first(shorter, [asked]) or ([] if options else first(shorter, others))
     options += first(smaller, [asked, *others])
     if not options:
-        tried = [*(_flags({}, state, asked) for state in others), *(_flags(s, asked, asked) for s in shorter[-1:])]
-        tried += [_flags(sizes, asked, asked) for sizes in smaller[-1:]]
+        tried = [*(flags({}, state) for state in others), *(flags(s, asked) for s in shorter[-1:])]
+        tried += [flags(sizes, asked) for sizes in smaller[-1:]]
         what = f"none of these would fit either: {', '.join(tried)}" if tried else "there is no setting left to try"
         return [*lines, f"{what}: a smaller model, or more memory, is needed"]
     which = "each of these would fit" if len(options) > 1 else "this would fit"
@@ -99,8 +105,3 @@ def what_would_fit(job, facts, run_trial, may_shrink):
 def _halves(block_size):
     while (block_size := block_size // 2) >= SMALLEST_BLOCK:
         yield block_size
-
-
-def _flags(sizes, state, asked):
-    changed = {**sizes, **({"optimizer_state": state} if state != asked else {})}
-    return " ".join(f"--{key}={value}" for key, value in changed.items())

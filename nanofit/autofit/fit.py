@@ -55,7 +55,7 @@ def fit(world, device, config, given, model_args, classes, iterations_left, tria
         if why:
             print(f"auto-fit: {why}")
         # Rank 0 alone reads the kept answer, so that ranks on other machines get the same one.
-        plan = _of_all_ranks(world, fitter, world.all_gather(kept)[0], config["init_from"] == "scratch")
+        plan = _of_all_ranks(world, fitter, world.all_gather(kept)[0], config["init_from"])
         if plans and world.is_main:
             fitter.tell_more(plan, card, device)
     if world.is_main and not (plans or config["eval_only"]) and (why := remember(config["out_dir"], key, plan)):
@@ -65,11 +65,11 @@ def fit(world, device, config, given, model_args, classes, iterations_left, tria
     return plan
 
 
-def _of_all_ranks(world, fitter, kept, may_shrink):
-    """The Plan that fits on every rank. may_shrink: if nothing fits, smaller models may be proposed."""
+def _of_all_ranks(world, fitter, kept, init_from):
+    """The Plan that fits on every rank. init_from: of the run."""
     if world.size == 1:
-        return fitter.plan(kept, True, may_shrink)
-    plans = world.agree(lambda: fitter.plan(kept, world.is_main, may_shrink))
+        return fitter.plan(kept, True, init_from)
+    plans = world.agree(lambda: fitter.plan(kept, world.is_main, init_from))
     plan = smallest(plans, plans[world.rank])
     all_take, *chosen = [f"{p.micro_batch_size}{p.levers}" for p in (plan, *plans)]
     if set(chosen) != {all_take}:
@@ -143,16 +143,16 @@ class Fitter:
         """Bytes that training may take, and the limit of all trials; 0 until the first trial has found it."""
         return self.facts.limit_bytes if self.facts else 0
 
-    def plan(self, kept=None, advises=False, may_shrink=False):
+    def plan(self, kept=None, advises=False, init_from="resume"):
         """A Plan, from trials, or the kept one if a single trial confirms it.
 
-        UsageError if nothing fits. advises: it names settings that would fit; may_shrink: also smaller models.
+        UsageError if nothing fits. advises: it names settings that would fit, for a run with this init_from.
         """
         if kept and (plan := self._confirm(kept)):
             return plan
         choice, reasons, trials = self._search_levers()
         if choice is None:
-            raise UsageError("\n".join(self._nothing_fits(trials[-1], advises, may_shrink)))
+            raise UsageError("\n".join(self._nothing_fits(trials[-1], advises, init_from)))
         if choice.micro_batch_size < self.asked.batch_size:
             for pid, name, mib in self.facts.neighbours:
                 print(f"auto-fit: {name} (pid {pid}) holds {mib:,} MiB of this GPU: more would fit without it")
@@ -302,7 +302,7 @@ class Fitter:
             time = advice.time_of(replace(job, levers=plan.levers), self.budget.tokens / self.block_size, card, device)
             print(f"auto-fit: {self._work()}{time}")
 
-    def _nothing_fits(self, trial, advises, may_shrink):
+    def _nothing_fits(self, trial, advises, init_from):
         """Lines about a Trial of the smallest size, and about settings that would fit."""
         facts = self.facts
         if not facts:
@@ -327,4 +327,4 @@ class Fitter:
 
         print("auto-fit: nothing fits: looking for settings that would, by simulation")
         levers = replace(trial.levers, recompute=trial.levers.recompute or "recompute" in self.free)
-        return [said, *advice.what_would_fit(replace(self.job_of(1), levers=levers), facts, self.run_trial, may_shrink)]
+        return [said, *advice.what_would_fit(replace(self.job_of(1), levers=levers), facts, self.run_trial, init_from)]

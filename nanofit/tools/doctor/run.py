@@ -102,7 +102,8 @@ def _fit(run):
     if run.auto_fit:
         return Verdict(OK, f"auto_fit makes it fit: {plan}; {limit}")
     says = f"batch_size {size} would not fit, {plan.micro_batch_size} would with {gib(plan.peak_bytes)}; {limit}"
-    return Verdict(WARNING, says, "--auto_fit=True")
+    # A GPU's run goes on with smaller micro-batches; the system kills one on a CPU.
+    return Verdict(STOP if str(run.device) == "cpu" else WARNING, says, "--auto_fit=True")
 
 
 STEPS = {"data": _data, "folder": _folder, "fit": _fit}  # the longest last
