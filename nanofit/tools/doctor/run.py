@@ -41,6 +41,7 @@ def look(train, argv):
             patch.object(RunFolder, "take", side_effect=_Enough),
             patch.object(metrics, "open_readers", side_effect=_Enough),
             patch.object(autofit, "choose", side_effect=_Enough),
+            patch.object(autofit, "Trials"),  # no process starts
             patch.object(sys, "argv", [train, *argv]),
             contextlib.redirect_stdout(printed),
             contextlib.suppress(_Enough),
