@@ -160,6 +160,21 @@ class Annotated:
     seen: "Unknown" = 2  # noqa: F821
 
 
+def test_a_loaded_model_keeps_nothing_that_lies_in_the_checkpoints_file():
+    class Counting(torch.nn.Linear):
+        def get_extra_state(self):
+            return self.counted
+
+        def set_extra_state(self, counted):
+            self.counted = counted  # as it comes
+
+    model, counted = Counting(2, 2), torch.ones(3)
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "_extra_state": counted}
+    models.load_weights(model, {"model": weights}, "ckpt.pt")
+    counted.zero_()
+    assert model.counted.tolist() == [1, 1, 1]
+
+
 def test_fields_become_keys_where_a_key_can_set_them():
     assert models.own_fields(Config) == {"noise": (float, 0.1), "window": (int, None), "exits": (list, None)}
     kinds = {name: kind for name, (kind, _) in models.own_fields(Annotated).items()}
