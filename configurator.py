@@ -72,9 +72,8 @@ def coerce(key, value, kind, default, source, text=None):
         return str(value).lower() in ("true", "1")
     if kind is list and type(value) is tuple:
         return list(value)
-    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a string in quotes"}
-    expected = expected.get(kind, "a list")
-    raise UsageError(f"{source}: {key} must be {expected} (its default is {default!r}), not {shown(value)}")
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a string in quotes", list: "a list"}
+    raise UsageError(f"{source}: {key} must be {words[kind]} (its default is {default!r}), not {shown(value)}")
 
 
 def _nearest(word, words, cutoff=0.6):

@@ -210,7 +210,8 @@ class ShardedGradients(Gradients):
         self._shares = list(numbers)
         self._filled = set()
         self.begin(0)
-        # FSDP2 registered its hooks before, so that its hook on a block runs first.
+        # FSDP2 registered its hooks before, so that its hook on a block runs first. As a decorator, disable would
+        # import Dynamo in every start, which takes a second.
         for block in blocks_of(model):
             block.register_forward_pre_hook(torch.compiler.disable(self._entered), with_kwargs=True)
         model.register_forward_hook(torch.compiler.disable(self._computed), prepend=True)

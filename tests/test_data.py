@@ -133,6 +133,11 @@ def write_documents(kind):
     return f"docs.{kind}"
 
 
+def test_the_block_sizes_of_config_are_those_that_a_split_is_checked_for(corpus):
+    sizes = {runpy.run_path(str(path)).get("block_size", 1024) for path in ROOT.glob("config/*.py")}
+    assert corpus.BLOCK_SIZES == tuple(sorted(sizes))
+
+
 @pytest.mark.parametrize("kind", ["folder", "jsonl.gz", "list.json", "txt"])
 def test_openwebtext_from_local_files(project, bpe, corpus, monkeypatch, kind):
     monkeypatch.setattr(corpus, "BLOCK_SIZES", (1,))

@@ -53,9 +53,10 @@ def test_one_graph_for_all_tokens_and_none_for_many_sequences(device):
     assert Recorded.made == 1
 
 
-def test_a_graph_that_computes_something_else_is_not_used(device, monkeypatch):
+def test_a_graph_that_computes_something_else_is_not_used(device, monkeypatch, capsys):
     monkeypatch.setattr(FixedCache, "add", lambda self, layer, k, v: (k, v, None))
     assert tokens(device, 5, 8) == tokens(device, 5, 8, graphed=False)
+    assert "without a CUDA graph (its logits" in capsys.readouterr().out
 
 
 def test_a_graph_that_cannot_be_captured_is_not_used(device, monkeypatch, capsys):
@@ -76,7 +77,10 @@ def test_drawing_a_token_never_waits_for_the_gpu():
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        GPT.generate(model, prompt, 5, 0.9, 20)
-        model(by.token, cache=by.fixed)  # what is captured, where waiting is an error
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            prompt[:, [-1]]  # a list as an index is copied from the host
+        assert GPT.generate(model, prompt, 5, 0.9, 20).shape == (1, 10)
+        logits, _ = model(by.token, cache=by.fixed)  # what is captured, where waiting is an error
+        assert logits.shape == (1, 1, 65)
     finally:
         torch.cuda.set_sync_debug_mode(before)
