@@ -135,7 +135,7 @@ def write_documents(kind):
 
 def test_the_block_sizes_of_config_are_those_that_a_split_is_checked_for(corpus):
     sizes = {runpy.run_path(str(path)).get("block_size", 1024) for path in ROOT.glob("config/*.py")}
-    assert corpus.BLOCK_SIZES == tuple(sorted(sizes))
+    assert tuple(sorted(sizes)) == corpus.BLOCK_SIZES
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl.gz", "list.json", "txt"])
